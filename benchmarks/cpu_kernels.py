@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from side_by_side import Row, against, as_json, close_record, facts, open_record, show, write_json
 
+from stackproof.contracts.kernel_call import Case
 from stackproof.kernels import choice, samples
-from stackproof.kernels.case import Case
 from stackproof.kernels.compare import race
 from stackproof.kernels.table import OPERATIONS
 from stackproof.train.memory import keep_heap
@@ -34,7 +34,7 @@ def titled(case: Case) -> tuple[str, float]:
     """What a case is called, and the operations of its products in units of 10⁹,
     those that a mask hides left out.
     """
-    match case.operation.name:
+    match case.operation:
         case "linear":
             (R, D), M = case.arguments["x"].shape, case.arguments["weight_MD"].shape[0]
             return f"linear {R} × {D} → {M}", 6 * R * D * M / 1e9
@@ -50,12 +50,12 @@ def titled(case: Case) -> tuple[str, float]:
         case "linear_cross_entropy":
             (R, D), V = case.arguments["x_RD"].shape, case.arguments["weight_VD"].shape[0]
             return f"head {R} × {D} → {V}", 6 * R * D * V / 1e9
-    raise AssertionError(f"{case.operation.name} is not measured here")
+    raise AssertionError(f"{case.operation} is not measured here")
 
 
 def measure(case: Case, rounds: int, seconds: float) -> list[Row]:
     """Rows of one case; where our choice cannot run, its row says why."""
-    ours, (title, amount) = OURS[case.operation.name], titled(case)
+    ours, (title, amount) = OURS[case.operation], titled(case)
     rows = [
         Row(
             f"{title}: {raced.kernel}",

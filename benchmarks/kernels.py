@@ -45,9 +45,9 @@ from side_by_side import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stackproof.contracts.kernel_call import Case, Layout
 from stackproof.kernels import attention as torch_attention
 from stackproof.kernels import dispatch, eager
-from stackproof.kernels.case import Case, Layout
 from stackproof.kernels.compare import seconds_of, work
 from stackproof.kernels.table import OPERATIONS, TORCH, TRITON
 from stackproof.spec.errors import EnvironmentUnfit
@@ -197,7 +197,7 @@ def n_bytes(sizes: Sizes) -> int:
 
 
 def one_of(op: str, arguments: dict, sizes: Sizes, triton: bool) -> Call:
-    case = Case(OPERATIONS[op], arguments, torch.device(sizes.device))
+    case = Case(op, arguments, torch.device(sizes.device))
     return forward_and_backward(
         case, ours(op) if triton else dispatch.function_of(OPERATIONS[op].kernels[TORCH])
     )
@@ -226,7 +226,7 @@ def lose(loss: Callable, sizes: Sizes) -> tuple[Call, float]:
         "labels_R": labels,
     }
     return forward_and_backward(
-        Case(OPERATIONS["linear_cross_entropy"], arguments, torch.device(sizes.device)), loss
+        Case("linear_cross_entropy", arguments, torch.device(sizes.device)), loss
     ), R / 1e3
 
 

@@ -1,85 +1,124 @@
 """Gates of kernels and compilers: what runs fast computes what the slow original computes."""
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.kernel_call import DistinctCalls
 from stackproof.contracts.loss import IGNORE, gradient_errors
-from stackproof.contracts.subject import KernelCall, Kernels, Subject
+from stackproof.contracts.subject import Kernels, Subject
+
+# The head on few rows: as many features and labels that a matrix of logits is known by its shape.
+HEAD_D, HEAD_V = 31, 97
+CHUNK_ROWS, HEAD_ROWS = 8, range(1, 26)
 
 
 @decides("kernel.parity")
 def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """Every kernel that the run has chosen gives the outputs and gradients of its reference at the
-    run's own shapes, and the head those of float64 around the borders of its chunks.
-
-    Calls of torch's own kernels are counted and not compared: `model.gradient` compares what they
-    compute with float64, as parts of the whole model.
+    """Every call of an operation gives the outputs and gradients of float64 at the run's own
+    shapes, and the head also at the borders of its chunks.
     """
-    calls, chunk_rows = subject.kernels.calls(), subject.kernels.head_chunk_rows
+    calls = DistinctCalls()
+    subject.kernels.observe_calls(calls.observe)
+    calls = list(calls)
     if not calls:
         return failed(
-            "the model has called no operation, so this check has seen no kernel", calls=0
+            "the model has called no operation, so this check has seen no kernel", compared_calls=0
         )
-    chosen = [call for call in calls if not call.is_reference]
-    head, borders = _head_errors(subject.kernels)
-    found = {
-        False: head | _call_errors([c for c in chosen if not c.half]),
-        True: _call_errors([c for c in chosen if c.half]),
-    }
-    limit = {False: limits.rel_error_max, True: limits.half_rel_error_max}
-    where = {
-        half: max(errors, key=errors.__getitem__, default="") for half, errors in found.items()
-    }
-    worst = {half: errors.get(where[half], 0.0) for half, errors in found.items()}
-    half = max(worst, key=lambda half: worst[half] / limit[half])
+    head, chunk_rows, borders = _head_errors(subject.kernels)
+    if chunk_rows and not borders:
+        return failed(
+            f"the head computes up to {HEAD_ROWS[-1]} rows in one chunk, so this check has seen "
+            "no border",
+            borders=0,
+        )
+    errors = {"rel_error": head, "half_rel_error": {}, "half_scale_error": {}}
+    for call in calls:
+        got, wanted = call.compared()
+        found = {"half_rel_error" if call.case.half else "rel_error": gradient_errors(got, wanted)}
+        if call.case.half:
+            found["half_scale_error"] = {n: scale_error(got[n], x) for n, x in wanted.items()}
+        for kind, named in found.items():
+            errors[kind] |= {f"{name} of {call.title}": error for name, error in named.items()}
+    where = {kind: max(named, key=named.__getitem__, default="") for kind, named in errors.items()}
+    worst = {kind: named.get(where[kind], 0.0) for kind, named in errors.items()}
+    limit = {kind: getattr(limits, f"{kind}_max") for kind in errors}
+    kind = max(worst, key=lambda kind: worst[kind] / limit[kind])
     return decide(
-        all(worst[half] <= limit[half] for half in worst),
-        f"{where[half]} differs from the reference by {worst[half]:.2g}",
-        rel_error=worst[False],
-        half_rel_error=worst[True],
+        all(worst[kind] <= limit[kind] for kind in worst),
+        f"{where[kind]} differs from the reference by {worst[kind]:.2g}",
+        **worst,
         head_rel_error=max(head.values()),
-        worst=where[half],
-        compared_calls=len(chosen),
-        reference_calls=len(calls) - len(chosen),
+        worst=where[kind],
+        compared_calls=len(calls),
+        torch_calls=sum(call.kernel == "torch" for call in calls),
+        compared_rows=sum(call.case.part.compared for call in calls),
+        rows=sum(call.case.part.total for call in calls),
+        precisions=", ".join(sorted({str(c.case.dtype).removeprefix("torch.") for c in calls})),
         borders=borders,
         chunk_rows=chunk_rows,
     )
 
 
-def _call_errors(calls: Sequence[KernelCall]) -> dict[str, float]:
-    """Relative error of every output and gradient."""
-    return {
-        f"{name} of {call.title}": error
-        for call in calls
-        for name, error in gradient_errors(*call.compared()).items()
-    }
-
-
-def _head_errors(kernels: Kernels) -> tuple[dict[str, float], int]:
-    """(relative errors of the head's loss and gradients, borders of chunks that were crossed).
-
-    The head is given as many rows as one chunk holds, and some more and some fewer. Some labels do
-    not count, the first and the last of a chunk among them.
+def scale_error(got: Tensor, expected: Tensor) -> float:
+    """|⟨got, expected⟩ / ⟨expected, expected⟩ − 1|. Rounding errors mostly cancel in it; a factor
+    does not.
     """
-    n, errors, borders = kernels.head_chunk_rows, {}, 0
-    for rows in (n - 1, n, n + 1, 2 * n, 2 * n + 1, 3 * n + n // 2):
+    expected = expected.double()
+    norm = float(expected.square().sum())
+    error = abs(float((got.double() * expected).sum()) / norm - 1) if norm else 0.0
+    return error if error == error else math.inf
+
+
+class _ChunksOfLogits(TorchDispatchMode):
+    """Notes the rows of each product that makes logits (rows, HEAD_V) from (rows, HEAD_D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape[1:] == (HEAD_V,):
+            features = (len(out), HEAD_D)
+            if any(isinstance(x, Tensor) and x.shape == features for x in args):
+                self.rows.append(len(out))
+        return out
+
+
+def _head_errors(kernels: Kernels) -> tuple[dict[str, float], int, int]:
+    """(relative errors of the head's loss and gradients, most rows of a chunk, borders of chunks
+    that were crossed).
+
+    Every number of rows is tried, so that each border of a chunk lies at, before and behind the
+    last row once. Chunks are those that the head was seen to compute; 0 rows where it is one
+    operation of a library, whose products are not seen. Some labels do not count.
+    """
+    errors, chunk_rows, borders = {}, 0, 0
+    for rows in HEAD_ROWS:
         draw = torch.Generator().manual_seed(rows)
-        x, head = torch.randn(rows, 6, generator=draw), torch.randn(11, 6, generator=draw)
-        labels = torch.randint(0, 11, (rows,), generator=draw)
-        labels[:: max(2, n // 2)] = IGNORE
-        got = [torch.as_tensor(part).cpu() for part in kernels.head_in_chunks(x, head, labels)]
-        wanted = _head_in_float64(x.double(), head.double(), labels)
+        x, head = (torch.randn(n, HEAD_D, generator=draw).requires_grad_() for n in (rows, HEAD_V))
+        labels = torch.randint(0, HEAD_V, (rows,), generator=draw)
+        labels[2::3] = IGNORE
+        with kernels.small_head_chunks(CHUNK_ROWS, HEAD_V):
+            with _ChunksOfLogits() as chunks:
+                nats = kernels.head_loss(x, head, labels)
+            nats.backward()
+        chunk_rows = max(chunk_rows, *chunks.rows, 0)
+        borders += max(0, len(chunks.rows) - 1)
+        got = (nats.detach().cpu(), x.grad, head.grad)
+        wanted = _head_in_float64(x.detach().double(), head.detach().double(), labels)
         parts = ("the loss", "the gradient of x", "the gradient of the head")
-        names = [f"{part} of the head on {rows} rows, {n} at a time" for part in parts]
+        names = [f"{part} of the head on {rows} rows, {chunks.rows} at a time" for part in parts]
         errors |= gradient_errors(dict(zip(names, got)), dict(zip(names, wanted)))
-        borders += -(-rows // n) - 1
-    return errors, borders
+    return errors, chunk_rows, borders
 
 
 def _head_in_float64(
@@ -109,7 +148,7 @@ def compiled_graph(limits: SimpleNamespace, subject: Subject) -> Verdict:
     expected, of_eager = _watched(model, lambda: eager_step(1))
     if not of_eager:
         return failed(
-            "eager shows no module at work either, so this check sees nothing", eager_modules=0
+            "eager runs no module as Python code either, so nothing was observed", eager_modules=0
         )
     if ran:
         return failed(

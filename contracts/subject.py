@@ -765,34 +765,24 @@ class SavedCheckpoint:
 # --- kernels and precision ------------------------------------------------------------------------
 
 
-class KernelCall(Protocol):
-    """One call of an operation, at the run's own shapes, by the kernel that the run has chosen."""
-
-    title: str
-    half: bool
-    is_reference: bool  # the kernel is torch's own
-
-    def compared(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Outputs and gradients by name: of the kernel, and of its reference on the same numbers
-        in float64.
-        """
-
-
 class Kernels:
     """The kernels and the compiled graph of a run."""
 
     @capability
-    def calls(self) -> Sequence[KernelCall]:
-        """The distinct calls of operations that one micro-batch of the run makes."""
-
-    @value
-    def head_chunk_rows(self) -> int:
-        """Rows that `head_in_chunks` takes at a time."""
+    def observe_calls(self, observe: Callable[[str, str, Callable, tuple, Mapping], None]) -> None:
+        """Compute the loss of one micro-batch in the run's own precision. Before each call of an
+        operation, call `observe` with the operation, its chosen kernel, the function of this,
+        and the positional and the keyword arguments.
+        """
 
     @capability
-    def head_in_chunks(self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> tuple:
-        """The head in float32, a few rows at a time: (sum of nats, gradient of x, gradient of the
-        head).
+    def head_loss(self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> Tensor:
+        """The sum of nats that the run's head computes from float32, differentiable."""
+
+    @capability
+    def small_head_chunks(self, n_rows: int, vocab_size: int) -> AbstractContextManager[None]:
+        """Let heads that work in chunks take about `n_rows` rows at a time, with this vocabulary.
+        Nothing else of them changes.
         """
 
     @capability

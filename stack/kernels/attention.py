@@ -28,12 +28,12 @@ def attention(
     """softmax(scale·q·k + mask)·v for the last T of S positions;
     query head n reads key/value head n // (N/K).
 
-    The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where
+    The query at position p attends to keys s with max(start[p], p - window + 1) <= s <= p, where
     `start_BS` (int64, start[p] <= p) is the first index of each position's document. `mask_B1TS`
     (bool, query by key) takes the place of start and window where one mask was made for all layers.
     `scale` is 1/√H unless given. `chunks`: long rows by `chunked_attention`. Returns (B, N, T, H)
     in the dtype of the input. Raises UsageError for shapes that do not fit. Oracle:
-    `stackproof.kernels.reference.attention`.
+    `stackproof.contracts.kernel_reference.attention`.
     """
     if mask_B1TS is not None:
         return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale, chunks=chunks)
@@ -99,7 +99,7 @@ def check_shapes(
         )
     if window is not None and window < 1:
         raise UsageError(
-            "attention: window", value=window, allowed="at least 1: a position sees itself"
+            "attention: window", value=window, allowed="at least 1, the position itself"
         )
     if max_head_dim is not None and max_head_dim < H:
         raise UsageError(
@@ -146,7 +146,7 @@ def document_attention(
     reads key/value head n // (N/K).
 
     Returns shape (B, N, T, H), dtype of the input.
-    Oracle: `stackproof.kernels.reference.attention`.
+    Oracle: `stackproof.contracts.kernel_reference.attention`.
     """
     return _attend(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale, chunks)
 
@@ -178,8 +178,8 @@ def _attend(
     scale: float | None,
     chunks: bool,
 ) -> Tensor:
-    """In chunks if that is wanted and suits, else by torch; without a mask,
-    each query sees all keys up to its own.
+    """With `chunks` by `chunked_attention` where the shapes suit it, else by torch; without a mask,
+    each query attends to all keys up to its own.
     """
     if chunks and chunked_attention.suits(q_BNTH, k_BKSH):
         return chunked_attention.attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale)

@@ -5,8 +5,8 @@ B batch, N query heads, K key/value heads, G = N/K, T queries, S keys, H head_di
 chunk, R = G·C rows of a product
 
 torch's kernel for the CPU takes one head of one row after another, and its backward also computes
-what a causal mask hides. Here scores of a chunk stay in the cache, and keys that none of its
-queries sees are left out. Only the inputs are kept for the backward, which computes the weights
+what a causal mask hides. Here scores of a chunk stay in the cache, and keys that are masked for
+all its queries are left out. Only the inputs are kept for the backward, which computes the weights
 again. The products are one operation to a compiler: it cannot fuse into them, and unrolling them
 takes it long.
 """
@@ -46,12 +46,12 @@ def attention(
     mask_B1TS: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale·q·k)·v over the keys that the mask allows (bool, query by key), or all up to
-    the query's own place if there is none.
+    """softmax(scale·q·k)·v over the keys that the mask allows (bool, query by key), without a mask
+    over all up to the query's own place.
 
-    Query head n reads key/value head n // G; a query that sees no key gives zeros. Float32 or
+    Query head n reads key/value head n // G; a query without a visible key gives zeros. Float32 or
     float64, any strides. Returns (B, N, T, H) in that type, laid out as (B, T, N, H). Has no second
-    derivative. Oracle: `stackproof.kernels.reference.attention`.
+    derivative. Oracle: `stackproof.contracts.kernel_reference.attention`.
     """
     return _forward(
         q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale
@@ -59,8 +59,8 @@ def attention(
 
 
 def _heads_last(x_BNTH: Tensor) -> Tensor:
-    """Fresh memory of this shape, in the order (B, T, N, H).
-    No view: nobody may change a view in place that an operation returns.
+    """Fresh memory of this shape, in the order (B, T, N, H). No view, because a view that an
+    operation returns must not be changed in place.
     """
     B, N, T, H = x_BNTH.shape
     return x_BNTH.new_empty_strided((B, N, T, H), (T * N * H, H, N * H, 1))
@@ -148,7 +148,7 @@ def _product(a_BMX: Tensor, b_BXN: Tensor, scale: float) -> Tensor:
 def _chunks(
     q_BNTH: Tensor, k_BKSH: Tensor, mask_B1TS: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries, the range of keys that any of them sees, and 0 or −∞ for the last of these: (C, C),
+    """Queries, the range of keys visible to any of them, and 0 or −∞ for the last of these: (C, C),
     or all, (B, 1, C, keys).
     """
     (B, N, T, _), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]

@@ -1,118 +1,22 @@
-"""Compares kernels with their reference and with each other: the same inputs, forward and backward.
+"""Compares all kernels of a device: with their reference, and their times with each other."""
 
-A `Case` is one call of an operation: shapes, strides, dtypes, and the values of non-differentiable
-arguments. `seen_calls` collects the cases of a running model; `samples` defines those of the
-comparison by `stack doctor --kernels` and the benchmarks.
-"""
-
-import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from stackproof.contracts.kernel_call import Case
 from stackproof.contracts.loss import gradient_errors
 from stackproof.kernels import dispatch, measured, parity, samples
-from stackproof.kernels.case import Case, Layout
 from stackproof.kernels.choice import device_name
 from stackproof.kernels.table import OPERATIONS, TORCH, Operation
 from stackproof.spec.errors import StackproofError
-
-# ---- the calls of a model
-
-
-@dataclass(frozen=True)
-class ChosenCall:
-    """A call of a model, with the chosen kernel."""
-
-    case: Case
-    kernel: str
-    function: Callable[..., Any]
-
-    @property
-    def title(self) -> str:
-        return f"{self.case.operation.name} by {self.kernel} on {self.case.shapes}"
-
-    @property
-    def half(self) -> bool:
-        """Whether it computes in half precision."""
-        return self.case.half
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the kernel is torch's own."""
-        return self.kernel == TORCH
-
-    def compared(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Outputs and gradients by name: of the kernel, and of the reference on the same numbers in
-        float64.
-        """
-        drawn = self.case.draw()
-        return self.case.results(self.function, drawn), self.case.expected(drawn)
-
-
-@contextmanager
-def seen_calls() -> Iterator[list[ChosenCall]]:
-    """Collect the distinct calls of operations in the block; filled on exit.
-
-    Of calls that differ only in their number of rows, as those of experts, two are kept: most rows
-    and fewest.
-    """
-    found: dict[tuple, dict[int, ChosenCall]] = {}
-    result: list[ChosenCall] = []
-
-    def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        op = OPERATIONS[name]
-
-        def watched(x: Tensor, *rest: Any, **options: Any) -> Any:
-            given = inspect.signature(op.reference()).bind(x, *rest, **options).arguments
-            held = {n: _held(op, n, a) for n, a in given.items() if a is not None}
-            kind, chosen = x.device.type, dispatch.choose(name, x.device).kernel
-            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            alike = found.setdefault(
-                (name, chosen, autocast, *(_told_apart(n, a) for n, a in held.items())), {}
-            )
-            alike.setdefault(
-                len(x),
-                ChosenCall(Case(op, held, x.device, autocast, seed=len(found)), chosen, function),
-            )
-            for middle in sorted(alike)[1:-1]:
-                del alike[middle]
-            return function(x, *rest, **options)
-
-        return watched
-
-    with dispatch.replacing(watch):
-        yield result
-    result += [call for alike in found.values() for call in alike.values()]
-
-
-def _held(op: Operation, name: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point() and name not in op.constants:
-        return Layout(tuple(value.shape), value.stride(), value.dtype)
-    return value.detach().clone()
-
-
-def _told_apart(name: str, value: Any) -> tuple:
-    """The key of a call: for activations, all axes but the first."""
-    match value:
-        case Layout() | Tensor():
-            whole = name.startswith(("weight", "bias", "cos", "sin"))
-            return name, tuple(value.shape) if whole else tuple(value.shape[1:]), value.dtype
-    return name, value
-
-
-# ---- which kernel is fastest
 
 
 def seconds_of(call: Callable[[], object], times: int, device: str) -> float:
@@ -162,7 +66,7 @@ class Raced:
         """JSON-ready, with the median and the minimum over rounds of torch's time over its time."""
         ratios = [a / b for a, b in zip(torch_seconds, self.seconds)]
         return {
-            "operation": self.case.operation.name,
+            "operation": self.case.operation,
             "kernel": self.kernel,
             "shapes": self.case.shapes,
             "milliseconds": statistics.median(self.seconds) * 1e3 if self.seconds else None,
@@ -178,9 +82,9 @@ def race(case: Case, names: Iterable[str], *, rounds: int, seconds: float) -> li
     found, works, drawn = [Raced(case, name) for name in names], {}, case.draw()
     expected = case.expected(drawn)
     for raced in found:
-        kernel = case.operation.kernels[raced.kernel]
+        kernel = OPERATIONS[case.operation].kernels[raced.kernel]
         if missing := kernel.why_not(case.device) or (
-            kernel.is_triton and parity.why_not(case.operation.name)
+            kernel.is_triton and parity.why_not(case.operation)
         ):
             raced.missing = missing
             continue

@@ -31,14 +31,13 @@ def linear_cross_entropy(
 
     Both are float32 (float64 for float64), shape (). Rows go through one buffer, a chunk at a time.
     It holds logits, then probabilities, then the gradient; both gradients are therefore complete
-    when the forward ends. Products run in the autocast type, those in float32 on the CPU
-    `by_onednn` if wanted; the rest runs in float32.
-    Idea: github.com/linkedin/Liger-Kernel. Oracle:
-    `stackproof.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside the
-    vocabulary, on the CPU.
+    when the forward ends. Products run in the autocast type, with `by_onednn` those in
+    float32 on the CPU by oneDNN; the rest runs in float32.
+    Idea: github.com/linkedin/Liger-Kernel. Raises UsageError for a label outside the vocabulary, on
+    the CPU. Oracle: `stackproof.contracts.kernel_reference.linear_cross_entropy`.
     """
-    if not labels_R.is_cuda and len(labels_R):
-        _refuse_strangers(labels_R, len(weight_VD), ignore_index)
+    if not labels_R.is_cuda:
+        check_labels(labels_R, len(weight_VD), ignore_index)
     return _LinearCrossEntropy.apply(
         x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss, by_onednn)
     )
@@ -51,12 +50,13 @@ def by_onednn(
     return linear_cross_entropy(x_RD, weight_VD, labels_R, **options, by_onednn=True)
 
 
-def _refuse_strangers(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
-    strangers = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= vocab_size))]
-    if len(strangers):
+def check_labels(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise UsageError for a label outside the vocabulary."""
+    unknown = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= vocab_size))]
+    if len(unknown):
         raise UsageError(
             "linear_cross_entropy: a label is not in the vocabulary",
-            value=int(strangers[0]),
+            value=int(unknown[0]),
             allowed=f"0 to {vocab_size - 1}, or {ignore_index} for a position without label",
         )
 
@@ -138,7 +138,7 @@ def _run(
     z_scale: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """Both sums (2,), and the gradients of scale·nats + z_scale·z with respect to
-    features and head, where wanted.
+    features and head, each if its entry of `wanted` is true.
     """
     kept_R = labels_R != rule.ignore_index
     target_R, wide = labels_R.where(kept_R, 0), torch.promote_types(dtype, torch.float32)

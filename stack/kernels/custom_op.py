@@ -15,7 +15,7 @@ class CustomOp:
     """`name` is "namespace::name". `function` runs on a CPU, changes no input and returns none, nor
     a view; its annotations are its schema.
 
-    `torch.library.custom_op` says the same, but imports torch's compiler at the first call, a
+    `torch.library.custom_op` does the same, but imports torch's compiler at the first call, a
     second and 120 MB. Unless it is `derived`, followed by `derive`, autograd is refused a way
     through it.
     """

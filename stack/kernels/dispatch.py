@@ -2,7 +2,7 @@
 The model calls kernels only through this module.
 
 B batch, T tokens, S keys. Each operation takes the arguments of its reference in
-`stackproof.kernels.reference`.
+`stackproof.contracts.kernel_reference`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackproof.kernels import attention as torch_attention
 from stackproof.kernels import choice
+from stackproof.kernels.attention import document_mask, window_mask
 from stackproof.kernels.choice import Choice
 from stackproof.kernels.table import OPERATIONS, TORCH, TRITON, Kernel, operation
 
+__all__ = [*OPERATIONS, "document_mask", "takes_masks", "window_mask"]  # what models call
 Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 # Imported kernel modules; those in Triton are imported when one is chosen.
@@ -44,7 +45,7 @@ def _operation(name: str) -> Callable[..., Any]:
         return (function if _replace is None else _replace(name, function))(x, *rest, **options)
 
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"Same arguments as `stackproof.kernels.reference.{name}`."
+    call.__doc__ = f"Same arguments as `stackproof.contracts.kernel_reference.{name}`."
     return call
 
 
@@ -61,18 +62,6 @@ def takes_masks(device: torch.device | str) -> bool:
     visible keys.
     """
     return choose("attention", device).kernel != TRITON
-
-
-def document_mask(start_BT: Tensor) -> Tensor:
-    """The mask of packed rows; same arguments as `stackproof.kernels.attention.document_mask`."""
-    return torch_attention.document_mask(start_BT)
-
-
-def window_mask(start: int, stop: int, window: int, device: torch.device | str) -> Tensor:
-    """The mask of a sliding window; same arguments as
-    `stackproof.kernels.attention.window_mask`.
-    """
-    return torch_attention.window_mask(start, stop, window, device)
 
 
 # ---- the choice in force

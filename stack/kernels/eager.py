@@ -1,9 +1,10 @@
 """Operations in plain torch, element-wise ones with derivatives written out so that few passes over
 memory and few saved tensors are left.
 
-A compiler that traces them gets the bare formula instead: it fuses passes itself. Where no gradient
-is wanted, the forward is called without a node for the backward, which costs as much as its
+A compiler that traces them gets the bare formula instead: it fuses passes itself. Without a
+gradient the forward is called without a node for the backward, which costs as much as its
 arithmetic on one token.
+
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
 
@@ -136,7 +137,7 @@ def library_linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The same through `torch.nn.functional.linear_cross_entropy` in chunks (torch 2.13 on), which
-    knows neither softcap nor z-loss.
+    has neither softcap nor z-loss.
     """
     if softcap is not None or z_loss:
         got = f"softcap {softcap}, z_loss {z_loss}"

@@ -27,7 +27,7 @@ def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor
     """x·weightᵀ + bias over the last axis, float32.
     What is small, of another type or under autocast is torch's own, and so are errors.
 
-    Has no second derivative. Oracle: `stackproof.kernels.reference.linear`.
+    Has no second derivative. Oracle: `stackproof.contracts.kernel_reference.linear`.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
     if n_rows * weight_MD.numel() < LEAST_MULTIPLY_ADDS or not _fits(x, weight_MD, bias_M):
@@ -85,8 +85,8 @@ def _filled(x: Tensor) -> Tensor:
 
 
 def _shaped(y_RM: Tensor, lead: torch.Size) -> Tensor:
-    """The first rows of y as (…, M): itself and no view of it, because nobody may change a view in
-    place that an operation returns.
+    """The first rows of y as (…, M): itself and no view of it, because a view that an operation
+    returns must not be changed in place.
     """
     return torch.ops.aten._unsafe_view(
         y_RM.resize_(lead.numel(), y_RM.shape[1]), (*lead, y_RM.shape[1])

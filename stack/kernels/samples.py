@@ -6,7 +6,7 @@ outputs, F inner features, V vocabulary
 
 import torch
 
-from stackproof.kernels.case import Case, Layout
+from stackproof.contracts.kernel_call import Case, Layout
 from stackproof.kernels.table import Operation
 
 # For a CPU: shapes a and b of benchmarks/training.py, and one of a larger model.
@@ -31,7 +31,7 @@ def cases(op: Operation, device: torch.device, dtype: torch.dtype) -> list[Case]
     """The calls of an operation for comparing its kernels."""
 
     def case(**arguments: object) -> Case:
-        return Case(op, arguments, device)
+        return Case(op.name, arguments, device)
 
     def dense(*shape: int, of: torch.dtype = dtype) -> Layout:
         return Layout(shape, torch.empty(shape, device="meta").stride(), of)

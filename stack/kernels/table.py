@@ -2,14 +2,13 @@
 
 The choice, the validation of the configuration, the parity list, the comparison and `stack doctor`
 read this table. A new kernel needs a row here, a file and tests. The reference of an operation is
-the function with its name in `reference`; the inputs of its comparison come from the function with
-its name in `samples`.
+the function with its name in `stackproof.contracts.kernel_reference`; `samples.cases` makes the
+inputs of its comparison.
 """
 
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -94,24 +93,17 @@ def source_hash(names: tuple[str, ...], folder: Path = FOLDER) -> str:
 class Operation:
     """An operation by name. With `fused`, torch.compile receives the formula in place of torch's
     kernel.
-
-    `constants` are the floating-point arguments without a gradient.
     """
 
     name: str
     kernels: Mapping[str, Kernel]
     fused: bool = False
-    constants: tuple[str, ...] = ()
 
     def kernel(self, name: str) -> Kernel:
         """The kernel with this name. Raises UsageError with the nearest and the allowed names."""
         if name not in self.kernels:
             raise unknown(f"{self.name} has no kernel {name}", name, self.kernels)
         return self.kernels[name]
-
-    def reference(self) -> Callable[..., Any]:
-        """The slow reference, with the same arguments."""
-        return getattr(import_module(f"{__package__}.reference"), self.name)
 
 
 def _triton(name: str, *sources: str) -> Kernel:
@@ -172,7 +164,6 @@ OPERATIONS = _table(
         "rope",
         {TORCH: _written_out("rope"), TRITON: _triton("rope", "rope")},
         fused=True,
-        constants=("cos", "sin"),
     ),
     Operation(
         "swiglu", {TORCH: _written_out("swiglu"), TRITON: _triton("swiglu", "swiglu")}, fused=True

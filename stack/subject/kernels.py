@@ -1,6 +1,6 @@
 """Kernels, compiled graph and half precision of a run.
 
-B batch, T tokens, R rows (tokens), D features, E experts, V vocab
+B batch, T tokens, R rows (tokens), D features, E experts, V vocabulary
 """
 
 import sys
@@ -16,7 +16,6 @@ from torch import Tensor
 from stackproof.contracts.subject import HalfPrecision, Kernels, NotOffered
 from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.kernels import cross_entropy, dispatch
-from stackproof.kernels.compare import ChosenCall, seen_calls
 from stackproof.kernels.table import OPERATIONS, TORCH
 from stackproof.model import moe
 from stackproof.model.build import building
@@ -32,7 +31,6 @@ from stackproof.train.state import (
     make_data_loader,
 )
 
-HEAD_CHUNK_ROWS = 8
 # Of float16: large enough that gradients do not vanish, and far from an overflow, which has nothing
 # to do with the graph.
 LOSS_SCALE = 1024.0
@@ -41,30 +39,40 @@ LOSS_SCALE = 1024.0
 class RunKernels(RunParts, Kernels):
     """The kernels in force, and the graph of a run that compiles."""
 
-    @property
-    def head_chunk_rows(self) -> int:
-        return HEAD_CHUNK_ROWS
-
-    def calls(self) -> list[ChosenCall]:
-        """Those of one micro-batch, loss included, in the run's own precision."""
+    def observe_calls(self, observe: Callable[[str, str, Callable, tuple, Mapping], None]) -> None:
         cfg, device = self.cfg, self.device
         model = self.fresh_model().train()
         batch = make_data_loader(wrapping(cfg), self.dataset).next_batch()
-        with torch.no_grad(), declared_autocast(cfg, device), seen_calls() as found:
+
+        def observed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                kernel = dispatch.choose(name, arguments[0].device).kernel
+                observe(name, kernel, function, arguments, options)
+                return function(*arguments, **options)
+
+            return call
+
+        with torch.no_grad(), declared_autocast(cfg, device), dispatch.replacing(observed):
             x_BTD, _ = model.hidden_states(*model_inputs(batch, device))
             losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
-        return found
 
-    def head_in_chunks(
-        self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x_1RD, head_VD = (
-            t.to(self.device, copy=True).requires_grad_() for t in (x_RD[None], head_VD)
-        )
-        with _small_chunks(len(head_VD)):
-            nats = losses.linear_cross_entropy_sum(x_1RD, head_VD, labels_R[None].to(self.device))
-            nats.backward()
-        return nats.detach(), x_1RD.grad[0], head_VD.grad
+    def head_loss(self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> Tensor:
+        x_RD, head_VD, labels_R = (t.to(self.device) for t in (x_RD, head_VD, labels_R))
+        return losses.linear_cross_entropy_sum(x_RD[None], head_VD, labels_R[None])
+
+    @contextmanager
+    def small_head_chunks(self, n_rows: int, vocab_size: int) -> Iterator[None]:
+        settings = [(cross_entropy, "HEAD_CHUNK_BYTES", 4 * vocab_size * n_rows)]
+        if triton := sys.modules.get("stackproof.kernels.triton.linear_cross_entropy"):
+            settings.append((triton, "MIN_CHUNK", n_rows))
+        former = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+        try:
+            for owner, name, value in settings:
+                setattr(owner, name, value)
+            yield
+        finally:
+            for owner, name, value in former:
+                setattr(owner, name, value)
 
     def compiled_step(self, i: int) -> tuple[float, Mapping[str, Tensor]]:
         """Raises NotOffered in a run that does not compile, EnvironmentUnfit on a machine that
@@ -100,24 +108,6 @@ class RunKernels(RunParts, Kernels):
 
     def by_torch(self) -> AbstractContextManager[None]:
         return dispatch.using(**dict.fromkeys(OPERATIONS, TORCH))
-
-
-@contextmanager
-def _small_chunks(vocab_size: int) -> Iterator[None]:
-    """Both heads that work in chunks take HEAD_CHUNK_ROWS rows at a time, so that few rows cross
-    borders. Nothing else of them changes.
-    """
-    settings = [(cross_entropy, "HEAD_CHUNK_BYTES", 4 * vocab_size * HEAD_CHUNK_ROWS)]
-    if (kernel := sys.modules.get("stackproof.kernels.triton.linear_cross_entropy")) is not None:
-        settings.append((kernel, "MIN_CHUNK", HEAD_CHUNK_ROWS))
-    former = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
-    try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in former:
-            setattr(owner, name, value)
 
 
 class RunHalfPrecision(RunParts, HalfPrecision):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.kernels import dispatch, reference
+from stackproof.contracts import kernel_reference as reference
+from stackproof.kernels import dispatch
 from stackproof.model.build import building
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import UsageError

@@ -160,7 +160,7 @@ class Margins:
         return self.keep(buffer, buffer[MARGIN : MARGIN + n].view(*shape))
 
     def spaced(self, shape, dtype, device, empty) -> Tensor:
-        """With gaps along every axis: for outputs whose strides the kernel is told."""
+        """With gaps along every axis: for outputs whose strides are arguments of the kernel."""
         buffer = empty(*(n + 3 for n in shape), dtype=dtype, device=device).fill_(self.AROUND)
         return self.keep(buffer, buffer[tuple(slice(1, 1 + n) for n in shape)])
 

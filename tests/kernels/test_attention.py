@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stackproof.contracts import kernel_reference as reference
 from stackproof.kernels import attention as torch_attention
-from stackproof.kernels import reference
 from stackproof.kernels.triton import flash_attention, flash_attention_kernels
 from stackproof.spec.errors import UsageError
 from tests.kernels.support import (

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stackproof.contracts import kernel_reference as reference
 from stackproof.kernels import attention as torch_attention
-from stackproof.kernels import chunked_attention, dispatch, reference
+from stackproof.kernels import chunked_attention, dispatch
 from tests.kernels.support import broken, double, flipped, gradients, is_red
 from tests.kernels.test_attention import Shape, check, expected, inputs
 

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from stackproof.contracts import kernel_call
+from stackproof.contracts.kernel_call import Case, Layout
+from stackproof.contracts.kernel_reference import REFERENCES
 from stackproof.contracts.loss import gradient_errors
-from stackproof.kernels import case, choice, compare, dispatch, eager, samples
-from stackproof.kernels.case import Case, Layout
+from stackproof.kernels import choice, compare, dispatch, eager, samples
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import launch
 
@@ -38,8 +40,8 @@ def test_the_reference_in_pieces_is_the_whole_one(monkeypatch, op, numbers):
     """
     for one in samples.cases(OPERATIONS[op], CPU, torch.float64):
         drawn = one.draw()
-        whole = one.results(OPERATIONS[op].reference(), drawn)
-        monkeypatch.setattr(case, "PIECE_NUMBERS", numbers)
+        whole = one.results(REFERENCES[op], drawn)
+        monkeypatch.setattr(kernel_call, "PIECE_NUMBERS", numbers)
         assert max(gradient_errors(one.expected(drawn), whole).values()) < 1e-12
         by_torch = one.results(dispatch.function_of(OPERATIONS[op].kernels["torch"]), drawn)
         assert (
@@ -60,10 +62,10 @@ def test_pieces_keep_documents_masks_and_shared_heads(monkeypatch):
         {"start_BS": start, "window": 2},
         {"mask_B1TS": torch.rand(1, 1, 5, 7) < 0.6},
     ):
-        one = Case(OPERATIONS["attention"], qkv | seen, CPU)
-        whole = one.results(OPERATIONS["attention"].reference(), one.draw())
+        one = Case("attention", qkv | seen, CPU)
+        whole = one.results(REFERENCES["attention"], one.draw())
         for numbers in (1, 14, 30, 150):
-            monkeypatch.setattr(case, "PIECE_NUMBERS", numbers)
+            monkeypatch.setattr(kernel_call, "PIECE_NUMBERS", numbers)
             assert max(gradient_errors(one.expected(one.draw()), whole).values()) < 1e-12
 
 
@@ -88,7 +90,7 @@ def test_strides_and_repeated_dimensions_are_drawn_as_they_were():
 
 
 def raced(kernel, seconds, rel_error=1e-7):
-    return compare.Raced(Case(OPERATIONS["rope"], {}, CPU), kernel, seconds, rel_error)
+    return compare.Raced(Case("rope", {}, CPU), kernel, seconds, rel_error)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_what_may_win(of_triton, wins):
 
 @pytest.mark.usefixtures("small")
 def test_a_comparison_names_winners_of_what_has_a_choice(monkeypatch):
-    """A kernel that is wrong does not win however fast it is; one that fails is told so."""
+    """A kernel that is wrong does not win however fast it is; one that fails is reported."""
     wrong = lambda x, cos, sin: eager.rope(x, cos, sin) * 1.01  # noqa: E731
     real = dispatch.function_of
     monkeypatch.setattr(launch, "why_not", lambda device: "")
@@ -181,9 +183,9 @@ def test_doctor_compares_keeps_and_shows(monkeypatch, small, tmp_path, capsys):
         shown["rope"]["kernel"],
     ) == ("chunks", "measured-here", "torch")
     doctor.doctor(kernels=True, json=False)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "attention by chunks, q 3×4×9×6" in told
-        and "written to" in told
-        and "measured-here" in told
+        "attention by chunks, q 3×4×9×6" in printed
+        and "written to" in printed
+        and "measured-here" in printed
     )

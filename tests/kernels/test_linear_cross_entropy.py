@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stackproof.kernels import cross_entropy, eager, reference
+from stackproof.contracts import kernel_reference as reference
+from stackproof.kernels import cross_entropy, eager
 from stackproof.kernels.triton import linear_cross_entropy
 from stackproof.spec.errors import UsageError
 from tests.kernels.support import (

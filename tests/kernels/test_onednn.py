@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stackproof.kernels import cross_entropy, onednn, reference
+from stackproof.contracts import kernel_reference as reference
+from stackproof.kernels import cross_entropy, onednn
 from tests.kernels.support import broken, compare, double, flipped, gradients, is_red, walled
 from tests.kernels.test_linear_cross_entropy import check as check_loss
 

@@ -1,4 +1,4 @@
-"""The list of kernels that have passed: which source it speaks of,
+"""The list of kernels that have passed: which source it lists,
 and that a change makes it void.
 """
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from stackproof.kernels import eager, reference
+from stackproof.contracts import kernel_reference as reference
+from stackproof.kernels import eager
 from stackproof.kernels.triton import swiglu
 from stackproof.spec.errors import UsageError
 from tests.kernels.support import (

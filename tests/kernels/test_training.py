@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
+from stackproof.contracts.kernel_call import DistinctCalls
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import (
     flash_attention,
@@ -24,7 +25,7 @@ from stackproof.subject.training import advance
 from stackproof.train.kernels import kernels_of
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
-from tests.subjects import TINY, changed
+from tests.subjects import TINY
 
 TRITON = {name: "triton" for name, op in OPERATIONS.items() if "triton" in op.kernels}
 PLACE = torch.device(DEVICE)
@@ -42,11 +43,10 @@ def cfg(small_cfg):
 
 
 def verdict_of(cfg, dataset):
-    subject = subject_of(cfg, dataset, PLACE)
+    subject, calls = subject_of(cfg, dataset, PLACE), DistinctCalls()
     with kernels_of(cfg, PLACE):
-        calls = subject.kernels.calls()
-    subject = changed(subject, kernels={"calls": lambda: calls})
-    return call_check(load_spec().gates["kernel.parity"], subject), calls
+        subject.kernels.observe_calls(calls.observe)
+        return call_check(load_spec().gates["kernel.parity"], subject), list(calls)
 
 
 def test_a_run_trains_with_triton_as_with_torch(cfg, dataset):
@@ -72,9 +72,11 @@ def test_a_run_trains_with_triton_as_with_torch(cfg, dataset):
 
 def test_the_gate_judges_each_of_them_at_the_run_s_own_shapes(cfg, dataset):
     verdict, calls = verdict_of(cfg, dataset)
-    assert {c.case.operation.name: c.kernel for c in calls} == TRITON | {"linear": "torch"}
+    assert {c.case.operation: c.kernel for c in calls} == TRITON | {"linear": "torch"}
     assert verdict.passed and 0 < verdict.measured["rel_error"] < 2e-6, verdict  # measured 5e-7
-    (attention,) = (c.case.arguments for c in calls if c.case.operation.name == "attention")
+    # the head of Triton crosses borders too
+    assert verdict.measured["chunk_rows"] == 8 and verdict.measured["borders"] >= 20
+    (attention,) = (c.case.arguments for c in calls if c.case.operation == "attention")
     assert attention["start_BS"].shape == (2, 80) and "mask_B1TS" not in attention
 
 

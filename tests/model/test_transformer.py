@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackproof.config import ModelConfig
+from stackproof.contracts import kernel_reference as reference
 from stackproof.contracts.conditions import ContractError
-from stackproof.kernels import dispatch, reference
+from stackproof.kernels import dispatch
 from stackproof.model.attention import SoftmaxAttention
 from stackproof.model.build import build_model, n_parameters
 from stackproof.model.feed_forward import SwiGLU

@@ -59,13 +59,13 @@ def attention(
     """softmax(scale·q·k + mask)·v for the last T of S positions;
     query head n reads key/value head n // G.
 
-    The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where
+    The query at position p attends to keys s with max(start[p], p - window + 1) <= s <= p, where
     `start_BS` (int64, start[p] <= p) is the first index of each position's document. `scale` is
     1/√H unless given. bfloat16, float16 or float32, any strides, H up to 256. Sums in float32;
     float32 products are not rounded to TF32. Returns (B, N, T, H) in the dtype of the input, laid
     out as (B, T, N, H). Raises UsageError for shapes or dtypes that do not fit, EnvironmentUnfit
     where Triton cannot run. With `mask_B1TS`, whose keys may be no range, it is torch's own.
-    Oracle: `stackproof.kernels.reference.attention`.
+    Oracle: `stackproof.contracts.kernel_reference.attention`.
     """
     if mask_B1TS is not None:
         return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)
@@ -100,22 +100,16 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q_BNTH, k_BKSH, v_BKSH, start_BS, window, scale):
         B, N, T, _ = q_BNTH.shape
         out_BNTH, lse_BNT = heads_last(q_BNTH), q_BNTH.new_empty(B, N, T, dtype=torch.float32)
-        call = Call.of(q_BNTH, k_BKSH, start_BS, window, scale)
-        if q_BNTH.numel():
-            tile = call.tiles()[0]
-            with launch.on(q_BNTH):
-                kernels.forward[(triton.cdiv(T, tile.queries) * B * N,)](
-                    *(q_BNTH, k_BKSH, v_BKSH, out_BNTH, lse_BNT, start_BS),
-                    *(
-                        q_BNTH.stride(),
-                        k_BKSH.stride(),
-                        v_BKSH.stride(),
-                        out_BNTH.stride(),
-                        call.start_stride(),
-                    ),
-                    *call.sizes(),
-                    **call.options(tile),
-                )
+        call = Call.of(q_BNTH, k_BKSH, window, scale)
+        tile, tensors = call.tiles()[0], (q_BNTH, k_BKSH, v_BKSH, out_BNTH)
+        launch.run(
+            kernels.forward,
+            (triton.cdiv(T, tile.queries) * B * N,),
+            *(*tensors, lse_BNT, start_BS),
+            *(*(x.stride() for x in tensors), launch.strides(start_BS)),
+            *call.sizes(),
+            **call.options(tile),
+        )
         ctx.save_for_backward(q_BNTH, k_BKSH, v_BKSH, out_BNTH, lse_BNT, start_BS)
         ctx.call = call
         return out_BNTH
@@ -133,46 +127,27 @@ class FlashAttention(torch.autograd.Function):
         delta_BNT = torch.empty_like(lse_BNT)
         stop_BS = None if start_BS is None else last_readers(start_BS)
         inputs = (q_BNTH, k_BKSH, v_BKSH, grad_BNTH, lse_BNT, delta_BNT, start_BS, stop_BS)
-        strides = (
-            q_BNTH.stride(),
-            k_BKSH.stride(),
-            v_BKSH.stride(),
-            grad_BNTH.stride(),
-            call.start_stride(),
-        )
+        strides = (*(x.stride() for x in inputs[:4]), launch.strides(start_BS))
         _, by_query, by_key = call.tiles()
-        with launch.on(q_BNTH):
-            kernels.row_delta[(triton.cdiv(T, 64) * B * N,)](
-                out_BNTH,
-                grad_BNTH,
-                delta_BNT,
-                out_BNTH.stride(),
-                grad_BNTH.stride(),
-                N,
-                T,
-                H=call.H,
-                E=call.E,
-                M=64,
-                **launch.OPTIONS,
-            )
-            kernels.backward_q[(triton.cdiv(T, by_query.queries) * B * N,)](
-                *inputs,
-                dq_BNTH,
-                *strides,
-                dq_BNTH.stride(),
-                *call.sizes(),
-                **call.options(by_query),
-            )
-            kernels.backward_kv[(triton.cdiv(S, by_key.keys) * B * K,)](
-                *inputs,
-                dk_BKSH,
-                dv_BKSH,
-                *strides,
-                dk_BKSH.stride(),
-                dv_BKSH.stride(),
-                *call.sizes(),
-                **call.options(by_key),
-            )
+        launch.run(
+            kernels.row_delta,
+            (triton.cdiv(T, 64) * B * N,),
+            *(out_BNTH, grad_BNTH, delta_BNT, out_BNTH.stride(), grad_BNTH.stride(), N, T),
+            **{"H": call.H, "E": call.E, "M": 64},
+        )
+        launch.run(
+            kernels.backward_q,
+            (triton.cdiv(T, by_query.queries) * B * N,),
+            *(*inputs, dq_BNTH, *strides, dq_BNTH.stride(), *call.sizes()),
+            **call.options(by_query),
+        )
+        launch.run(
+            kernels.backward_kv,
+            (triton.cdiv(S, by_key.keys) * B * K,),
+            *(*inputs, dk_BKSH, dv_BKSH, *strides, dk_BKSH.stride(), dv_BKSH.stride()),
+            *call.sizes(),
+            **call.options(by_key),
+        )
         return dq_BNTH, dk_BKSH, dv_BKSH, None, None, None
 
 
@@ -189,38 +164,16 @@ class Call:
     itemsize: int
     window: int | None
     scale: float
-    documents: tuple[int, int] | None
 
     @classmethod
-    def of(
-        cls,
-        q_BNTH: Tensor,
-        k_BKSH: Tensor,
-        start_BS: Tensor | None,
-        window: int | None,
-        scale: float,
-    ) -> "Call":
+    def of(cls, q_BNTH: Tensor, k_BKSH: Tensor, window: int | None, scale: float) -> "Call":
         N, T, H = q_BNTH.shape[1:]
         K, S = k_BKSH.shape[1:3]
         E = max(32, triton.next_power_of_2(H))
-        return cls(
-            N,
-            N // K,
-            T,
-            S,
-            H,
-            E,
-            q_BNTH.element_size(),
-            window,
-            scale,
-            None if start_BS is None else start_BS.stride(),
-        )
+        return cls(N, N // K, T, S, H, E, q_BNTH.element_size(), window, scale)
 
     def tiles(self) -> tuple[Tile, Tile, Tile]:
         return TILES[self.itemsize, self.E]
-
-    def start_stride(self) -> tuple[int, int]:
-        return self.documents or (0, 0)
 
     def sizes(self) -> tuple:
         """N, G, T, S, window and scale, in the order of the kernels' arguments."""
@@ -229,14 +182,9 @@ class Call:
     def options(self, tile: Tile) -> dict:
         # only read where the inputs are float32
         precision = "ieee" if self.itemsize == 4 else "tf32"
-        sizes = {
-            "H": self.H,
-            "E": self.E,
-            "M": tile.queries,
-            "J": tile.keys,
-            "PRECISION": precision,
-        }
-        return sizes | {"num_warps": tile.warps, "num_stages": tile.stages} | launch.OPTIONS
+        sizes = {"H": self.H, "E": self.E, "M": tile.queries, "J": tile.keys}
+        launched = {"num_warps": tile.warps, "num_stages": tile.stages}
+        return sizes | {"PRECISION": precision} | launched
 
 
 def heads_last(x_BNTH: Tensor) -> Tensor:

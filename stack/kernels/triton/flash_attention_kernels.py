@@ -3,10 +3,11 @@
 B batch, N query heads, K key/value heads, G = N/K, T queries, S keys, H head_dim; M queries and J
 keys of a tile, E head_dim padded to a power of two, R rows of either kind
 
-A query at absolute position p sees keys s with low(p) <= s <= p. Tiles of keys that no query of a
-tile sees are not visited; those that all see go without a mask. Scores are kept in base 2, since
-the hardware has exp2. The backward recomputes the weights from the logarithm of the row sums. Each
-program owns what it writes, so the sum over a group's heads has a fixed order and needs no atomics.
+A query at absolute position p attends to keys s with low(p) <= s <= p. Tiles of keys that are
+masked for all queries of a tile are not visited; those visible to all need no mask. Scores are kept
+in base 2, since the hardware has exp2. The backward recomputes the weights from the logarithm of
+the row sums. Each program owns what it writes, so the sum over a group's heads has a fixed order
+and needs no atomics.
 Source: FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.
 """
 
@@ -95,8 +96,8 @@ def _attend(
     H: tl.constexpr, E: tl.constexpr, J: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the running maximum, the running sum and the unscaled output
-    over keys `first` to `last`.
+    """Continue the running maximum, the running sum and the unscaled output over keys `first` to
+    `last`.
     """
     e_E, j_J = tl.arange(0, E), tl.arange(0, J)
     for s0 in range(first, last, J):
@@ -110,7 +111,7 @@ def _attend(
                 float("-inf"),
             )
         new_M = tl.maximum(top_M, tl.max(x_MJ, 1))
-        # a row that has seen no key yet has -inf for its maximum, and -inf minus -inf is no number
+        # before its first key a row has the maximum -inf, and -inf minus -inf is NaN
         shift_M = tl.where(new_M == float("-inf"), 0.0, new_M) if MASKED else new_M
         weight_MJ = tl.exp2(x_MJ - shift_M[:, None])
         keep_M = tl.exp2(top_M - shift_M)
@@ -144,68 +145,20 @@ def forward(
     top_M = tl.full((M,), float("-inf"), tl.float32)
     base2_scale = scale * LOG2_E
     acc_ME, top_M, sum_M = _attend(
-        acc_ME,
-        top_M,
-        sum_M,
-        q_ME,
-        k,
-        v,
-        k_stride,
-        v_stride,
-        first,
-        whole_lo,
-        low_M,
-        p_M,
-        S,
+        acc_ME, top_M, sum_M, q_ME, k, v, k_stride, v_stride, first, whole_lo, low_M, p_M, S,
         base2_scale,
-        H,
-        E,
-        J,
-        PRECISION,
-        True,
-    )
+        H, E, J, PRECISION, True,
+    )  # fmt: skip
     acc_ME, top_M, sum_M = _attend(
-        acc_ME,
-        top_M,
-        sum_M,
-        q_ME,
-        k,
-        v,
-        k_stride,
-        v_stride,
-        whole_lo,
-        whole_hi,
-        low_M,
-        p_M,
-        S,
+        acc_ME, top_M, sum_M, q_ME, k, v, k_stride, v_stride, whole_lo, whole_hi, low_M, p_M, S,
         base2_scale,
-        H,
-        E,
-        J,
-        PRECISION,
-        False,
-    )
+        H, E, J, PRECISION, False,
+    )  # fmt: skip
     acc_ME, top_M, sum_M = _attend(
-        acc_ME,
-        top_M,
-        sum_M,
-        q_ME,
-        k,
-        v,
-        k_stride,
-        v_stride,
-        whole_hi,
-        last,
-        low_M,
-        p_M,
-        S,
+        acc_ME, top_M, sum_M, q_ME, k, v, k_stride, v_stride, whole_hi, last, low_M, p_M, S,
         base2_scale,
-        H,
-        E,
-        J,
-        PRECISION,
-        True,
-    )
+        H, E, J, PRECISION, True,
+    )  # fmt: skip
     _store_rows(
         out + b * out_stride[0] + n * out_stride[1],
         acc_ME / sum_M[:, None],
@@ -221,17 +174,9 @@ def forward(
 
 @triton.jit
 def row_delta(
-    out,
-    grad,
-    delta,
-    out_stride,
-    grad_stride,
-    N,
-    T,
-    H: tl.constexpr,
-    E: tl.constexpr,
-    M: tl.constexpr,
-):
+    out, grad, delta, out_stride, grad_stride, N, T,
+    H: tl.constexpr, E: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     """sum over features of output · its gradient, per query: what every
     weight's gradient is reduced by.
     """

@@ -1,14 +1,15 @@
-"""What every Triton kernel asks before it is launched: a device that can run it,
-and inputs it was written for.
+"""The launch of a Triton kernel, and the checks before it: a device that can run it, and inputs it
+was written for.
 
 Importing this file does not import triton. Triton's interpreter runs kernels on the CPU, slowly; it
-has to be asked for with TRITON_INTERPRET=1 before triton is first imported by anybody.
+needs TRITON_INTERPRET=1 in the environment before the first import of triton.
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +76,15 @@ def require(
             )
 
 
-def on(x: Tensor) -> AbstractContextManager:
-    """Make the device of `x` the current one: triton launches on the current device,
-    whatever its arguments.
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    """Those of an optional matrix; a kernel reads none where it is absent."""
+    return (0, 0) if x is None else x.stride()
+
+
+def run(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch a kernel with these arguments on the device of the first; triton itself takes the
+    current device. An empty grid launches nothing.
     """
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if all(grid):
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            kernel[grid](x, *arguments, **options, **OPTIONS)

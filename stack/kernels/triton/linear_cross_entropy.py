@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stackproof.kernels.cross_entropy import check_labels
 from stackproof.kernels.triton import launch
 from stackproof.spec.errors import UsageError
 
@@ -39,7 +40,8 @@ def linear_cross_entropy(
     shape (). Products in the dtype of the inputs (under autocast in its dtype); softmax, sums and
     the weights' gradient over chunks in float32. Raises UsageError for inputs that do not fit and
     for labels out of range; on a GPU these end in a device-side assertion, as waiting for the
-    answer would stop the queue. Oracle: `stackproof.kernels.reference.linear_cross_entropy`.
+    answer would stop the queue.
+    Oracle: `stackproof.contracts.kernel_reference.linear_cross_entropy`.
     """
     launch.require("linear_cross_entropy", {"x": x_RD, "weight": weight_VD, "labels": labels_R})
     check(x_RD, weight_VD, labels_R, ignore_index, softcap, z_loss)
@@ -63,7 +65,7 @@ def check(
     softcap: float | None,
     z_loss: float,
 ) -> None:
-    """Refuse what is no linear cross-entropy."""
+    """Raise UsageError for inputs that do not fit."""
     fits = (
         x_RD.ndim == weight_VD.ndim == 2
         and x_RD.shape[1] == weight_VD.shape[1]
@@ -86,20 +88,11 @@ def check(
             allowed="softcap above 0, z_loss at least 0",
         )
     V = len(weight_VD)
-    good = ((labels_R == ignore_index) | ((labels_R >= 0) & (labels_R < V))).all()
-    message = (
-        f"linear_cross_entropy: a label is neither below the vocabulary's size {V} nor "
-        f"{ignore_index}"
-    )
     if labels_R.is_cuda:
-        torch._assert_async(good, message)
-    elif not good:
-        worst = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= V))][0]
-        raise UsageError(
-            message,
-            value=int(worst),
-            allowed=f"0 to {V - 1}, or {ignore_index} for a position without label",
-        )
+        known_R = (labels_R == ignore_index) | ((labels_R >= 0) & (labels_R < V))
+        torch._assert_async(known_R.all(), "linear_cross_entropy: a label is not in the vocabulary")
+    else:
+        check_labels(labels_R, V, ignore_index)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -122,20 +115,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             factors = torch.stack((grad_nats, grad_z)).float()
             _, dx_RD, dweight_VD = chunked(*inputs, *ctx.call, factors, ctx.wanted)
             return dx_RD, dweight_VD, None, None, None, None
-        dx_RD = None if dx_RD is None else scaled(dx_RD, grad_nats)
-        return (
-            dx_RD,
-            None if dweight_VD is None else scaled(dweight_VD, grad_nats),
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = (None if g is None else scaled(g, grad_nats) for g in (dx_RD, dweight_VD))
+        return *gradients, None, None, None, None
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether both sums are weighed alike, as in nats + z.
-    Asks the device only where the two are not one tensor already.
+    """Whether both sums have one weight, as in nats + z. Two tensors are compared on the device,
+    and waited for.
     """
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
@@ -146,7 +132,7 @@ def chunked(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Sums of nats and z-loss as (2,) float32, and the gradients of `factors` · sums for inputs
-    and weights, where wanted.
+    and weights, each if its entry of `wanted` is true.
     """
     (R, D), V = x_RD.shape, len(weight_VD)
     C = chunk_rows(R, D, V)
@@ -158,21 +144,14 @@ def chunked(
         rows = slice(start, start + C)
         logits_CV = buffer_CV[: len(x_RD[rows])]
         torch.mm(x_RD[rows], weight_VD.T, out=logits_CV)
-        with launch.on(x_RD):
-            softmax_gradient[(len(logits_CV),)](
-                *(
-                    logits_CV,
-                    labels_R[rows],
-                    per_row_2R[0, rows],
-                    per_row_2R[1, rows],
-                    factors,
-                    labels_R.stride(0),
-                ),
-                *(V, ignore_index, softcap, z_loss, any(wanted)),
-                min(BLOCK, triton.next_power_of_2(V)),
-                num_warps=8,
-                **launch.OPTIONS,
-            )
+        launch.run(
+            softmax_gradient,
+            (len(logits_CV),),
+            *(logits_CV, labels_R[rows], *per_row_2R[:, rows], factors, labels_R.stride(0)),
+            *(V, ignore_index, softcap, z_loss, any(wanted)),
+            min(BLOCK, triton.next_power_of_2(V)),
+            num_warps=8,
+        )
         if dx_RD is not None:
             torch.mm(logits_CV, weight_VD, out=dx_RD[rows])
         if dweight_VD is not None:
@@ -184,12 +163,8 @@ def scaled(x_RD: Tensor, factor: Tensor) -> Tensor:
     """x · factor in the dtype of x. The factor, often one over a count, is not rounded to that
     dtype first, as torch's product would.
     """
-    out_RD = torch.empty_like(x_RD)
-    if x_RD.numel():
-        with launch.on(x_RD):
-            scale[(triton.cdiv(x_RD.numel(), BLOCK),)](
-                x_RD, factor, out_RD, x_RD.numel(), BLOCK, **launch.OPTIONS
-            )
+    out_RD, n = torch.empty_like(x_RD), x_RD.numel()
+    launch.run(scale, (triton.cdiv(n, BLOCK),), x_RD, factor, out_RD, n, BLOCK)
     return out_RD
 
 
@@ -216,10 +191,10 @@ def _capped(logit_E, softcap):
 @triton.jit
 def softmax_gradient(
     logits, labels, nats, z, factors, label_stride, V, ignore_index, softcap, z_loss,
-    WANTED: tl.constexpr, E: tl.constexpr
+    GRADIENT: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """One row: its loss and z-loss, and if WANTED the gradient of factors · (loss,
-    z-loss) in the place of its logits.
+    """One row: its loss and z-loss; with GRADIENT, that of factors · (loss, z-loss) takes the place
+    of its logits.
     """
     r, e_E = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, E)
     logits += r * V
@@ -241,7 +216,7 @@ def softmax_gradient(
         norm = top + tl.log(total)
         tl.store(nats + r, norm - _capped(at_label, softcap))
         tl.store(z + r, z_loss * norm * norm)
-        if WANTED:
+        if GRADIENT:
             tl.debug_barrier()  # every warp has read the logit of the label before one writes there
             of_nats, of_z = tl.load(factors), tl.load(factors + 1) * 2.0 * z_loss * norm
             for v0 in range(0, V, E):
@@ -255,7 +230,7 @@ def softmax_gradient(
                 if softcap is not None:
                     slope_E *= 1.0 - (logit_E / softcap) * (logit_E / softcap)
                 tl.store(logits + v0 + e_E, slope_E.to(logits.dtype.element_ty), mask=inside_E)
-    elif WANTED:
+    elif GRADIENT:
         for v0 in range(0, V, E):
             tl.store(logits + v0 + e_E, tl.zeros((E,), logits.dtype.element_ty), mask=v0 + e_E < V)
 

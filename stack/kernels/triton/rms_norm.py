@@ -26,7 +26,7 @@ def rms_norm(
 
     Statistics and products in float32. Any leading shape and strides; the sum and the result have
     the dtype that x + residual has. Raises UsageError for shapes or dtypes that do not fit. Oracle:
-    `stackproof.kernels.reference.rms_norm`. Source: arXiv:1910.07467.
+    `stackproof.contracts.kernel_reference.rms_norm`. Source: arXiv:1910.07467.
     """
     launch.require("rms_norm", {"x": x_BTD, "weight": weight_D, "residual": residual_BTD})
     D = x_BTD.shape[-1]
@@ -65,15 +65,22 @@ class RMSNorm(torch.autograd.Function):
         total_RD = None if residual_RD is None else torch.empty_like(y_RD)
         rstd_R = torch.empty(len(x_RD), dtype=torch.float32, device=x_RD.device)
         M, E, warps = tile(D)
-        if x_RD.numel():
-            with launch.on(x_RD):
-                forward[(triton.cdiv(len(x_RD), M),)](
-                    *(x_RD, residual_RD, weight_D, y_RD, total_RD, rstd_R),
-                    *(x_RD.stride(), strides(residual_RD), weight_D.stride(0), len(x_RD), D, eps),
-                    *(M, E),
-                    num_warps=warps,
-                    **launch.OPTIONS,
-                )
+        launch.run(
+            forward,
+            (triton.cdiv(len(x_RD), M),),
+            *(x_RD, residual_RD, weight_D, y_RD, total_RD, rstd_R),
+            *(
+                x_RD.stride(),
+                launch.strides(residual_RD),
+                weight_D.stride(0),
+                len(x_RD),
+                D,
+                eps,
+                M,
+                E,
+            ),
+            num_warps=warps,
+        )
         ctx.save_for_backward(x_RD if total_RD is None else total_RD, weight_D, rstd_R)
         ctx.dtypes = (x_BTD.dtype, None if residual_BTD is None else residual_BTD.dtype)
         return y_RD.view(x_BTD.shape), None if total_RD is None else total_RD.view(x_BTD.shape)
@@ -90,22 +97,14 @@ class RMSNorm(torch.autograd.Function):
         M, E, warps = tile(D)
         P = min(triton.cdiv(R, M), programs(x_RD.device))
         partial_PD = torch.empty(P, D, dtype=torch.float32, device=x_RD.device)
-        if P:
-            with launch.on(x_RD):
-                backward[(P,)](
-                    *(x_RD, weight_D, rstd_R, grad_y_RD, grad_total_RD, dx_RD, partial_PD),
-                    *(
-                        x_RD.stride(),
-                        weight_D.stride(0),
-                        grad_y_RD.stride(),
-                        strides(grad_total_RD),
-                        R,
-                        D,
-                    ),
-                    *(M, E),
-                    num_warps=warps,
-                    **launch.OPTIONS,
-                )
+        launch.run(
+            backward,
+            (P,),
+            *(x_RD, weight_D, rstd_R, grad_y_RD, grad_total_RD, dx_RD, partial_PD),
+            *(x_RD.stride(), weight_D.stride(0), grad_y_RD.stride(), launch.strides(grad_total_RD)),
+            *(R, D, M, E),
+            num_warps=warps,
+        )
         dx_BTD = dx_RD.view(grad_y_BTD.shape)
         d_residual_BTD = None if residual_dtype is None else dx_BTD.to(residual_dtype)
         return dx_BTD.to(x_dtype), partial_PD.sum(0).to(weight_D.dtype), None, d_residual_BTD
@@ -116,10 +115,6 @@ def tile(D: int) -> tuple[int, int, int]:
     E = triton.next_power_of_2(D)
     M = max(1, TILE_NUMBERS // E)
     return M, E, min(16, max(4, M * E // 1024))
-
-
-def strides(x_RD: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x_RD is None else x_RD.stride()
 
 
 def programs(device: torch.device) -> int:
@@ -138,21 +133,9 @@ def programs(device: torch.device) -> int:
 
 @triton.jit
 def forward(
-    x,
-    residual,
-    weight,
-    y,
-    total,
-    rstd,
-    x_stride,
-    residual_stride,
-    weight_stride,
-    R,
-    D,
-    eps,
-    M: tl.constexpr,
-    E: tl.constexpr,
-):
+    x, residual, weight, y, total, rstd, x_stride, residual_stride, weight_stride, R, D, eps,
+    M: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
     """One tile of rows."""
     e_E = tl.arange(0, E)
     r_M = tl.cast(tl.program_id(0), tl.int64) * M + tl.arange(0, M)

@@ -24,7 +24,7 @@ def rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin` are (T, J), or (B, 1, T, J) where rows have positions of their own; they get no
     gradient. Computed in float32, any strides; returns the dtype of `x_BNTH`, laid out as (B, T, N,
     H). Raises UsageError for shapes or dtypes that do not fit. Oracle:
-    `stackproof.kernels.reference.rope`. Source: RoFormer, arXiv:2104.09864, sec. 3.4.2.
+    `stackproof.contracts.kernel_reference.rope`. Source: RoFormer, arXiv:2104.09864, sec. 3.4.2.
     """
     launch.require("rope", {"x": x_BNTH, "cos": cos, "sin": sin})
     B, _, T, H = x_BNTH.shape
@@ -37,7 +37,8 @@ def rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         )
     if cos.requires_grad or sin.requires_grad:
         raise UsageError(
-            "rope: the tables want a gradient", allowed="tables that follow from the configuration"
+            "rope: the tables require a gradient",
+            allowed="tables that follow from the configuration",
         )
     cos_BTJ, sin_BTJ = (table.expand(B, 1, T, H // 2)[:, 0] for table in (cos, sin))
     return Rope.apply(x_BNTH, cos_BTJ, sin_BTJ)
@@ -63,23 +64,9 @@ def turned(x_BNTH: Tensor, cos_BTJ: Tensor, sin_BTJ: Tensor, sign: float) -> Ten
     out_BNTH = x_BNTH.new_empty(B, T, N, H).transpose(1, 2)
     E = triton.next_power_of_2(max(1, H // 2))
     M = max(1, TILE_NUMBERS // E)
-    if x_BNTH.numel():
-        strides = (x_BNTH.stride(), cos_BTJ.stride(), sin_BTJ.stride(), out_BNTH.stride())
-        with launch.on(x_BNTH):
-            rotate[(triton.cdiv(T, M) * B * N,)](
-                x_BNTH,
-                cos_BTJ,
-                sin_BTJ,
-                out_BNTH,
-                *strides,
-                N,
-                T,
-                sign,
-                H // 2,
-                M,
-                E,
-                **launch.OPTIONS,
-            )
+    tensors = (x_BNTH, cos_BTJ, sin_BTJ, out_BNTH)
+    strides, sizes = (x.stride() for x in tensors), (N, T, sign, H // 2, M, E)
+    launch.run(rotate, (triton.cdiv(T, M) * B * N,), *tensors, *strides, *sizes)
     return out_BNTH
 
 

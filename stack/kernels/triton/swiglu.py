@@ -1,5 +1,5 @@
 """silu(gate)·up in one pass: Triton, forward and backward.
-The backward computes silu anew and saves only what came in.
+The backward computes silu again; only the inputs are saved for it.
 
 B batch, T tokens, F d_ff, R = B·T rows; in kernels E features of a block
 """
@@ -20,8 +20,8 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """gate·sigmoid(gate)·up, element by element, computed in float32; shape and dtype of the input,
     any strides.
 
-    Raises UsageError if shapes or dtypes differ. Oracle: `stackproof.kernels.reference.swiglu`.
-    Source: arXiv:2002.05202.
+    Raises UsageError if shapes or dtypes differ. Source: arXiv:2002.05202.
+    Oracle: `stackproof.contracts.kernel_reference.swiglu`.
     """
     launch.require("swiglu", {"gate": gate_BTF, "up": up_BTF})
     if gate_BTF.shape != up_BTF.shape or gate_BTF.dtype != up_BTF.dtype:
@@ -43,18 +43,8 @@ class SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_BTF, up_BTF)
         gate_RF, up_RF = rows(gate_BTF, up_BTF)
         out_RF = torch.empty_like(gate_RF, memory_format=torch.contiguous_format)
-        if out_RF.numel():
-            with launch.on(out_RF):
-                forward[grid(out_RF)](
-                    gate_RF,
-                    up_RF,
-                    out_RF,
-                    gate_RF.stride(),
-                    up_RF.stride(),
-                    out_RF.shape[1],
-                    BLOCK,
-                    **launch.OPTIONS,
-                )
+        strides = (gate_RF.stride(), up_RF.stride())
+        launch.run(forward, grid(out_RF), gate_RF, up_RF, out_RF, *strides, out_RF.shape[1], BLOCK)
         return out_RF.view(gate_BTF.shape)
 
     @staticmethod
@@ -64,20 +54,9 @@ class SwiGLU(torch.autograd.Function):
         dgate_RF, dup_RF = (
             torch.empty_like(gate_RF, memory_format=torch.contiguous_format) for _ in range(2)
         )
-        if grad_RF.numel():
-            strides = (gate_RF.stride(), up_RF.stride(), grad_RF.stride())
-            with launch.on(grad_RF):
-                backward[grid(grad_RF)](
-                    gate_RF,
-                    up_RF,
-                    grad_RF,
-                    dgate_RF,
-                    dup_RF,
-                    *strides,
-                    grad_RF.shape[1],
-                    BLOCK,
-                    **launch.OPTIONS,
-                )
+        tensors = (gate_RF, up_RF, grad_RF, dgate_RF, dup_RF)
+        strides = (gate_RF.stride(), up_RF.stride(), grad_RF.stride())
+        launch.run(backward, grid(grad_RF), *tensors, *strides, grad_RF.shape[1], BLOCK)
         return dgate_RF.view(grad_BTF.shape), dup_RF.view(grad_BTF.shape)
 
 

@@ -24,8 +24,9 @@ def attention(
     """softmax(scale·q·k)·v over the visible keys of each query; arguments as in
     `stackproof.kernels.attention.attention`.
 
-    Query head n reads key/value head n // G. A query that sees no key gives zeros. Returns (B, N,
-    T, H), dtype of the input. Source: arXiv:1706.03762, eq. 1; grouped heads: arXiv:2305.13245.
+    Query head n reads key/value head n // G. A query without a visible key gives zeros. Returns
+    (B, N, T, H), dtype of the input. Source: arXiv:1706.03762, eq. 1; grouped heads:
+    arXiv:2305.13245.
     """
     N, T, H = q_BNTH.shape[1:]
     K, S = k_BKSH.shape[1:3]
@@ -33,7 +34,9 @@ def attention(
     scores_BNTS = q_BNTH @ k_BNSH.mT * (1 / math.sqrt(H) if scale is None else scale)
     seen = visible(T, S, start_BS, window, q_BNTH.device) if mask_B1TS is None else mask_B1TS
     blind = ~seen.any(-1, keepdim=True)  # softmax over no keys is undefined
-    weights_BNTS = scores_BNTS.masked_fill(~(seen | blind), -math.inf).softmax(-1)
+    scores_BNTS = scores_BNTS.masked_fill(~(seen | blind), -math.inf)
+    weights_BNTS = torch.exp(scores_BNTS - scores_BNTS.detach().amax(-1, keepdim=True))
+    weights_BNTS = weights_BNTS / weights_BNTS.sum(-1, keepdim=True)
     return weights_BNTS.masked_fill(blind, 0) @ v_BNSH
 
 
@@ -108,3 +111,9 @@ def linear_cross_entropy(
     norm_R = logits_RV.logsumexp(-1)
     at_label_R = logits_RV.gather(1, labels_R[kept_R][:, None])[:, 0]
     return (norm_R - at_label_R).sum(), z_loss * (norm_R * norm_R).sum()
+
+
+REFERENCES = {
+    function.__name__: function
+    for function in (attention, swiglu, linear, rms_norm, rope, linear_cross_entropy)
+}
