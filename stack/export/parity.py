@@ -1,4 +1,4 @@
-"""The other library as a witness: it reads a folder by itself and says what it computes.
+"""The other library as a witness: it reads a folder by itself and computes logits and text.
 The only place that imports transformers.
 
 B batch, T tokens, V vocab

@@ -158,8 +158,7 @@ def write(root: Path, snapshot: Snapshot) -> Path:
     final = root / step_name(snapshot.step)
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
-        # Write under a temporary name, so that a kill never leaves half a
-        # checkpoint under the final one.
+        # Write under a temporary name: a kill never leaves half a checkpoint under the final one.
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -183,7 +182,7 @@ def write(root: Path, snapshot: Snapshot) -> Path:
 
 
 def point(root: Path, name: str, folder: Path) -> None:
-    """Make the pointer `name` (`latest` or `best`) name a step folder, atomically."""
+    """Point `name` (`latest` or `best`) at a step folder, atomically."""
     write_atomically(root / name, folder.name.encode())
 
 
@@ -264,6 +263,7 @@ def load(folder: Path) -> Loaded:
     Never unpickles. The former version has no CRC-32.
     Raises CheckpointError naming the file and what differs.
     """
+    # The manifest comes first, as it declares what the other files must be.
     manifest = _read_json(folder / "manifest.json")
     if manifest.get("schema") not in (SCHEMA, FORMER) or set(manifest.get("files", {})) != set(
         FILES
@@ -274,7 +274,9 @@ def load(folder: Path) -> Loaded:
             allowed=f"{SCHEMA} or {FORMER} with {', '.join(FILES)}",
             next_step="use the version of stackproof that wrote it: its record names the commit",
         )
+    # Verify the bytes before anything reads their content.
     tensorfolder.verify(folder, manifest["files"], by_tensor=manifest["schema"] == SCHEMA)
+    # A missing key would start again at its default, so the set of keys must be exact.
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
