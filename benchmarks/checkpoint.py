@@ -165,7 +165,7 @@ def main() -> int:
         folder = Path(name)
         os.environ["STACKPROOF_CACHE"] = str(folder / "cache")
         state, document = open_state(options.megabytes, folder)
-        tensors = {**checkpoint.model_tensors(state.model), **checkpoint.optimizer_tensors(state)}
+        tensors = {n: t for file in checkpoint.tensors_of(state).values() for n, t in file.items()}
         size = sum(t.nbytes for t in tensors.values())
         target = folder / "written"
         target.mkdir()

@@ -17,9 +17,8 @@ from stackproof.contracts.gate import resolve
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.train import loop, start
 from stackproof.train import step as steps
-from stackproof.train.callbacks import declared_plan
+from stackproof.train.callbacks import SdcCheck, declared_plan
 from stackproof.train.run_dir import RunDir
-from stackproof.train.sdc_check import SdcCheck
 from stackproof.train.trainer import CallbackList, Trainer
 
 STEPS = {Started, BatchDrawn, StepTaken, LossMeasured, RatesUsed, WeightsUpdated}

@@ -280,8 +280,7 @@ def _derived(cfg) -> dict[str, float | str]:
     }
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
     try:
-        from stackproof.train.flops import probe_peak_flops
-        from stackproof.train.memory import resolve_device
+        from stackproof.train.device import probe_peak_flops, resolve_device
     except ModuleNotFoundError:
         return derived
     device = resolve_device(cfg.device)
@@ -297,7 +296,8 @@ def _derived(cfg) -> dict[str, float | str]:
 
 def _refusal(cfg, vocab_size: int, device) -> str:
     """Why this machine cannot run the configuration; empty if it can."""
-    from stackproof.train.memory import refuse_emulated, require_room
+    from stackproof.train.device import refuse_emulated
+    from stackproof.train.memory import require_room
     from stackproof.train.state import AUTOCAST
 
     try:

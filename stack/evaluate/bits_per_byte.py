@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from stackproof.contracts.conditions import ensure, require
 from stackproof.data.data_loader import model_inputs
+from stackproof.data.packing import IGNORE_INDEX
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import bits_per_byte
 
-IGNORE = -100
 Autocast = Callable[[], AbstractContextManager]
 
 
@@ -78,7 +78,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """−log p of each label, (B, T) float64; 0 where the label is −100."""
     nats = F.cross_entropy(
-        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
+        logits_BTV.float().flatten(0, 1),
+        labels_BT.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
     )
     return nats.double().view(labels_BT.shape)
 
@@ -90,12 +93,12 @@ def batch_sums(
     labels_BT = batch.labels.to(device)
     with autocast():
         logits_BTV = model(*model_inputs(batch, device))
-    return float(token_nats(logits_BTV, labels_BT).sum()), int((batch.labels != IGNORE).sum())
+    return float(token_nats(logits_BTV, labels_BT).sum()), int((batch.labels != IGNORE_INDEX).sum())
 
 
 def label_bytes(labels: Tensor, token_bytes: np.ndarray) -> int:
     """UTF-8 bytes of the scored labels."""
-    kept = labels[labels != IGNORE].cpu().numpy()
+    kept = labels[labels != IGNORE_INDEX].cpu().numpy()
     return int(np.asarray(token_bytes)[kept].sum(dtype=np.int64))
 
 
@@ -172,7 +175,7 @@ def windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, stride: int, pad_i
     n_labels = len(stream) - 1
     n_windows = 1 + max(0, math.ceil((n_labels - seq_len) / stride))
     input_ids = torch.full((n_windows, seq_len), pad_id, dtype=torch.int64)
-    labels = torch.full((n_windows, seq_len), IGNORE, dtype=torch.int64)
+    labels = torch.full((n_windows, seq_len), IGNORE_INDEX, dtype=torch.int64)
     scored = 0
     for w in range(n_windows):
         start = w * stride
@@ -220,17 +223,8 @@ def evaluate_tokens(
             with autocast():
                 logits_BTV = model(part.input_ids)
             nats_B = token_nats(logits_BTV, part.labels).sum(1)
-            sums += zip(nats_B.tolist(), (part.labels != IGNORE).sum(1).tolist())
+            sums += zip(nats_B.tolist(), (part.labels != IGNORE_INDEX).sum(1).tolist())
     return _combine(sums, label_bytes(rows.labels, token_bytes))
-
-
-def evaluate_stream(
-    model: nn.Module, stream: Any, token_bytes: np.ndarray, *, seq_len: int, **options: Any
-) -> Evaluation:
-    """`evaluate_tokens` over a whole TokenStream."""
-    return evaluate_tokens(
-        model, stream.token_range(0, stream.n_tokens), token_bytes, seq_len=seq_len, **options
-    )
 
 
 def evaluate_text(
@@ -255,15 +249,17 @@ def evaluate_text(
     stride = max(1, seq_len // 2) if stride is None else stride
     encodings = [tokenizer.encode(text) for text in texts]
     ids = [i for e in encodings for i in (tokenizer.eos_id, *e.ids)]
-    dropped_chars = sum(n_dropped(e) for e in encodings)
-    shape = {
-        "seq_len": seq_len,
-        "stride": stride,
-        "batch_size": batch_size,
-        "pad_id": tokenizer.eos_id,
-    }
+    dropped_chars = sum(e.dropped_chars for e in encodings)
     result = evaluate_tokens(
-        model, ids, tokenizer.token_bytes, **shape, device=device, autocast=autocast
+        model,
+        ids,
+        tokenizer.token_bytes,
+        seq_len=seq_len,
+        stride=stride,
+        batch_size=batch_size,
+        pad_id=tokenizer.eos_id,
+        device=device,
+        autocast=autocast,
     )
     chars, n_bytes = kept_symbols(texts, result, dropped_chars)
     if not n_bytes:
@@ -291,9 +287,3 @@ def evaluate_text(
 def kept_symbols(texts: Sequence[str], result: Evaluation, dropped_chars: int) -> tuple[int, int]:
     """Characters and bytes of the scored symbols, without dropped characters."""
     return sum(len(t) for t in texts) - dropped_chars, result.n_bytes
-
-
-def n_dropped(encoding: Any) -> int:
-    """Number of dropped characters, from a tokenizer that returns their count or a list of them."""
-    dropped = encoding.dropped_chars
-    return dropped if isinstance(dropped, int) else len(dropped)

@@ -23,11 +23,12 @@ from stackproof.evidence.file_lock import refuse_occupied
 from stackproof.export import parity, vocabulary
 from stackproof.export.reading import Folder, read_tensor
 from stackproof.model import hugging_face
-from stackproof.model.foreign import Kind, Row, plain_name, to_theirs
+from stackproof.model.foreign import Kind, Row, to_theirs
 from stackproof.model.transformer import Transformer
 from stackproof.spec.building import write_atomically
 from stackproof.spec.errors import CheckpointError
 from stackproof.spec.records import GateResult
+from stackproof.train.checkpoint import model_tensors
 
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 ROUNDING_TOKENS = 64
@@ -58,7 +59,7 @@ def export(
 ) -> Exported:
     """Write `out` and judge it; the model's own weights become those that were written.
 
-    Raises ConfigError if no kind says the model, UsageError if `out` holds something, GateFailed if
+    Raises ConfigError if no kind covers the model, UsageError if `out` is not empty, GateFailed if
     a gate is red; `out` is then untouched.
     """
     kind = hugging_face.kind_for(model.cfg)
@@ -91,7 +92,7 @@ def export(
 
 @torch.no_grad()
 def round_weights(model: Transformer, dtype: str) -> dict[str, float]:
-    """Give the model the weights that the file can hold, and say what that changes.
+    """Round the model's weights to those that the file can hold. Returns what that changes;
     float32 changes nothing.
     """
     if dtype == "float32":
@@ -131,18 +132,13 @@ def write_documents(
     )
 
 
-def own_tensors(model: Transformer) -> dict[str, Tensor]:
-    """All tensors that make the model, by plain name."""
-    return {plain_name(n): t.detach() for n, t in model.state_dict().items()}
-
-
 def write_weights(
     folder: Path, kind: Kind, model: Transformer, dtype: str, max_shard_bytes: int
 ) -> None:
     """One file, or as many as needed for none to hold more than `max_shard_bytes` of tensors,
     and their index.
     """
-    tensors, wide = own_tensors(model), DTYPES[dtype][0]
+    tensors, wide = model_tensors(model), DTYPES[dtype][0]
     shards = list(_shards(kind.rows(tensors), tensors, wide.itemsize, max_shard_bytes))
     _write_shards(
         folder,
@@ -187,7 +183,7 @@ def _shards(
 
 
 def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> None:
-    """Ask every gate of exports. Without the other library the comparison stays `not_run`.
+    """Check every gate of exports; without the other library the comparison stays `not_run`.
     Raises GateFailed.
     """
     written = parity.Written(model, folder, DTYPES[dtype][1])

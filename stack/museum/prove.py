@@ -35,7 +35,7 @@ from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import GateResult, Kill, Record
 from stackproof.subject.assemble import subject_of
-from stackproof.train.kernels import kernels_of
+from stackproof.train.device import kernels_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from stackproof.train.trainer import Callback

@@ -32,12 +32,10 @@ from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.spec.gates import load_spec
 from stackproof.train import checkpoint, loop
-from stackproof.train.callbacks import GateEvents, PointTracing
-from stackproof.train.kernels import kernels_of
-from stackproof.train.memory import resolve_device
+from stackproof.train.callbacks import GateEvents, PointTracing, SdcCheck
+from stackproof.train.device import kernels_of, resolve_device
 from stackproof.train.rng import default_rng_state
 from stackproof.train.run_dir import RunDir
-from stackproof.train.sdc_check import SdcCheck
 from stackproof.train.state import TrainState, state_around
 from stackproof.train.trainer import CallbackList, RunOutput, Trainer
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from stackproof.config import RunConfig
 from stackproof.contracts.subject import Architecture, Declared, Schedule, UpdateLaw
 from stackproof.spec.formulas import parameter_count
-from stackproof.train import flops
+from stackproof.train import device
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class RunDeclared(Declared):
 
     @property
     def flops_per_step(self) -> float:
-        return flops.flops_per_step(self.cfg, self.vocab_size)
+        return device.flops_per_step(self.cfg, self.vocab_size)
 
     @property
     def attention_flops_per_step(self) -> float:
-        return flops.attention_flops_per_step(self.cfg, self.vocab_size)
+        return device.attention_flops_per_step(self.cfg, self.vocab_size)

@@ -2,7 +2,6 @@
 B batch, T tokens, V vocab.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,13 @@ from stackproof.contracts.subject import (
 )
 from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.model import moe
-from stackproof.model.foreign import plain_name
 from stackproof.model.forward_context import ForwardContext, Report
 from stackproof.model.transformer import Block, GatedBlock
 from stackproof.subject.run import RunParts, small_run
-from stackproof.train import checkpoint, losses
+from stackproof.train import losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
-from stackproof.train.state import TrainState, tensor_bytes
+from stackproof.train.state import TrainState, digest
 
 
 @dataclass(frozen=True)
@@ -208,31 +206,3 @@ def _batch(batch: MicroBatch) -> Batch:
 def advance(state: TrainState) -> float:
     """Draw and take one step; returns the loss in nats."""
     return steps.train_step(state, state.next_batches()).loss_nats
-
-
-def digest(state: TrainState) -> dict[str, Any]:
-    """Every part of a run's state, as hashes and numbers of what is in memory."""
-    weights = {f"weights.{plain_name(n)}": t for n, t in state.model.state_dict().items()}
-    tensors = weights | checkpoint.optimizer_tensors(state) | checkpoint.default_rng_state()
-    parts: dict[str, Any] = {
-        n: hashlib.sha256(tensor_bytes(t)).hexdigest() for n, t in tensors.items()
-    }
-    parts |= {
-        "cursor": state.data_loader.cursor,
-        "step": state.step,
-        "tokens_seen": state.tokens_seen,
-        "ema_loss_nats": state.ema_loss_nats,
-        "min_ema_loss_nats": state.min_ema_loss_nats,
-        "last_val_nats": state.last_val_nats,
-        "curriculum": state.data_loader.sampler.state_dict(),
-        "stopper": state.stopper.state_dict(),
-        "best": dict(state.best),
-        "scaler": state.scaler.state_dict(),
-    }
-    for group in state.optimizer.param_groups:
-        parts |= {
-            f"optim.{group['name']}.{key}": value
-            for key, value in group.items()
-            if key not in ("params", "name")
-        }
-    return parts

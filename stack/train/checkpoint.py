@@ -28,6 +28,8 @@ from stackproof.train.state import TrainState
 
 SCHEMA, FORMER = "stackproof/checkpoint/3", "stackproof/checkpoint/2"
 FILES = ("model.safetensors", "state.safetensors", "state.json")
+# Fields of the training state that the document holds as they are.
+COUNTERS = ("step tokens_seen wall_s ema_loss_nats min_ema_loss_nats last_val_nats best").split()
 STATE_KEYS = frozenset(
     (
         "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats "
@@ -54,14 +56,29 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(n): t.detach() for n, t in model.state_dict(keep_vars=True).items()}
 
 
-def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Moments and update counts as `optim.<parameter>.<field>`."""
-    names = {p: plain_name(n) for n, p in state.model.named_parameters()}
+def optimizer_slots(state: TrainState) -> dict[str, tuple[Tensor, str]]:
+    """Where each moment and update count belongs: `optim.<parameter>.<field>` to parameter and
+    field.
+    """
+    fields = opt.state_fields(state.optimizer)
     return {
-        f"optim.{names[p]}.{field}": value.detach()
-        for p, fields in state.optimizer.state.items()
-        for field, value in fields.items()
-        if isinstance(value, Tensor)
+        f"optim.{plain_name(n)}.{field}": (p, field)
+        for n, p in state.model.named_parameters()
+        for field in fields.get(p, ())
+    }
+
+
+def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of a checkpoint, live, by file and name."""
+    held = state.optimizer.state
+    moments = {
+        name: held[parameter][field].detach()
+        for name, (parameter, field) in optimizer_slots(state).items()
+        if field in held.get(parameter, ())
+    }
+    return {
+        "model.safetensors": model_tensors(state.model),
+        "state.safetensors": moments | default_rng_state(),
     }
 
 
@@ -71,19 +88,14 @@ def state_document(
     """The JSON half of a checkpoint."""
     config = state.cfg.to_dict()
     return {
+        **{name: getattr(state, name) for name in COUNTERS},
         "schema": SCHEMA,
-        "step": state.step,
-        "tokens_seen": state.tokens_seen,
         "cursor": state.data_loader.cursor,
         "curriculum": state.data_loader.sampler.state_dict(),
         "wall_s": round(state.wall_s, 3),
         "scaler": {k: float(v) for k, v in state.scaler.state_dict().items()},
         "stopper": state.stopper.state_dict(),
         "gates": gates,
-        "ema_loss_nats": state.ema_loss_nats,
-        "min_ema_loss_nats": state.min_ema_loss_nats,
-        "last_val_nats": state.last_val_nats,
-        "best": state.best,
         "config": config,
         "config_sha256": sha256_bytes(canonical_json(config)),
         "tokenizer_sha256": tokenizer_sha256,
@@ -110,10 +122,7 @@ def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
     """Snapshot of a state: its live tensors, or with `copied` copies in host memory that
     later steps do not change.
     """
-    tensors = {
-        "model.safetensors": model_tensors(state.model),
-        "state.safetensors": optimizer_tensors(state) | default_rng_state(),
-    }
+    tensors = tensors_of(state)
     if copied:
         tensors = {file: copies(group) for file, group in tensors.items()}
     metadata = {"step": str(state.step)}
@@ -149,8 +158,7 @@ def write(root: Path, snapshot: Snapshot) -> Path:
     final = root / step_name(snapshot.step)
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
-        # Write under a temporary name, so that a kill never leaves half a
-        # checkpoint under the final one.
+        # Write under a temporary name: a kill never leaves half a checkpoint under the final one.
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -174,7 +182,7 @@ def write(root: Path, snapshot: Snapshot) -> Path:
 
 
 def point(root: Path, name: str, folder: Path) -> None:
-    """Make the pointer `name` (`latest` or `best`) name a step folder, atomically."""
+    """Point `name` (`latest` or `best`) at a step folder, atomically."""
     write_atomically(root / name, folder.name.encode())
 
 
@@ -255,6 +263,7 @@ def load(folder: Path) -> Loaded:
     Never unpickles. The former version has no CRC-32.
     Raises CheckpointError naming the file and what differs.
     """
+    # The manifest comes first, as it declares what the other files must be.
     manifest = _read_json(folder / "manifest.json")
     if manifest.get("schema") not in (SCHEMA, FORMER) or set(manifest.get("files", {})) != set(
         FILES
@@ -265,7 +274,9 @@ def load(folder: Path) -> Loaded:
             allowed=f"{SCHEMA} or {FORMER} with {', '.join(FILES)}",
             next_step="use the version of stackproof that wrote it: its record names the commit",
         )
+    # Verify the bytes before anything reads their content.
     tensorfolder.verify(folder, manifest["files"], by_tensor=manifest["schema"] == SCHEMA)
+    # A missing key would start again at its default, so the set of keys must be exact.
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
@@ -324,8 +335,7 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
     Returns the arms of the curriculum that were dropped because configuration
     and data do not have them.
     """
-    # The order does not matter, completeness does: whatever is left out starts afresh
-    # and no loss curve shows it.
+    # In any order, but complete: a part that is left out starts again, and no loss curve shows it.
     document = loaded.state
     load_model(state.model, loaded.model)
     _restore_optimizer(state, loaded.tensors)
@@ -336,27 +346,18 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
         )
     state.stopper.load_state_dict(document["stopper"])
     state.data_loader.cursor = document["cursor"]
-    state.step, state.tokens_seen, state.wall_s = (
-        document["step"],
-        document["tokens_seen"],
-        document["wall_s"],
-    )
-    state.ema_loss_nats, state.min_ema_loss_nats = (
-        document["ema_loss_nats"],
-        document["min_ema_loss_nats"],
-    )
-    state.last_val_nats, state.best = document["last_val_nats"], document["best"]
+    for name in COUNTERS:
+        setattr(state, name, document[name])
+    # The probe compares with its last call: from here on with the loaded weights.
     state.probe.changed_frac()
     return state.data_loader.sampler.load_state_dict(document["curriculum"])
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    fields = opt.state_fields(state.optimizer)
-    owned = [(plain_name(n), p) for n, p in state.model.named_parameters() if p in fields]
-    expected = {f"optim.{n}.{field}" for n, p in owned for field in fields[p]}
+    slots = optimizer_slots(state)
     given = {n for n in tensors if n.startswith("optim.")}
-    if given != expected and (given or state.step):
-        odd = sorted(given ^ expected)
+    if given != slots.keys() and (given or state.step):
+        odd = sorted(given ^ slots.keys())
         raise CheckpointError(
             "the checkpoint's optimizer state is not this optimizer's",
             value=", ".join(odd[:6]),
@@ -366,10 +367,8 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
                 "to another"
             ),
         )
-    for name, parameter in owned:
-        for field in fields[parameter] if given else ():
-            value = tensors[f"optim.{name}.{field}"]
-            state.optimizer.state[parameter][field] = value.to(parameter.device).clone()
+    for name, (parameter, field) in slots.items() if given else ():
+        state.optimizer.state[parameter][field] = tensors[name].to(parameter.device).clone()
 
 
 class SyncWriter:

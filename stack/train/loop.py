@@ -34,27 +34,23 @@ def train(opened: AbstractContextManager[Trainer]) -> Record:
         state, cfg = trainer.state, trainer.cfg
         status, reason = "completed", f"all {cfg.train.max_steps} steps"
         trainer.callbacks.on_train_start(trainer, restart_point(trainer, trainer.started_from))
+        # Signals only set requests, so a step is never cut in the middle.
         with listening(partial(acknowledge, trainer)) as requests:
             while state.step < cfg.train.max_steps:
-                # Update the weights.
+                # The step comes first: all that follows describes the weights after it.
                 take_step(trainer)
                 last = state.step == cfg.train.max_steps
 
-                # A bandit learns from the held-out loss of each source what to draw next.
-                if (
-                    isinstance(cfg.curriculum, BanditCurriculum)
-                    and state.step % cfg.curriculum.probe_every == 0
-                ):
-                    probe(trainer)
+                # A bandit is rewarded before the next draw, with the gain of this step's weights.
+                match cfg.curriculum:
+                    case BanditCurriculum(probe_every=every) if state.step % every == 0:
+                        probe(trainer)
 
-                # Evaluate on the same held-out batches each time, so that a difference is a gain;
-                # stop when gains are noise.
+                # Evaluate before saving, so that the checkpoint holds the decision to stop.
                 evaluated = last or state.step % cfg.eval.every == 0
                 if evaluated and evaluate(trainer) and not last:
-                    status, reason = (
-                        "early_stopped",
-                        f"no significant gain for {state.stopper.wait} evaluations",
-                    )
+                    status = "early_stopped"
+                    reason = f"no significant gain for {state.stopper.wait} evaluations"
                     last = True
 
                 # Draw a text: a falling loss does not show a model that repeats itself.
@@ -65,18 +61,14 @@ def train(opened: AbstractContextManager[Trainer]) -> Record:
                 # Save before a request to stop is honoured, so that no step is lost.
                 new_best = evaluated and state.best.get("step") == state.step
                 asked = requests.checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
-                if (
-                    last
-                    or new_best
-                    or asked
-                    or requests.stop
-                    or state.step % cfg.checkpoint.every == 0
-                ):
+                due = state.step % cfg.checkpoint.every == 0
+                if last or new_best or asked or due or requests.stop:
                     save(trainer)
                     requests.checkpoint = requests.checkpoint and not asked
                 stop_if_asked(trainer, requests)
                 if last:
                     break
+            # The record names the last checkpoint, so its background write must have ended.
             trainer.output.writer.wait()
         if trainer.evaluation is None:  # a kill came between the last checkpoint and the record
             trainer.evaluation = held_out_loss(trainer)
@@ -166,16 +158,12 @@ def sample(trainer: Trainer) -> None:
 
 def save(trainer: Trainer) -> None:
     """Hand a checkpoint of this step to the writer, once the previous one is on disk."""
-    state, tokenizer, root, writer = (
-        trainer.state,
-        trainer.dataset.tokenizer,
-        trainer.output.dir.checkpoints,
-        trainer.output.writer,
-    )
+    state, tokenizer = trainer.state, trainer.dataset.tokenizer
+    root, writer = trainer.output.dir.checkpoints, trainer.output.writer
+    # One write at a time, and a failed one ends the run before the next save.
     writer.wait()
     with trainer.read_only("save"):
-        # Capture everything that the checkpoint states before a background
-        # write lets training continue.
+        # Capture all that the checkpoint states before a background write lets training continue.
         point = restart_point(trainer, root / checkpoint.step_name(state.step))
         document = checkpoint.state_document(
             state,
@@ -221,17 +209,16 @@ def restart_point(trainer: Trainer, folder: Path | None) -> RestartPoint:
 
 
 def acknowledge(trainer: Trainer) -> None:
-    """Tell the person who asked for a checkpoint when it comes."""
+    """Announce when the checkpoint comes that a signal requested."""
     every = trainer.cfg.checkpoint.signal_boundary
-    message = (
-        f"a checkpoint was asked for; it comes after a multiple of {every} steps, or with the "
-        "last one"
+    trainer.callbacks.on_message(
+        f"a checkpoint was requested; it comes after a multiple of {every} steps, or with the last "
+        "one"
     )
-    trainer.callbacks.on_message(message)
 
 
 def stop_if_asked(trainer: Trainer, requests: Requests) -> None:
-    """Raise Stopped if a signal asked for it; the checkpoint of this step is already written."""
+    """Raise Stopped after a signal to stop; the checkpoint of this step is already written."""
     step, run_dir = trainer.state.step, trainer.output.dir.path
     if requests.stop is None or step == trainer.cfg.train.max_steps:
         return

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stackproof.contracts.conditions import ensure, require
+from stackproof.data.packing import IGNORE_INDEX
 from stackproof.kernels import dispatch
 from stackproof.model.forward_context import ExpertLoad
-
-IGNORE_INDEX = -100
 
 
 @require(

@@ -1,12 +1,10 @@
-"""What the machine must offer a run: memory, a heap that is kept, and native half precision.
+"""Memory of a run: predicted from its configuration, required to be free, and kept in the heap.
 
 F d_ff, D d_model, N and K heads, H head_dim. Importable without torch, for `stack train --dry-run`.
 """
 
 import ctypes
-import os
 import platform
-import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,46 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT, HALF = 4, 2
-HEAP_SHARE, LIBRARIES_BYTES = (
-    1.15,
-    32 * 2**20,
-)  # fragmentation of the heap, and packing buffers of matrix products
-PREFLIGHT_BYTES_PER_PARAMETER = (
-    50  # measured 47 at 58 M parameters on a CPU: a state beside references in float64
-)
+# Fragmentation of the heap, and packing buffers of matrix products.
+HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20
+# Measured 47 at 58 M parameters on a CPU: a state beside references in float64.
+PREFLIGHT_BYTES_PER_PARAMETER = 50
 COPY_BYTES_PER_PARAMETER = 12  # weight and two moments, of a checkpoint written in the background
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, -1  # malloc.h of the GNU C library
 MADV_HUGEPAGE, HUGE_PAGE_BYTES = 14, 2 * 2**20  # sys/mman.h of Linux
 KEPT = "glibc, heap kept"
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-PRODUCT_SIZE, PRODUCT_ROUNDS = 384, 5
-LEAST_SHARE = (
-    0.5  # of the float32 rate: native units reach 1 to 4 times that rate, emulation 0.04 to 0.1
-)
-
-
-def resolve_device(name: str) -> "torch.device":
-    """The device of a name; `auto` takes the GPU if there is one.
-    Raises EnvironmentUnfit if a named GPU is missing.
-    """
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentUnfit(
-            "a CUDA device was asked for and there is none",
-            value=f"torch {torch.__version__}",
-            next_step="--device cpu, or see stack doctor",
-        )
-    # cuBLAS is deterministic only with a fixed workspace, and reads this when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return torch.device(
-        "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
-    )
-
-
-# --- memory ---------------------------------------------------------------------------------------
 
 
 def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
@@ -122,9 +90,8 @@ def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int
     Raises EnvironmentUnfit if they are not free, before anything is built.
     """
     predicted, free = predict_bytes(cfg, vocab_size), available_bytes(device)
-    on_cpu = (
-        device.type == "cpu"
-    )  # elsewhere the copy and the references of preflight are in host memory
+    # Elsewhere the copy and the references of preflight are in host memory.
+    on_cpu = device.type == "cpu"
     training = predicted["peak"] + (predicted["copy"] if on_cpu else 0)
     preflight = predicted["preflight"] if on_cpu else 0
     needed = max(training, preflight)
@@ -149,8 +116,8 @@ def keep_heap() -> str:
     """Keep freed memory in the process instead of returning it to the system.
     Returns what was done, for the record.
 
-    By default the GNU C library maps every block above 32 MiB anew and returns the top of the heap,
-    so each step pays for zeroed pages again. The peak stays that of a step. Other C libraries are
+    By default the GNU C library maps every block above 32 MiB again and returns the top of the
+    heap, so each step pays for zeroed pages. The peak stays that of a step. Other C libraries are
     left unchanged.
     """
     if platform.libc_ver()[0] != "glibc":
@@ -189,45 +156,3 @@ def lay_in_huge_pages(n_bytes: int) -> str:
         if refused
         else f"{size // 2**20} MiB advised to lie in huge pages"
     )
-
-
-# --- half precision -------------------------------------------------------------------------------
-
-
-def product_s(dtype: "torch.dtype") -> float:
-    """Shortest time of a few square matrix products on the CPU, seconds."""
-    import torch
-
-    a, best = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype), float("inf")
-    for _ in range(PRODUCT_ROUNDS):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def refuse_emulated(dtype: "torch.dtype | None", device: "torch.device", key: str) -> None:
-    """Raise EnvironmentUnfit if the device only emulates the type that `key` sets:
-    training would be ten times slower.
-    """
-    if dtype is None:
-        return
-    import torch
-
-    if device.type == "cuda":
-        if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise EnvironmentUnfit(
-                f"{torch.cuda.get_device_name(device)} has no units for bfloat16",
-                allowed="compute capability 8.0 and above",
-                next_step=f"--set {key}=float16 where it takes that, or float32",
-            )
-        return
-    share = product_s(torch.float32) / product_s(dtype)
-    if share < LEAST_SHARE:
-        name = str(dtype).removeprefix("torch.")
-        raise EnvironmentUnfit(
-            f"this processor has no units for {name}",
-            value=f"its products run at {share:.2g} times the float32 rate",
-            allowed=f"at least {LEAST_SHARE:g} times",
-            next_step=f"--set {key}=float32, or a GPU",
-        )

@@ -121,26 +121,10 @@ class Muon(torch.optim.Optimizer):
     a CPU without bfloat16 units.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        momentum: float,
-        nesterov: bool,
-        ns_steps: int,
-        lr_scale: str,
-        dtype: str,
-    ):
-        super().__init__(
-            groups,
-            {
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "ns_steps": ns_steps,
-                "lr_scale": lr_scale,
-                "dtype": dtype,
-            },
-        )
+    SETTINGS = ("momentum", "nesterov", "ns_steps", "lr_scale", "dtype")
+
+    def __init__(self, groups: Iterable[dict[str, Any]], cfg: declared.Muon):
+        super().__init__(groups, {name: getattr(cfg, name) for name in self.SETTINGS})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -196,19 +180,8 @@ def _adamw(groups: Groups, cfg: Optim) -> torch.optim.AdamW:
     )
 
 
-def _muon(groups: Groups, cfg: declared.Muon) -> Muon:
-    return Muon(
-        groups,
-        momentum=cfg.momentum,
-        nesterov=cfg.nesterov,
-        ns_steps=cfg.ns_steps,
-        lr_scale=cfg.lr_scale,
-        dtype=cfg.dtype,
-    )
-
-
 ADAMW = UpdateRule(torch.optim.AdamW, ("step", "exp_avg", "exp_avg_sq"), _adamw)
-MUON = UpdateRule(Muon, ("momentum_buffer",), _muon)
+MUON = UpdateRule(Muon, ("momentum_buffer",), Muon)
 # By configuration class: the rule of each group.
 # Peak rates and bytes of state are declared by the class, in stack/config/optim.py.
 OPTIMIZERS: dict[type, dict[str, UpdateRule]] = {
@@ -249,8 +222,8 @@ Optimizer = torch.optim.Optimizer | ChainedOptimizer
     lambda result: sum(len(g["params"]) for g in result.param_groups) > 0, "something is trained"
 )
 def make_optimizer(model: nn.Module, cfg: Optim) -> Optimizer:
-    """The declared optimizer over all trainable parameters, in named groups that know
-    their peak learning rate.
+    """The declared optimizer over all trainable parameters, in groups with a name and a peak
+    learning rate.
     """
     members: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():

@@ -18,7 +18,7 @@ SERIES = (
     "points.jsonl",
     "events.jsonl",
 )
-STEPPED = SERIES[:5]  # rewound when a run goes on from an earlier step
+STEPPED = SERIES[:5]  # rewound when a run continues from an earlier step
 
 
 class RunDir:
@@ -41,7 +41,7 @@ class RunDir:
     def write_run(
         self, record: RecordBuilder, *, device: str, inherited_s: float = 0.0, **more: Any
     ) -> None:
-        """Write run.json: everything that a resume needs to know before it loads a checkpoint."""
+        """Write run.json: all that a resume reads before it loads a checkpoint."""
         document = {
             "record": record.id,
             "config": record.config,
@@ -57,14 +57,14 @@ class RunDir:
         write_atomically(self.path / "run.json", canonical_json(document))
 
     def read_run(self) -> dict:
-        """The run.json. Raises CheckpointError if there is none."""
+        """The run.json. Raises CheckpointError without a readable one."""
         try:
             return parse_strict(
                 (self.path / "run.json").read_bytes(), origin=str(self.path / "run.json")
             )
         except (OSError, IntegrityError) as e:
             raise CheckpointError(
-                f"{self.path} is no run directory: {e}",
+                f"{self.path} is not a run directory: {e}",
                 allowed="a folder with run.json",
                 next_step=(
                     "stack train --run-dir DIR makes one; a run that ended before step 1 is begun "
@@ -83,25 +83,16 @@ class RunDir:
         """
         cut = 0
         for name in STEPPED:
-            path = self.path / name
-            if not path.is_file():
-                continue
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+            lines, kept = _lines_until(self.path / name, step)
             cut += len(lines) - len(kept)
             if len(kept) != len(lines):
-                write_atomically(path, b"".join(kept))
+                write_atomically(self.path / name, b"".join(kept))
         return cut
 
     def copy_history(self, source: "RunDir", name: str, step: int) -> None:
         """Take over another run's lines of a series up to a step."""
-        path = source.path / name
-        if path.is_file():
-            kept = [
-                line
-                for line in path.read_bytes().splitlines(keepends=True)
-                if (at := _step_of(line)) is not None and at <= step
-            ]
+        lines, kept = _lines_until(source.path / name, step)
+        if lines:
             write_atomically(self.path / name, b"".join(kept))
 
     def read_lines(self, name: str) -> list[dict]:
@@ -114,12 +105,13 @@ class RunDir:
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
 
-def _step_of(line: bytes) -> int | None:
-    """Step of a log line; None for a line that a kill cut off; 0 for lines of before step 1."""
-    if not line.endswith(b"\n"):
-        return None
-    step = json.loads(line).get("step")
-    return 0 if step is None else step
+def _lines_until(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
+    """All lines of a series, and those of at most `step`: lines of before step 1 have none, and a
+    line that a kill cut off is left out.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return lines, [line for line in whole if (json.loads(line).get("step") or 0) <= step]
 
 
 def default_run_dir(recipe: str, seed: int) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Requests:
-    """What the outside has asked for since the last boundary."""
+    """The signals received since the last boundary."""
 
     stop: int | None = None
     checkpoint: bool = False
@@ -41,7 +41,7 @@ def listening(on_checkpoint: Callable[[], None]) -> Iterator[Requests]:
     }
     try:
         former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    except ValueError:  # not the main thread: whoever owns it keeps its handlers
+    except ValueError:  # not the main thread, which keeps its handlers
         yield requests
         return
     try:

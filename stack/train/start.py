@@ -26,19 +26,18 @@ from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
 from stackproof.spec.renamed_keys import current_override
-from stackproof.train import checkpoint, flops
-from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, TrainingSplit
-from stackproof.train.kernels import kernels_of
-from stackproof.train.memory import (
-    keep_heap,
-    lay_in_huge_pages,
+from stackproof.subject.assemble import subject_of
+from stackproof.train import checkpoint
+from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, SdcCheck, TrainingSplit
+from stackproof.train.device import (
+    flops_per_step,
+    kernels_of,
+    probe_peak_flops,
     refuse_emulated,
-    require_room,
     resolve_device,
 )
-from stackproof.train.preflight import preflight
+from stackproof.train.memory import keep_heap, lay_in_huge_pages, require_room
 from stackproof.train.run_dir import RunDir, parent_run
-from stackproof.train.sdc_check import SdcCheck
 from stackproof.train.state import AUTOCAST, build_state
 from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
 
@@ -75,19 +74,23 @@ def fresh(
     offers it. `recorded_in` is the environment of a record whose kernels are used, to repeat it.
     An exception inside the context closes the record of the run and propagates.
     """
+    # The parent is verified before anything is created: a damaged one leaves no half-made child.
     loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
     if continued:
         _refuse_continuing(cfg, overrides, loaded)
+    # Lock the directory for the whole run: two processes must never write to it.
     directory = RunDir(run_dir)
     directory.create()
     with file_lock(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
         trainer = setup(cfg, overrides, directory, callbacks, only=only)
+        # From here on an exception closes the record, so that a failed run is evidence as well.
         with recorded(trainer):
             if loaded is None:
                 _refuse_exhaustion(cfg, trainer.state.data_loader.sampler)
             else:
                 trainer.output.inherited_s = loaded.state["wall_s"]
             run_preflight(trainer, None)
+            # Written after the gates and before step 1: only a run that passed them can be resumed.
             trainer.dataset.tokenizer.save(directory.path / "tokenizer.json")
             directory.write_run(
                 trainer.output.record,
@@ -96,6 +99,7 @@ def fresh(
                 data=trainer.dataset.manifest,
                 n_eval_batches=len(trainer.held_out),
             )
+            # The parent's state comes last, since run.json must describe the run that it enters.
             if loaded is not None:
                 if continued:
                     trainer.output.carried = _carry_over(trainer, parent, loaded)
@@ -113,9 +117,11 @@ def resume(
     Raises ConfigError if anything but the keys of BESIDE_TRAINING changes,
     CheckpointError if nothing can be loaded.
     """
+    # Refuse another computation first: the record states one configuration for all steps.
     directory = RunDir(run_dir)
     document = directory.read_run()
     _refuse_changes(recorded_config(document["config"]), changed, sets)
+    # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
     with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
         loaded = checkpoint.load(checkpoint.find(run_dir))
@@ -125,16 +131,13 @@ def resume(
         _refuse_other_data(trainer, document)
         trainer.output.inherited_s = document["inherited_s"]
         with recorded(trainer):
+            # The gates run again, as the code or the machine may have changed since.
             run_preflight(trainer, document["n_eval_batches"])
+            # Cut the logs back to the checkpoint, or the steps after it would appear twice.
             cut = directory.rewind(loaded.state["step"])
             _load(trainer, loaded)
-            line = {
-                "event": "resumed",
-                "step": trainer.state.step,
-                "lines_cut": cut,
-                "at": iso(utc_now()),
-            }
-            directory.log("events.jsonl", **line)
+            step, at = trainer.state.step, iso(utc_now())
+            directory.log("events.jsonl", event="resumed", step=step, lines_cut=cut, at=at)
             yield trainer
 
 
@@ -177,6 +180,7 @@ def setup(
     """Open data, record and gates and build the training state.
     `document` is the run.json of a run that is resumed.
     """
+    # Settings of the process come before the first tensor, which they apply to.
     spec, watching = load_spec(), CallbackList(callbacks)
     device = resolve_device(document["device"] if document else cfg.device)
     allocator = keep_heap()
@@ -187,8 +191,7 @@ def setup(
     # A debugging aid that is on by default here and costs 3 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
-    # The record is opened before the data, so that it names the time and code from
-    # which they were prepared.
+    # The record is opened before the data, so that it holds the time and code they were made with.
     watching.on_phase("data")
     record = RecordBuilder(
         kind="train",
@@ -201,6 +204,8 @@ def setup(
     if document:
         record.continue_record(document["record"], document["started_at"])
     dataset = prepare(cfg.data, on_progress=watching.on_data)
+
+    # Memory is required as soon as the vocabulary is known, before the model takes it.
     vocab_size = dataset.tokenizer.vocab_size
     needed_bytes = require_room(cfg, vocab_size, device)
     if device.type == "cpu":
@@ -215,9 +220,8 @@ def setup(
             "bit flips in the token shards: only their sizes were compared",
         )
 
-    watching.on_setup(
-        cfg, dataset, parameter_count(cfg.model.model_dump(), vocab_size), directory.path
-    )
+    n_params = parameter_count(cfg.model.model_dump(), vocab_size)
+    watching.on_setup(cfg, dataset, n_params, directory.path)
     keeper = Gatekeeper(
         spec,
         kind="train",
@@ -226,7 +230,7 @@ def setup(
         config=cfg.to_dict(),
         on_verdict=lambda gate_id, step, verdict: trainer.log_verdict(gate_id, step, verdict),
     )
-    # Order matters: logs first, then the caller's callbacks, then the gates, which may end the run.
+    # Logs first, then the caller's callbacks, then the gates, which may end the run.
     gate_events = GateEvents(TrainingSplit(dataset, cfg.model.max_seq_len))
     trainer = Trainer(
         state=build_state(cfg, dataset, device),
@@ -234,8 +238,8 @@ def setup(
         output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint)),
         keeper=keeper,
         callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, SdcCheck()]),
-        peak_flops=flops.probe_peak_flops(device),
-        flops_per_step=flops.flops_per_step(cfg, vocab_size),
+        peak_flops=probe_peak_flops(device),
+        flops_per_step=flops_per_step(cfg, vocab_size),
     )
     return trainer
 
@@ -243,34 +247,35 @@ def setup(
 def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
     """Check all preflight gates and draw the held-out batches: as many as the stop rule needs,
     or `n_eval_batches`.
+
+    Raises DataError if the held-out split is too short, and GateFailed for the first red gate that
+    halts, after all gates were run.
     """
-    cfg, dataset, callbacks = trainer.cfg, trainer.dataset, trainer.callbacks
-    callbacks.on_phase("preflight")
+    cfg, dataset, device = trainer.cfg, trainer.dataset, trainer.state.device
+    trainer.callbacks.on_phase("preflight")
     started = time.perf_counter()
-    n = preflight(
-        trainer.state,
-        dataset,
-        trainer.keeper,
-        callbacks.on_preflight,
-        n_eval_batches=n_eval_batches,
-    )
+    # The gates draw random numbers that the run must not miss.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        settings = {"state": trainer.state, "n_eval_batches": n_eval_batches}
+        subject = subject_of(cfg, dataset, device, **settings)
+        n = subject.stopping.n_eval_batches
+        trainer.keeper.preflight(subject, trainer.callbacks.on_preflight)
     trainer.output.record.metric(
         "preflight_s", round(time.perf_counter() - started, 3), "s", better="lower"
     )
+    # The held-out batches are drawn once, so that all evaluations compare.
     seq_len = cfg.model.max_seq_len
     trainer.held_out = eval_batches(dataset.validation, seq_len, cfg.eval.batch_size, n)
     if isinstance(cfg.curriculum, BanditCurriculum):
         trainer.probes = probe_batches(dataset.validation, seq_len, cfg.curriculum.probe_windows)
         arms = [s for s in trainer.state.data_loader.sampler.sources if s.weight > 0 and s.cap > 0]
-        if blind := [s.name for s in arms if s.name not in trainer.probes]:
+        if unprobed := [s.name for s in arms if s.name not in trainer.probes]:
             raise DataError(
-                f"source {blind[0]} has no held-out window, so the bandit cannot measure its "
+                f"source {unprobed[0]} has no held-out window, so the bandit cannot measure its "
                 "progress",
-                allowed=(
-                    "at least one held-out window of every source with a weight and a cap above 0"
-                ),
+                allowed="a held-out window of every source with a weight and a cap above 0",
                 next_step=(
-                    f"raise data.split.validation_frac, --set curriculum.caps.{blind[0]}=0, or "
+                    f"raise data.split.validation_frac, --set curriculum.caps.{unprobed[0]}=0, or "
                     "curriculum.kind=static"
                 ),
             )
@@ -283,6 +288,7 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
     state, callbacks = trainer.state, trainer.callbacks
     with torch.no_grad():
         dropped = checkpoint.restore(state, loaded)
+    # Another curriculum starts from the rows that the former one has drawn.
     former = recorded_config(loaded.state["config"])
     if former.curriculum != trainer.cfg.curriculum:
         order = curriculum.sampler_at(former, trainer.dataset, loaded.state["curriculum"])
@@ -295,6 +301,7 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
             f"the curriculum's state has source {name}, which is not an arm of this run; dropped"
         )
     _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
+    # The gates see the resume after their own state, with which they judge it.
     trainer.keeper.load_state_dict(loaded.state["gates"])
     trainer.started_from = loaded.path
     trainer.keeper.observe(
@@ -359,7 +366,7 @@ def _refuse_continuing(
             next_step="stack train --fork DIR changes anything, without the history",
         )
     if cfg.curriculum == recorded_config(loaded.state["config"]).curriculum:
-        next_step = "--set curriculum.… says what changes; --resume changes nothing"
+        next_step = "--set curriculum.… changes it; --resume continues without a change"
         raise ConfigError("the mixture stays as it is", next_step=next_step)
 
 
@@ -402,22 +409,14 @@ def _refuse_exhaustion(cfg: RunConfig, order: Sampler) -> None:
     """
     rows = cfg.train.max_steps * cfg.train.tokens_per_step // cfg.model.max_seq_len
     n_windows = sum(s.n_windows for s in order.sources)
-    planned = dict(
-        zip((s.name for s in order.sources), order.counts(rows).tolist())
-    )  # a bandit's draws are unknown
-    short = [
-        (s.name, planned[s.name], s.n_windows)
-        for s in order.sources
-        if planned[s.name] > s.n_windows
-    ]
+    planned = order.counts(rows).tolist()  # without the later draws of a bandit
+    short = [(s.name, n, s.n_windows) for s, n in zip(order.sources, planned) if n > s.n_windows]
     if rows > n_windows:
         short = [("all", rows, n_windows)]
     if cfg.data.on_exhausted == "error" and short:
         name, wanted, available = short[0]
         raise StreamExhausted(
-            "the corpus ends before the run does"
-            if name == "all"
-            else f"source {name} ends before the run does",
+            f"{'the corpus' if name == 'all' else f'source {name}'} ends before the run does",
             value=(
                 f"{wanted} windows planned, {available} in the training split (data.on_exhausted "
                 "= error)"

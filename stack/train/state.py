@@ -2,7 +2,9 @@
 and checksums of it.
 """
 
+import hashlib
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +123,26 @@ def make_data_loader(cfg: RunConfig, dataset: Dataset, *, cursor: int = 0) -> Da
     )
 
 
-# --- checksums of the tensors in memory, taken without the code that writes checkpoints -----------
+# --- the state in memory, read without the code that writes checkpoints ---------------------------
+
+
+def named_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a training state: `weights.<name>` with persistent buffers,
+    `optim.<parameter>.<field>`, `rng.cpu`, `rng.cuda`.
+
+    Gates compare them with what `checkpoint.tensors_of` gives to the writer, so this function
+    reads the state_dict of the model and the state of the optimizer itself.
+    """
+    owners = {p: plain_name(n) for n, p in state.model.named_parameters()}
+    for name, tensor in state.model.state_dict().items():
+        yield f"weights.{plain_name(name)}", tensor
+    for parameter, fields in state.optimizer.state.items():
+        for field_name, value in fields.items():
+            if isinstance(value, Tensor):
+                yield f"optim.{owners[parameter]}.{field_name}", value
+    yield "rng.cpu", torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        yield "rng.cuda", torch.cuda.get_rng_state()
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
@@ -129,28 +150,21 @@ def tensor_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def crc32_by_name(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """CRC-32 of each tensor."""
+    return {name: zlib.crc32(tensor_bytes(tensor)) for name, tensor in tensors}
+
+
 def live_crc32(state: TrainState) -> dict[str, int]:
-    """CRC-32 of every tensor that a checkpoint must hold."""
-    owners = {p: plain_name(n) for n, p in state.model.named_parameters()}
-    tensors = {plain_name(n): t for n, t in state.model.state_dict().items()} | {
-        "rng.cpu": torch.get_rng_state()
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for parameter, fields in state.optimizer.state.items():
-        tensors |= {
-            f"optim.{owners[parameter]}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)
-        }
-    return {n: zlib.crc32(tensor_bytes(t)) for n, t in tensors.items()}
+    """CRC-32 of every tensor that a checkpoint must hold, by its name there."""
+    return crc32_by_name((n.removeprefix("weights."), t) for n, t in named_tensors(state))
 
 
 def gradient_crc32(model: nn.Module) -> dict[str, int]:
     """CRC-32 of every gradient that exists, by the plain name of its parameter."""
-    return {
-        plain_name(n): zlib.crc32(tensor_bytes(p.grad))
-        for n, p in model.named_parameters()
-        if p.grad is not None
-    }
+    return crc32_by_name(
+        (plain_name(n), p.grad) for n, p in model.named_parameters() if p.grad is not None
+    )
 
 
 def state_checksums(state: TrainState) -> dict[str, Any]:
@@ -164,6 +178,27 @@ def state_checksums(state: TrainState) -> dict[str, Any]:
         "step": state.step,
     }
     return live_crc32(state) | modes | counters
+
+
+def digest(state: TrainState) -> dict[str, Any]:
+    """Every part of a training state but its wall time: tensors as SHA-256, numbers as they are.
+    Runs with equal digests continue equally.
+    """
+    counters = "step tokens_seen ema_loss_nats min_ema_loss_nats last_val_nats best".split()
+    hashes = {n: hashlib.sha256(tensor_bytes(t)).hexdigest() for n, t in named_tensors(state)}
+    groups = {
+        f"optim.{group['name']}.{key}": value
+        for group in state.optimizer.param_groups
+        for key, value in group.items()
+        if key not in ("params", "name")
+    }
+    parts = {
+        "cursor": state.data_loader.cursor,
+        "curriculum": state.data_loader.sampler.state_dict(),
+        "stopper": state.stopper.state_dict(),
+        "scaler": state.scaler.state_dict(),
+    }
+    return hashes | groups | parts | {name: getattr(state, name) for name in counters}
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:

@@ -88,16 +88,14 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     """One update from the micro-batches of one step.
     A loss or gradient that is not finite leaves the parameters untouched.
     """
-    # The learning rate is a function of the step number alone,
-    # so there is no scheduler to save or to forget.
+    # The rate is a function of the step number alone, so there is no scheduler to save or forget.
     step = state.step + 1
     scheduled_lr = partial(
         lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps
     )
     opt.set_lr(state.optimizer, lambda peak: scheduled_lr(peak=peak))
 
-    # Gradients of the mean loss of all micro-batches.
-    # If they overflow in fp16, lower the loss scale and compute them again.
+    # fp16 gradients may overflow under a finite loss: lower the loss scale and compute them again.
     for retries in range(MAX_OVERFLOW_RETRIES):
         loss_nats, n_valid = accumulate(state, batches)
         grads = opt.gradients(state.model)
@@ -107,18 +105,18 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
             break
         state.scaler.update()
 
-    # Clip and update, unless the update would destroy the weights.
+    # Check before the update: a single NaN in the gradients would destroy all weights.
     if losses.is_finite(loss_nats, grad_norm):
         apply_gradients(state, grads, norm)
     else:
         state.scaler.update()  # the scaler must forget that these gradients were unscaled
 
-    # Every read of a GPU value waits for the device, so all that is
-    # reported is read in one transfer.
+    # Every read of a GPU value waits for the device, so all that is reported is one transfer.
     shares = [load_E / load_E.sum() for load_E in moe.totals(state.loads)]
     (clipped,), (changed,), *expert_shares = on_host(
         opt.global_norm(grads), state.probe.changed_frac(), *shares
     )
+    # Count last: an exception above leaves the state at the former step.
     n_tokens = sum(b.input_ids.numel() for b in batches)
     state.step = step
     state.tokens_seen += n_tokens
@@ -165,8 +163,7 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
             x_BTD, report = state.features(*model_inputs(batch, state.device))
             labels_BT = batch.labels.to(state.device, non_blocking=True)
             nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, labels_BT)
-        # Divide by the counts of the whole step: a mean of micro-batch means would weigh
-        # short micro-batches too much.
+        # Divide by the counts of the whole step: else short micro-batches would weigh too much.
         balance = losses.balance_term(report.loads, state.model.balance_weight)
         state.scaler.scale(nats / n_valid + balance / n_tokens).backward()
         total_nats = total_nats + nats.detach()

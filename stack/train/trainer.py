@@ -34,6 +34,11 @@ from stackproof.train.run_dir import SERIES, RunDir
 from stackproof.train.state import TrainState, differing, state_checksums
 from stackproof.train.step import StepReport, nonfinite_parts
 
+BASELINES = {
+    "baseline_unigram_bits_per_byte": unigram_bits_per_byte,
+    "baseline_bigram_bits_per_byte": bigram_bits_per_byte,
+}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -136,9 +141,7 @@ for _hook in [name for name in vars(Callback) if name.startswith("on_")]:
 
 
 class StepTimer:
-    """Wall time of steps, without what `paused` excludes: work that is no part of training,
-    such as tracing.
-    """
+    """Wall time of steps, without what `paused` excludes: work beside training, such as tracing."""
 
     def __init__(self) -> None:
         self.total_s = self.paused_s = self._started = 0.0
@@ -155,7 +158,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The block is no part of the step."""
+        """The block does not count as time of the step."""
         began = time.perf_counter()
         yield
         spent = time.perf_counter() - began
@@ -183,8 +186,8 @@ class Trainer:
     """A run: its training state and data, what it writes (`output`), and what watches it (`keeper`,
     `callbacks`).
 
-    `batches`, `report` and `evaluation` are those of the latest step;
-    `started_from` is the step folder that was loaded.
+    `batches`, `report` and `evaluation` are those of the latest step; `started_from` is the step
+    folder that was loaded; `verified` are the kinds of read-only sections that were compared.
     """
 
     state: TrainState
@@ -201,9 +204,7 @@ class Trainer:
     evaluation: Evaluation | None = None
     started_from: Path | None = None
     timer: StepTimer = field(default_factory=StepTimer)
-    verified: set[str] = field(
-        default_factory=set
-    )  # kinds of read-only sections that left the state unchanged
+    verified: set[str] = field(default_factory=set)
 
     @property
     def cfg(self) -> RunConfig:
@@ -232,11 +233,8 @@ class Trainer:
 
     def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
         """Log a verdict and report a failing runtime gate to the callbacks."""
-        line = {
-            "verdict": verdict.outcome,
-            "measured": dict(verdict.measured),
-            "message": verdict.message,
-        }
+        outcome, measured = verdict.outcome, dict(verdict.measured)
+        line = {"verdict": outcome, "measured": measured, "message": verdict.message}
         self.output.dir.log("gates.jsonl", gate=gate_id, step=step, **line)
         if verdict.outcome == "fail" and self.keeper.states[gate_id].gate.moment == "runtime":
             self.callbacks.on_gate_failure(self, gate_id, step, verdict)
@@ -256,9 +254,7 @@ def recorded(trainer: Trainer) -> Iterator[None]:
         _finish_writing(trainer)
         try:
             record = close(trainer, *_ending(trainer, error))
-        except (
-            OSError
-        ) as e:  # a full disk prevents the record too; the first error is the one to report
+        except OSError as e:  # a full disk; the first error is the one to report
             trainer.callbacks.on_message(f"the record could not be written: {e}")
         else:
             if isinstance(error, GateFailed):
@@ -283,13 +279,10 @@ def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
     """Status, reason and exit code of a run that an exception ended."""
     match error:
         case GateFailed():
-            if any(
-                g.id == "runtime.finite" and g.verdict == "fail" for g in trainer.keeper.results()
-            ):
-                parts = nonfinite_parts(trainer.state.model)
-                trainer.output.dir.log(
-                    "events.jsonl", event="nonfinite", step=trainer.state.step, **parts
-                )
+            verdicts = {g.id: g.verdict for g in trainer.keeper.results()}
+            if verdicts.get("runtime.finite") == "fail":
+                line = {"step": trainer.state.step, **nonfinite_parts(trainer.state.model)}
+                trainer.output.dir.log("events.jsonl", event="nonfinite", **line)
             return "halted", error.what, error.exit_code
         case Stopped(exit_code=75):
             return "preempted", error.what, 75
@@ -311,12 +304,10 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     output.record.device_s = max(0.0, trainer.state.wall_s - output.inherited_s)
     if folder := checkpoint.pointed(output.dir.checkpoints, "latest"):
         files = [folder / f for f in (*checkpoint.FILES, "manifest.json")]
-        output.record.outputs = [
-            artefact(p, root=root) for p in (*files, root / "tokenizer.json")
-        ] + output.carried
-    output.record.outputs += [
-        artefact(p, root=root) for p in sorted(root.glob("repro/*/repro.json"))
-    ]
+        files.append(root / "tokenizer.json")
+        output.record.outputs = [artefact(p, root=root) for p in files] + output.carried
+    bundles = sorted(root.glob("repro/*/repro.json"))
+    output.record.outputs += [artefact(p, root=root) for p in bundles]
     ending = {"status": status, "end_reason": reason, "exit_code": exit_code}
     record = output.record.finish(root, gates=trainer.keeper.results(), series=SERIES, **ending)
     trainer.callbacks.on_close(record, root)
@@ -345,9 +336,8 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
         metric("min_ema_loss_nats", state.min_ema_loss_nats, "nats per token", better="lower")
         metric("train_s", round(state.wall_s, 3), "s", better="lower")
         metric("tokens_per_s", state.tokens_seen / state.wall_s, "tokens/s", better="higher")
-        gate_s = sum(
-            s.seconds for s in trainer.keeper.states.values() if s.gate.moment == "runtime"
-        )
+        watching = [w for w in trainer.keeper.states.values() if w.gate.moment == "runtime"]
+        gate_s = sum(w.seconds for w in watching)
         process_s = trainer.timer.total_s or state.wall_s
         metric("gates_overhead_frac", gate_s / process_s, "1", better="lower")
         if trainer.timer.paused_s:
@@ -356,41 +346,20 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
             peak = torch.cuda.max_memory_allocated(state.device)
             metric("peak_device_memory_bytes", peak, "bytes", better="lower")
     if (val := trainer.evaluation) is not None:
-        metric(
-            "val_loss_nats",
-            val.loss_nats,
-            "nats per token",
-            n=val.n_tokens,
-            stderr=val.stderr_nats,
-            better="lower",
-        )
-        metric("val_ppl", perplexity(val.loss_nats), "1", n=val.n_tokens, better="lower")
-        metric(
-            "val_bits_per_byte", val.bits_per_byte, "bits per byte", n=val.n_bytes, better="lower"
-        )
+        nats, bits = val.loss_nats, val.bits_per_byte
+        per_token = {"n": val.n_tokens, "better": "lower"}
+        metric("val_loss_nats", nats, "nats per token", stderr=val.stderr_nats, **per_token)
+        metric("val_ppl", perplexity(nats), "1", **per_token)
+        metric("val_bits_per_byte", bits, "bits per byte", n=val.n_bytes, better="lower")
         metric("val_batches", len(trainer.held_out), "batches")
         if best := state.best:  # empty if no evaluation was called and the gate for that is waived
             metric("best_val_loss_nats", best["val_loss_nats"], "nats per token", better="lower")
             metric("best_step", best["step"], "steps")
     if with_baselines:
-        parts, n = (
-            (dataset.train, dataset.validation, dataset.tokenizer),
-            dataset.validation.n_bytes,
-        )
-        metric(
-            "baseline_unigram_bits_per_byte",
-            unigram_bits_per_byte(*parts),
-            "bits per byte",
-            n=n,
-            better="lower",
-        )
-        metric(
-            "baseline_bigram_bits_per_byte",
-            bigram_bits_per_byte(*parts),
-            "bits per byte",
-            n=n,
-            better="lower",
-        )
+        parts = dataset.train, dataset.validation, dataset.tokenizer
+        for name, bits_of in BASELINES.items():
+            n = dataset.validation.n_bytes
+            metric(name, bits_of(*parts), "bits per byte", n=n, better="lower")
 
 
 def _last_loss(trainer: Trainer) -> float | None:

@@ -112,7 +112,7 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
     done = process.wait(60)
     assert (
         done.code == 75
-        and "a checkpoint was asked for; it comes after a multiple of 10 steps" in done.err
+        and "a checkpoint was requested; it comes after a multiple of 10 steps" in done.err
     ), done.err
     record = json.loads((run / "metadata.json").read_text())
     assert record["status"] == "preempted" and "--resume" in done.err

@@ -26,7 +26,7 @@ from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.subject.assemble import subject_of
 from stackproof.subject.training import RunTrainee, advance
 from stackproof.train import checkpoint
-from stackproof.train.kernels import kernels_of
+from stackproof.train.device import kernels_of
 from stackproof.train.state import build_state
 from tests.subjects import changed
 from tests.train.test_checkpoint import document

@@ -14,7 +14,7 @@ from stackproof.contracts.conditions import ContractError
 from stackproof.contracts.evaluation import UniformModel
 from stackproof.data.tokenizer import Bytes, Chars
 from stackproof.evaluate.bits_per_byte import (
-    IGNORE,
+    IGNORE_INDEX,
     evaluate_batches,
     evaluate_text,
     evaluate_tokens,
@@ -42,9 +42,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 def test_windows_score_every_token_but_the_first_exactly_once(n, seq_len, data):
     stride = data.draw(st.integers(1, seq_len))
     rows = windows(range(100, 100 + n), seq_len=seq_len, stride=stride, pad_id=0)
-    assert rows.labels[rows.labels != IGNORE].tolist() == list(range(101, 100 + n))
+    assert rows.labels[rows.labels != IGNORE_INDEX].tolist() == list(range(101, 100 + n))
     follows = rows.labels == rows.input_ids + 1
-    assert bool((follows | (rows.labels == IGNORE)).all())
+    assert bool((follows | (rows.labels == IGNORE_INDEX)).all())
 
 
 @pytest.mark.parametrize("stride", [1, 7, 16])
@@ -133,7 +133,7 @@ def test_sums_are_divided_once():
     model = build_model(TINY, 30, seed=3)
     ids = torch.randint(0, 30, (3, 9), generator=torch.Generator().manual_seed(1))
     labels = ids[:, 1:].clone()
-    labels[2, 1:] = IGNORE
+    labels[2, 1:] = IGNORE_INDEX
     batches = [
         SimpleNamespace(input_ids=ids[i : i + 1, :-1], labels=labels[i : i + 1]) for i in range(3)
     ]
@@ -143,7 +143,7 @@ def test_sums_are_divided_once():
     assert result.loss_nats == pytest.approx(
         sum(w * m for w, m in zip(weights, result.batch_nats)) / 17, rel=1e-12
     )
-    assert result.n_bytes == int(labels[labels != IGNORE].sum())
+    assert result.n_bytes == int(labels[labels != IGNORE_INDEX].sum())
     assert result.bits_per_byte == pytest.approx(result.total_nats / math.log(2) / result.n_bytes)
     assert result.stderr_nats == pytest.approx(np.std(result.batch_nats, ddof=1) / 3**0.5)
 
@@ -161,7 +161,7 @@ def test_each_modules_own_mode_is_put_back_even_after_an_error():
 def test_nothing_to_score_is_an_error():
     model = build_model(TINY, 30, seed=3)
     empty = SimpleNamespace(
-        input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.full((1, 4), IGNORE)
+        input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.full((1, 4), IGNORE_INDEX)
     )
     with pytest.raises(DataError, match="no valid label"):
         evaluate_batches(model, [empty], np.ones(30))

@@ -22,7 +22,7 @@ from stackproof.spec.gates import load_spec
 from stackproof.subject.assemble import subject_of
 from stackproof.subject.run import small_run
 from stackproof.subject.training import advance
-from stackproof.train.kernels import kernels_of
+from stackproof.train.device import kernels_of
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
 from tests.subjects import TINY

@@ -6,8 +6,8 @@ import torch
 from stackproof.model.build import build_model
 from stackproof.model.transformer import run_block
 from stackproof.subject.run import small_run
-from stackproof.subject.training import advance, digest
-from stackproof.train.state import build_state
+from stackproof.subject.training import advance
+from stackproof.train.state import build_state, digest
 
 
 def trained(small_cfg, dataset, recompute: str, **changes):

@@ -240,8 +240,7 @@ def resumed(plant, *, update=False):
     document = checkpoint.state_document(
         before, tokenizer_sha256="", vocab_size=models.VOCAB, gates={}, record=""
     )
-    rest = checkpoint.optimizer_tensors(before) | checkpoint.default_rng_state()
-    loaded = checkpoint.Loaded(Path(), checkpoint.model_tensors(before.model), rest, document)
+    loaded = checkpoint.Loaded(Path(), *checkpoint.tensors_of(before).values(), document)
     pair = []
     for context in (nullcontext, plant.apply):
         state = fresh(run_config(tied_head=True))

@@ -16,9 +16,9 @@ from stackproof.config import AdamW, Muon
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import CheckpointError
 from stackproof.subject.run import small_run
-from stackproof.subject.training import advance, digest
+from stackproof.subject.training import advance
 from stackproof.train import checkpoint
-from stackproof.train.state import build_state
+from stackproof.train.state import build_state, digest
 from tests.processes import Command
 from tests.subjects import TINY
 
@@ -49,7 +49,7 @@ import torch
 from stackproof.config import RunConfig
 from stackproof.data.prepare import prepare
 from stackproof.train import checkpoint
-from stackproof.train.state import build_state
+from stackproof.train.state import build_state, digest
 from tests.processes import Command
 from tests.train.test_checkpoint import document
 

@@ -8,7 +8,7 @@ from stackproof.config.model import HardCapacity, MixtureOfDepths
 from stackproof.contracts.gate import call_check
 from stackproof.recipes import RECIPES
 from stackproof.subject.assemble import subject_of
-from stackproof.train import flops
+from stackproof.train import device
 
 SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64)
 DENSE = ModelConfig(**SIZES)
@@ -59,7 +59,7 @@ def test_attention_is_left_out_of_what_is_compared(ratio, small_cfg):
     longer = DENSE.model_copy(update={"max_seq_len": 128})
     assert ratio(longer) == 1.0
     whole, short = (
-        flops.flops_per_step(with_model(small_cfg, model, tokens_per_step=1), 500)
+        device.flops_per_step(with_model(small_cfg, model, tokens_per_step=1), 500)
         for model in (longer, DENSE)
     )
     assert whole - short == 12 * 3 * 32 * 64 // 2, (

@@ -16,7 +16,7 @@ from stackproof.museum.collection import museum_config
 from stackproof.replay.rerun import rerun
 from stackproof.spec.errors import EnvironmentUnfit, IntegrityError
 from stackproof.spec.records import read_record
-from stackproof.train.kernels import kernels_of
+from stackproof.train.device import kernels_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh, read_config, resume
 from stackproof.train.trainer import Callback
@@ -36,9 +36,9 @@ def cfg(museum_folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch, private_cache):
     """A folder of the user's cache that holds what was compared here."""
-    from stackproof.train import kernels
+    from stackproof.train import device
 
-    monkeypatch.setattr(kernels, "cache_directory", lambda: tmp_path / "kernels-cache")
+    monkeypatch.setattr(device, "cache_directory", lambda: tmp_path / "kernels-cache")
     monkeypatch.setattr(choice, "MEASURED", {})
     return tmp_path / "kernels-cache"
 

@@ -8,7 +8,7 @@ import torch
 from stackproof.config import Muon
 from stackproof.recipes import recipe
 from stackproof.spec.errors import EnvironmentUnfit
-from stackproof.train import memory
+from stackproof.train import device, memory
 from stackproof.train.memory import predict_bytes
 
 CPU = torch.device("cpu")
@@ -19,23 +19,23 @@ CPU = torch.device("cpu")
 )
 def test_an_emulated_type_is_refused_with_its_rate(monkeypatch, share, refused):
     monkeypatch.setattr(
-        memory, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 1.0 / share
+        device, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 1.0 / share
     )
     if not refused:
-        return memory.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
+        return device.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
     with pytest.raises(EnvironmentUnfit, match="no units for bfloat16") as caught:
-        memory.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
+        device.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
     assert f"{share:.2g} times" in str(caught.value) and "optim.dtype=float32" in str(caught.value)
 
 
 def test_float32_is_not_measured(monkeypatch):
-    monkeypatch.setattr(memory, "product_s", None)
-    memory.refuse_emulated(None, CPU, "train.dtype")
+    monkeypatch.setattr(device, "product_s", None)
+    device.refuse_emulated(None, CPU, "train.dtype")
 
 
 @pytest.mark.parametrize("has_units", [True, False])
 def test_a_gpu_is_asked_and_not_measured(monkeypatch, has_units):
-    monkeypatch.setattr(memory, "product_s", None)
+    monkeypatch.setattr(device, "product_s", None)
     monkeypatch.setattr(
         torch.cuda,
         "is_bf16_supported",
@@ -43,15 +43,15 @@ def test_a_gpu_is_asked_and_not_measured(monkeypatch, has_units):
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of 2018")
     gpu = torch.device("cuda")
-    memory.refuse_emulated(torch.float16, gpu, "train.dtype")
+    device.refuse_emulated(torch.float16, gpu, "train.dtype")
     if has_units:
-        return memory.refuse_emulated(torch.bfloat16, gpu, "train.dtype")
+        return device.refuse_emulated(torch.bfloat16, gpu, "train.dtype")
     with pytest.raises(EnvironmentUnfit, match="a GPU of 2018 has no units for bfloat16"):
-        memory.refuse_emulated(torch.bfloat16, gpu, "train.dtype")
+        device.refuse_emulated(torch.bfloat16, gpu, "train.dtype")
 
 
 def test_a_rate_is_measured():
-    assert 0 < memory.product_s(torch.float32) < 10
+    assert 0 < device.product_s(torch.float32) < 10
 
 
 def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):

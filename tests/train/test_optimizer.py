@@ -24,10 +24,8 @@ def matrices(seed: int) -> list[torch.Tensor]:
 
 
 def ours(parameters, **changes) -> opt.Muon:
-    settings = {
-        k: getattr(MUON, k) for k in ("momentum", "nesterov", "ns_steps", "lr_scale", "dtype")
-    } | changes
-    return opt.Muon([{"params": parameters, "lr": 1e-2, "weight_decay": 0.1}], **settings)
+    groups = [{"params": parameters, "lr": 1e-2, "weight_decay": 0.1}]
+    return opt.Muon(groups, MUON.model_copy(update=changes))
 
 
 @pytest.mark.parametrize("lr_scale", ["match-rms-adamw", "original"])

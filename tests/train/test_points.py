@@ -12,7 +12,6 @@ from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, Stopped
 from stackproof.spec.records import Override, read_record
-from stackproof.subject.training import digest
 from stackproof.trace import points_log
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
@@ -21,7 +20,7 @@ from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.run_dir import RunDir
 from stackproof.train.start import fresh, resume
-from stackproof.train.state import build_state
+from stackproof.train.state import build_state, digest
 from stackproof.train.trainer import Callback
 
 FEW = ("runtime.finite", "evaluation.leaves-no-trace")

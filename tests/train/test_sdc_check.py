@@ -5,12 +5,11 @@ import torch
 
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed
-from stackproof.subject.training import digest
 from stackproof.train import step as steps
+from stackproof.train.callbacks import gradient_checksums
 from stackproof.train.loop import train
-from stackproof.train.sdc_check import gradient_checksums
 from stackproof.train.start import fresh
-from stackproof.train.state import build_state, differing, gradient_crc32
+from stackproof.train.state import build_state, differing, digest, gradient_crc32
 
 
 @pytest.fixture
