@@ -3,18 +3,18 @@ together with their checks.
 """
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import Carried, check_fingerprint, read_carried
+from stackproof.spec.tables import read_tables, read_toml, validated
 
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
@@ -270,18 +270,9 @@ def load_spec(root: Path = ROOT) -> Spec:
 @cache
 def _load_spec(root: Path) -> Spec:
     directory = root / "spec"
-    head = _read_toml(directory / "spec.toml")
     gates: dict[str, Gate] = {}
     for path in sorted((directory / "gates").glob("*.toml")):
-        for entry in _read_toml(path).get("gate", []):
-            try:
-                gate = Gate.model_validate(entry)
-            except ValidationError as e:
-                first = e.errors()[0]
-                where = ".".join(str(p) for p in first["loc"])
-                raise IntegrityError(
-                    f"{path.name}: gate {entry.get('id', '?')}: {where}: {first['msg']}"
-                ) from e
+        for gate in read_tables(path, "gate", Gate):
             if gate.subsystem != path.stem:
                 raise IntegrityError(
                     f"{path.name}: gate {gate.id} belongs into {gate.subsystem}.toml"
@@ -301,18 +292,14 @@ def _load_spec(root: Path) -> Spec:
         raise IntegrityError(
             f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate"
         )
-    try:
-        carried = read_carried(directory / "carried.jsonl")
-        return Spec(
-            **head,
-            gates=gates,
-            certain=_certain(directory / "chance.toml"),
-            tombstones=_tombstones(directory / "tombstones.toml", gates),
-            carried=carried,
-            root=root,
-        )
-    except ValidationError as e:
-        raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
+    parts = {
+        "gates": gates,
+        "certain": _certain(directory / "chance.toml"),
+        "tombstones": _tombstones(directory / "tombstones.toml", gates),
+        "carried": read_carried(directory / "carried.jsonl"),
+        "root": root,
+    }
+    return validated(Spec, read_toml(directory / "spec.toml") | parts, origin="spec.toml")
 
 
 def _tombstones(path: Path, gates: Mapping[str, Gate]) -> dict[str, Tombstone]:
@@ -320,14 +307,7 @@ def _tombstones(path: Path, gates: Mapping[str, Gate]) -> dict[str, Tombstone]:
     no gate.
     """
     found: dict[str, Tombstone] = {}
-    for entry in _read_toml(path).get("tombstone", []) if path.is_file() else ():
-        try:
-            stone = Tombstone.model_validate(entry)
-        except ValidationError as e:
-            where = ".".join(map(str, e.errors()[0]["loc"]))
-            raise IntegrityError(
-                f"{path.name}: {entry.get('id', '?')}: {where}: {e.errors()[0]['msg']}"
-            ) from e
+    for stone in read_tables(path, "tombstone", Tombstone):
         if stone.id in gates or stone.id in found:
             raise IntegrityError(
                 f"{path.name}: gate id {stone.id} is retired and used again",
@@ -344,21 +324,8 @@ def _certain(path: Path) -> dict[str, str]:
     Raises IntegrityError if one is listed twice or without a reason.
     """
     found: dict[str, str] = {}
-    for entry in _read_toml(path).get("certain", []) if path.is_file() else ():
-        try:
-            certain = Certain.model_validate(entry)
-        except ValidationError as e:
-            raise IntegrityError(
-                f"{path.name}: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}"
-            ) from e
+    for certain in read_tables(path, "certain", Certain):
         if twice := [g for g in certain.gates if g in found or certain.gates.count(g) > 1]:
             raise IntegrityError(f"{path.name}: gate {twice[0]} is listed twice")
         found |= dict.fromkeys(certain.gates, certain.why)
     return found
-
-
-def _read_toml(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as e:
-        raise IntegrityError(f"cannot read {path}: {e}") from e

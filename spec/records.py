@@ -5,11 +5,12 @@ validated on the way in and on the way out.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Frozen, Spec
+from stackproof.spec.tables import validated
 
 SCHEMA = "stackproof/record/1"
 Kind = Literal[
@@ -213,14 +214,7 @@ def left_out(spec: Spec, record: Record) -> list[str]:
 
 def parse_record(data: bytes, *, origin: str) -> Record:
     """Strictly parse and validate a record. Raises IntegrityError naming file and field."""
-    try:
-        return Record.model_validate(parse_strict(data, origin=origin))
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise IntegrityError(
-            f"{origin}: field {where}: {first['msg']}", value=str(first.get("input"))[:120]
-        ) from e
+    return validated(Record, parse_strict(data, origin=origin), origin=origin)
 
 
 def read_record(path: Path) -> Record:

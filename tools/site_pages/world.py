@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stackproof.spec.archive import Archived, History
-from stackproof.spec.canonical import parse_strict
+from stackproof.spec.canonical import parse_lines
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.failures import Catalogue, load_catalogue
@@ -85,7 +85,7 @@ class World:
             return []
         path = self.ledger.record_path(record.id).with_name(name)
         data = self.ledger.series(record, declared)
-        lines = [parse_strict(x, origin=str(path)) for x in data.splitlines() if x.strip()]
+        lines = parse_lines(data, origin=str(path))
         for number, line in enumerate(lines, start=1):
             if missing := [k for k in keys if k not in line]:
                 raise IntegrityError(
