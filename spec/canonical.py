@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ def to_jsonable(value: Any) -> Any:
 def canonical_json(value: Any) -> bytes:
     """RFC 8785 bytes of `value` after `to_jsonable`. Equal values give equal bytes."""
     return rfc8785.dumps(to_jsonable(value))
+
+
+def canonical_lines(rows: Iterable[Any]) -> bytes:
+    """JSON lines, each in canonical form."""
+    return b"".join(canonical_json(row) + b"\n" for row in rows)
 
 
 def sha256_bytes(data: bytes) -> str:

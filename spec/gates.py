@@ -74,7 +74,7 @@ class Rates(Frozen):
     false_alarm: float = Field(
         ge=0,
         le=1,
-        description="share of looks, or of runs where `per` says so, at which a clean run is red",
+        description="share of looks, or of runs if `per` is run, at which a clean run is red",
     )
     per: Literal["look", "run"]
     power: float = Field(
@@ -101,9 +101,9 @@ class Gate(Frozen):
     A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by
     dotted key, and sets the keys in `needs` to more than 0. In all others it is absent: neither a
     pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under
-    which the museum proves it, where its own run would not show it, and says which one of a list.
+    which the museum proves it, where its own run would not show it, and selects one of a list.
     `hint` is where a person looks first when it is red. Beside one of the gates in `yields_to` it
-    is told as a consequence.
+    is reported as a consequence.
     """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
@@ -290,7 +290,7 @@ def _load_spec(root: Path) -> Spec:
         if other not in gates or other == g.id
     ]:
         raise IntegrityError(
-            f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate"
+            f"gate {strange[0][0]} yields to {strange[0][1]}, which is not another gate"
         )
     parts = {
         "gates": gates,
@@ -314,7 +314,9 @@ def _tombstones(path: Path, gates: Mapping[str, Gate]) -> dict[str, Tombstone]:
                 next_step="ids are never reused; choose another",
             )
         if lost := [s for s in stone.successors if s not in gates]:
-            raise IntegrityError(f"{path.name}: the successor {lost[0]} of {stone.id} is no gate")
+            raise IntegrityError(
+                f"{path.name}: the successor {lost[0]} of {stone.id} is not a gate"
+            )
         found[stone.id] = stone
     return found
 
