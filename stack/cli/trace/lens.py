@@ -4,20 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from stackproof.cli.load_model import TraceModel, load_model
-from stackproof.cli.output import stderr, stdout, table
+from stackproof.cli.output import note, print_table
 from stackproof.cli.paths import refuse_unused
-from stackproof.cli.recording import OpenRecord
+from stackproof.cli.recording import Claim, OpenRecord
 from stackproof.cli.trace.common import Model, Request, encode, precise, takes
 from stackproof.spec.errors import DataError, UsageError
 
 FILE = "lens.safetensors"
-CLAIM = "Final norm and head map the residual stream after each layer to these predictions."
-NOT_COVERED = (
-    "other texts",
-    "a model trained with such a value",
+CLAIM = Claim(
+    "trace",
+    "Final norm and head map the residual stream after each layer to these predictions.",
+    ("other texts", "a model trained with such a value"),
 )
 EXAMPLES = (
     "stack trace lens runs/pocket-1 logit --prompt 'The function'",
@@ -33,25 +33,17 @@ def lens(
     request: Request,
     model: Model,
     kind: Annotated[
-        Literal["logit", "tuned"], typer.Argument(metavar="[logit|tuned]", help="The kind of lens.")
+        Literal["logit", "tuned"], Argument(metavar="[logit|tuned]", help="The kind of lens.")
     ] = "logit",
     lens_file: Annotated[
-        Path | None,
-        typer.Option("--lens-file", help="Tuned: use this lens instead of fitting one."),
+        Path | None, Option(help="Tuned: use this lens instead of fitting one.")
     ] = None,
     lens_steps: Annotated[
         int | None,
-        typer.Option(
-            "--lens-steps",
-            min=1,
-            help=f"Tuned: fit for this many steps of {FIT_ROWS} rows. Default: {STEPS}.",
-        ),
+        Option(min=1, help=f"Tuned: fit for this many steps of {FIT_ROWS} rows. Default: {STEPS}."),
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text", help="Tuned: fit to this UTF-8 file. Default: the corpus of the run."
-        ),
+        Path | None, Option(help="Tuned: fit to this UTF-8 file. Default: the corpus of the run.")
     ] = None,
 ) -> None:
     """Read the residual stream after each layer through the final norm and head of the model."""
@@ -66,13 +58,10 @@ def lens(
         refuse_unused("--lens-file", fitting)
     loaded = load_model(model)
     one, ids = variant(loaded.model, loaded.mode), request.ids(loaded)
-    options = {
-        "lens_file": lens_file,
-        "text": text,
-        "lens_steps": None if lens_steps == STEPS else lens_steps,
-    }
+    options = {"lens_file": lens_file, "text": text}
+    options |= {"lens_steps": None if lens_steps == STEPS else lens_steps}
     options = {name: value for name, value in options.items() if value is not None}
-    record = request.open("trace", CLAIM, NOT_COVERED, [loaded], lens=kind, **options)
+    record = request.open(CLAIM, [loaded], lens=kind, **options)
     with one.around():
         fitted, held_out = None, []
         if lens_file is not None:
@@ -82,12 +71,8 @@ def lens(
             fitted, held_out = _fit(one, *rows, lens_steps or STEPS, record)
         found, _ = read_lens(one.model, torch.tensor([ids]), lens=fitted, where=one.where)
     points = [_point(row, loaded) for row in found]
-    document = {
-        "lens": kind,
-        "tokens": [loaded.decode([i]) for i in ids],
-        "points": points,
-        "held_out": held_out,
-    }
+    document = {"lens": kind, "tokens": [loaded.decode([i]) for i in ids]}
+    document |= {"points": points, "held_out": held_out}
     document |= {"model": loaded.title, **loaded.facts, "input_ids": ids}
     record.write_series("lens.jsonl", [document])
     record.close(f"{kind} lens of {len(points)} points", document, _show)
@@ -109,9 +94,7 @@ def _fit(
 
     def tell(step: int, kl_nats: float) -> None:
         if step % max(1, steps // 10) == 0 or step == steps:
-            stderr.print(
-                f"  lens, step {step}/{steps}: {kl_nats:.4f} nats from the model", markup=False
-            )
+            note(f"  lens, step {step}/{steps}: {kl_nats:.4f} nats from the model")
 
     lens = train_lens(
         one.model, (draw() for _ in range(steps)), steps=steps, where=one.where, tell=tell
@@ -163,15 +146,15 @@ def _show(document: dict[str, Any]) -> None:
         + [f"{at[0]['token']!r} {at[0]['prob']:.2f}" for at in p["top"][-last:]]
         for p in document["points"]
     ]
-    stdout.print(
-        table(f"{document['lens']} lens, nats per token; the last row is the model", columns, rows)
+    print_table(
+        f"{document['lens']} lens, nats per token; the last row is the model", columns, rows
     )
     if document["held_out"]:
         rows = [
             [r["point"], *(precise(r[k]) for k in r if k != "point")] for r in document["held_out"]
         ]
-        stdout.print(
-            table("Held-out text", ["point", "raw loss", "raw KL", "tuned loss", "tuned KL"], rows)
+        print_table(
+            "Held-out text", ["point", "raw loss", "raw KL", "tuned loss", "tuned KL"], rows
         )
 
 
