@@ -38,8 +38,8 @@ def model_at(path: Path) -> Path:
     return folder_at(path, "MODEL", allowed=MODEL, next_step=MAKES_ONE)
 
 
-def text_at(path: Path, what: str = "--text") -> Path:
-    return file_at(path, what, allowed="a UTF-8 file", next_step=f"give {what} the path of a text")
+def text_at(path: Path) -> Path:
+    return file_at(path, "--text", allowed="a UTF-8 file", next_step="give the path of a text")
 
 
 def tokenizer_at(path: Path, what: str = "--tokenizer") -> Path:

@@ -224,15 +224,6 @@ def evaluate_tokens(
     return _combine(sums, label_bytes(rows.labels, token_bytes))
 
 
-def evaluate_stream(
-    model: nn.Module, stream: Any, token_bytes: np.ndarray, *, seq_len: int, **options: Any
-) -> Evaluation:
-    """`evaluate_tokens` over a whole TokenStream."""
-    return evaluate_tokens(
-        model, stream.token_range(0, stream.n_tokens), token_bytes, seq_len=seq_len, **options
-    )
-
-
 def evaluate_text(
     model: nn.Module,
     tokenizer: Any,
@@ -242,7 +233,6 @@ def evaluate_text(
     stride: int | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
-    autocast: Autocast = nullcontext,
 ) -> TextEvaluation:
     """Score texts, joined by end-of-text tokens and beginning with one.
     Every byte the tokenizer keeps is scored exactly once.
@@ -262,9 +252,7 @@ def evaluate_text(
         "batch_size": batch_size,
         "pad_id": tokenizer.eos_id,
     }
-    result = evaluate_tokens(
-        model, ids, tokenizer.token_bytes, **shape, device=device, autocast=autocast
-    )
+    result = evaluate_tokens(model, ids, tokenizer.token_bytes, **shape, device=device)
     chars, n_bytes = kept_symbols(texts, result, dropped_chars)
     if not n_bytes:
         raise DataError(

@@ -110,9 +110,6 @@ class RunDir:
             [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
         )
 
-    def size_bytes(self) -> int:
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
-
 
 def _step_of(line: bytes) -> int | None:
     """Step of a log line; None for a line that a kill cut off; 0 for lines of before step 1."""

@@ -64,12 +64,9 @@ class World:
         """Every result of a gate with its run, newest last."""
         return [(r, g) for r in self.live for g in r.gates if g.id == gate_id]
 
-    def kills_of(
-        self, *, gate: str | None = None, plant: str | None = None
-    ) -> list[tuple[Record, Kill]]:
-        """Every kill of a gate or a plant, newest last."""
-        kills = [(r, k) for r in self.live for k in r.kills]
-        return [(r, k) for r, k in kills if gate in (None, k.gate) and plant in (None, k.plant)]
+    def kills_of(self, gate: str | None = None) -> list[tuple[Record, Kill]]:
+        """Every kill of a gate, or of all, newest last."""
+        return [(r, k) for r in self.live for k in r.kills if gate in (None, k.gate)]
 
     def is_current(self, gate_id: str, fingerprint: str) -> bool:
         """Whether a fingerprint is that of the gate as the spec defines it."""

@@ -24,7 +24,7 @@ EXAMPLES = (
     "stack trace lens runs/pocket-1 tuned --run-dir runs/lens-1",
     "stack trace lens runs/pocket-1 tuned --lens-file runs/lens-1/lens.safetensors",
 )
-STEPS, FIT_ROWS, HELD_OUT_ROWS = 200, 8, 16
+STEPS, FIT_ROWS, HELD_OUT_ROWS, SEED = 200, 8, 16, 0
 MAX_ROW_TOKENS = 512  # per row of --text
 
 
@@ -161,7 +161,7 @@ def _show(document: dict[str, Any]) -> None:
 # ---- text for fitting a lens: a function that draws a batch of ids, and held-out ids
 
 
-def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], Any]:
+def _corpus_rows(loaded: TraceModel) -> tuple[Callable[[], Any], Any]:
     """Rows of the corpus of a run: batches of its training split, and held-out ids."""
     import torch
 
@@ -181,7 +181,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
             "the corpus of the run has changed, so its tokens are not available",
             next_step="give --text FILE",
         )
-    chance, n = torch.Generator().manual_seed(seed), dataset.train.n_windows(length)
+    chance, n = torch.Generator().manual_seed(SEED), dataset.train.n_windows(length)
     draw = lambda: (  # noqa: E731
         rows_batch(
             dataset.train, torch.randint(0, n, (FIT_ROWS,), generator=chance).numpy(), length
@@ -194,7 +194,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
     return draw, rows_batch(dataset.validation, chosen.numpy(), length).input_ids
 
 
-def _text_rows(loaded: TraceModel, file: Path, seed: int = 0) -> tuple[Callable[[], Any], Any]:
+def _text_rows(loaded: TraceModel, file: Path) -> tuple[Callable[[], Any], Any]:
     """Rows of a text; its last tenth is held out.
     Raises DataError for a text of fewer than 20 rows.
     """
@@ -212,7 +212,7 @@ def _text_rows(loaded: TraceModel, file: Path, seed: int = 0) -> tuple[Callable[
             value=f"{len(rows)} rows of {length} tokens",
             allowed="at least 20",
         )
-    kept, chance = len(rows) - max(2, len(rows) // 10), torch.Generator().manual_seed(seed)
+    kept, chance = len(rows) - max(2, len(rows) // 10), torch.Generator().manual_seed(SEED)
     return lambda: rows[torch.randint(0, kept, (FIT_ROWS,), generator=chance)], rows[kept:][
         :HELD_OUT_ROWS
     ]
