@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RULES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 ROOTS = "spec contracts stack tools docs examples README.md CONTRIBUTING.md".split()
 # Keyword arguments whose text a user reads.
-SHOWN = frozenset("help description epilog what value allowed next_step why_not".split())
+SHOWN = frozenset(
+    "help description epilog what value allowed next_step why_not title why hint".split()
+)
 SUFFIXES = frozenset((".py", ".md", ".j2", ".toml"))
 # Keys of TOML files whose value a person reads. The prompts of a suite are data.
 KEYS = "title why story hint statement mechanism symptom name effect scope".split()

@@ -38,7 +38,7 @@ CARRIED, CHANGELOG, CHANCE = "spec/carried.jsonl", "spec/CHANGELOG.md", "spec/ch
     "SCHEMA",
     title="Spec, records, ledger and registry are valid and strict",
     why="A duplicate key, NaN or unknown field gives a file two meanings.",
-    hint="restore the file from git or mend the named field",
+    hint="restore the file from git or fix the named field",
 )
 def schema(repo: Repo) -> Messages:
     readers = {
@@ -233,7 +233,7 @@ def stale_kill(repo: Repo, gate: Gate) -> Messages:
     "GATE-FAILED",
     title="No gate's latest accepted run is red",
     why="A red result in the ledger is a known defect.",
-    hint="mend the cause and add a new run, or waive it with reason and expiry",
+    hint="fix the cause and add a new run, or waive it with reason and expiry",
     over=each_gate,
 )
 def gate_failed(repo: Repo, gate: Gate) -> Messages:
