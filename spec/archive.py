@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64
+from stackproof.spec.tables import validated
 
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
@@ -114,10 +115,7 @@ class Archive:
         data = self.path.read_bytes() if self.path.is_file() else b""
         for number, text in enumerate(data.split(b"\n")[:-1] if data else (), start=1):
             where = f"{self.path}:{number}"
-            try:
-                line = Archived.model_validate(parse_strict(text, origin=where))
-            except ValidationError as e:
-                raise IntegrityError(f"{where}: {e.errors()[0]['msg']}") from e
+            line = validated(Archived, parse_strict(text, origin=where), origin=where)
             if line.to_line() != text + b"\n":
                 raise IntegrityError(f"{where} is not canonical JSON")
             found.append(line)

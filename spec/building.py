@@ -40,7 +40,6 @@ def artefact(
     *,
     root: Path,
     name: str | None = None,
-    tokens: int | None = None,
     license: str | None = None,
 ) -> Artefact:
     """A file by hash. Its path is relative to `root` if the file lies below it."""
@@ -50,7 +49,6 @@ def artefact(
         path=shown,
         sha256=sha256_file(path),
         bytes=path.stat().st_size,
-        tokens=tokens,
         license=license,
     )
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def canonical_json(value: Any) -> bytes:
     return rfc8785.dumps(to_jsonable(value))
 
 
+def canonical_lines(rows: Iterable[Any]) -> bytes:
+    """JSON lines, each in canonical form."""
+    return b"".join(canonical_json(row) + b"\n" for row in rows)
+
+
 def sha256_bytes(data: bytes) -> str:
     """Hex sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
@@ -62,6 +68,20 @@ def sha256_file(path: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in a nested mapping that is not a mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def parse_lines(data: bytes, *, origin: str) -> list[Any]:
+    """The values of JSON lines, strictly parsed; blank lines are skipped."""
+    return [parse_strict(line, origin=origin) for line in data.splitlines() if line.strip()]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from stackproof.spec.findings import Finding, gone_around
+from stackproof.spec.findings import Finding, bypassed
 from stackproof.spec.gates import Spec
 from stackproof.spec.records import Record
 
@@ -102,10 +102,10 @@ def coverage(
     A finding with `route_around` keeps its gates at `proven`, even if their runs pass.
     """
     states = {gate_id: gate_state(spec, gate_id, records, today) for gate_id in spec.gates}
-    for gate_id, finding in gone_around(findings).items():
+    for gate_id, finding in bypassed(findings).items():
         if gate_id in states and states[gate_id].state == "discharged":
             states[gate_id] = states[gate_id]._replace(
-                state="proven", reason=f"finding {finding}: its cause was gone around, not mended"
+                state="proven", reason=f"finding {finding}: its cause was bypassed, not fixed"
             )
     return states
 

@@ -5,28 +5,21 @@ part in the tree decide this. An awaiting failure never counts as killed.
 """
 
 import re
-import tomllib
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from stackproof.spec import ROOT
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Frozen, Gate, Spec
+from stackproof.spec.tables import read_toml, tables
 
 Latency = Literal[
     "before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI"
 ]
-LATENCIES: tuple[Latency, ...] = (
-    "before step 1",
-    "within k steps",
-    "at checkpoint",
-    "at evaluation",
-    "at export",
-    "in CI",
-)
+LATENCIES: tuple[Latency, ...] = get_args(Latency)
 
 
 class Capability(Frozen):
@@ -157,25 +150,14 @@ def _load(root: Path) -> Catalogue:
     failures: dict[str, Failure] = {}
     capabilities: dict[str, Capability] = {}
     for path in sorted((root / "spec" / "failures").glob("*.toml")):
-        try:
-            document = tomllib.loads(path.read_text("utf-8"))
-            for entry in document.pop("capability", []):
-                capability = Capability.model_validate(entry)
-                _enter(capabilities, capability.name, capability, path)
-            for entry in document.pop("failure", []):
-                failure = Failure.model_validate({"subsystem": path.stem} | entry)
-                _enter(failures, failure.id, failure, path)
-        except (OSError, tomllib.TOMLDecodeError) as e:
-            raise IntegrityError(f"cannot read {path}: {e}") from e
-        except ValidationError as e:
-            where = ".".join(str(p) for p in e.errors()[0]["loc"])
+        document = read_toml(path)
+        for capability in tables(document, "capability", Capability, origin=path.name):
+            _enter(capabilities, capability.name, capability, path)
+        for failure in tables(document, "failure", Failure, origin=path.name, subsystem=path.stem):
+            _enter(failures, failure.id, failure, path)
+        if unknown := document.keys() - {"capability", "failure"}:
             raise IntegrityError(
-                f"{path.name}: {entry.get('id', entry.get('name', '?'))}: {where}: "
-                f"{e.errors()[0]['msg']}"
-            ) from e
-        if document:
-            raise IntegrityError(
-                f"{path.name}: unknown table {', '.join(document)}", allowed="failure, capability"
+                f"{path.name}: unknown table {min(unknown)}", allowed="failure, capability"
             )
     for failure in failures.values():
         if failure.awaiting is not None and failure.awaiting not in capabilities:

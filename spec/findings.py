@@ -68,7 +68,7 @@ class Finding(Frozen):
     route_around: bool = False
 
     @model_validator(mode="after")
-    def _fixed_or_gone_around(self) -> "Finding":
+    def _fixed_or_bypassed(self) -> "Finding":
         lacking = [name for name in ("fix", "positive") if getattr(self, name) is None]
         if lacking and not self.route_around:
             raise ValueError(
@@ -88,6 +88,6 @@ def read_findings(path: Path) -> list[Finding]:
     return read_tables(path, "finding", Finding)
 
 
-def gone_around(findings: Sequence[Finding]) -> dict[str, str]:
+def bypassed(findings: Sequence[Finding]) -> dict[str, str]:
     """Gates with an unfixed cause of failure: gate id to finding id."""
     return {gate: f.id for f in findings if f.route_around for gate in f.gates}

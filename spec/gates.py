@@ -3,18 +3,18 @@ together with their checks.
 """
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import Carried, check_fingerprint, read_carried
+from stackproof.spec.tables import read_tables, read_toml, validated
 
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
@@ -74,7 +74,7 @@ class Rates(Frozen):
     false_alarm: float = Field(
         ge=0,
         le=1,
-        description="share of looks, or of runs where `per` says so, at which a clean run is red",
+        description="share of looks, or of runs if `per` is run, at which a clean run is red",
     )
     per: Literal["look", "run"]
     power: float = Field(
@@ -101,9 +101,9 @@ class Gate(Frozen):
     A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by
     dotted key, and sets the keys in `needs` to more than 0. In all others it is absent: neither a
     pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under
-    which the museum proves it, where its own run would not show it, and says which one of a list.
+    which the museum proves it, where its own run would not show it, and selects one of a list.
     `hint` is where a person looks first when it is red. Beside one of the gates in `yields_to` it
-    is told as a consequence.
+    is reported as a consequence.
     """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
@@ -270,18 +270,9 @@ def load_spec(root: Path = ROOT) -> Spec:
 @cache
 def _load_spec(root: Path) -> Spec:
     directory = root / "spec"
-    head = _read_toml(directory / "spec.toml")
     gates: dict[str, Gate] = {}
     for path in sorted((directory / "gates").glob("*.toml")):
-        for entry in _read_toml(path).get("gate", []):
-            try:
-                gate = Gate.model_validate(entry)
-            except ValidationError as e:
-                first = e.errors()[0]
-                where = ".".join(str(p) for p in first["loc"])
-                raise IntegrityError(
-                    f"{path.name}: gate {entry.get('id', '?')}: {where}: {first['msg']}"
-                ) from e
+        for gate in read_tables(path, "gate", Gate):
             if gate.subsystem != path.stem:
                 raise IntegrityError(
                     f"{path.name}: gate {gate.id} belongs into {gate.subsystem}.toml"
@@ -299,20 +290,16 @@ def _load_spec(root: Path) -> Spec:
         if other not in gates or other == g.id
     ]:
         raise IntegrityError(
-            f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate"
+            f"gate {strange[0][0]} yields to {strange[0][1]}, which is not another gate"
         )
-    try:
-        carried = read_carried(directory / "carried.jsonl")
-        return Spec(
-            **head,
-            gates=gates,
-            certain=_certain(directory / "chance.toml"),
-            tombstones=_tombstones(directory / "tombstones.toml", gates),
-            carried=carried,
-            root=root,
-        )
-    except ValidationError as e:
-        raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
+    parts = {
+        "gates": gates,
+        "certain": _certain(directory / "chance.toml"),
+        "tombstones": _tombstones(directory / "tombstones.toml", gates),
+        "carried": read_carried(directory / "carried.jsonl"),
+        "root": root,
+    }
+    return validated(Spec, read_toml(directory / "spec.toml") | parts, origin="spec.toml")
 
 
 def _tombstones(path: Path, gates: Mapping[str, Gate]) -> dict[str, Tombstone]:
@@ -320,21 +307,16 @@ def _tombstones(path: Path, gates: Mapping[str, Gate]) -> dict[str, Tombstone]:
     no gate.
     """
     found: dict[str, Tombstone] = {}
-    for entry in _read_toml(path).get("tombstone", []) if path.is_file() else ():
-        try:
-            stone = Tombstone.model_validate(entry)
-        except ValidationError as e:
-            where = ".".join(map(str, e.errors()[0]["loc"]))
-            raise IntegrityError(
-                f"{path.name}: {entry.get('id', '?')}: {where}: {e.errors()[0]['msg']}"
-            ) from e
+    for stone in read_tables(path, "tombstone", Tombstone):
         if stone.id in gates or stone.id in found:
             raise IntegrityError(
                 f"{path.name}: gate id {stone.id} is retired and used again",
                 next_step="ids are never reused; choose another",
             )
         if lost := [s for s in stone.successors if s not in gates]:
-            raise IntegrityError(f"{path.name}: the successor {lost[0]} of {stone.id} is no gate")
+            raise IntegrityError(
+                f"{path.name}: the successor {lost[0]} of {stone.id} is not a gate"
+            )
         found[stone.id] = stone
     return found
 
@@ -344,21 +326,8 @@ def _certain(path: Path) -> dict[str, str]:
     Raises IntegrityError if one is listed twice or without a reason.
     """
     found: dict[str, str] = {}
-    for entry in _read_toml(path).get("certain", []) if path.is_file() else ():
-        try:
-            certain = Certain.model_validate(entry)
-        except ValidationError as e:
-            raise IntegrityError(
-                f"{path.name}: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}"
-            ) from e
+    for certain in read_tables(path, "certain", Certain):
         if twice := [g for g in certain.gates if g in found or certain.gates.count(g) > 1]:
             raise IntegrityError(f"{path.name}: gate {twice[0]} is listed twice")
         found |= dict.fromkeys(certain.gates, certain.why)
     return found
-
-
-def _read_toml(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as e:
-        raise IntegrityError(f"cannot read {path}: {e}") from e

@@ -3,13 +3,14 @@
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from stackproof.spec.archive import METADATA, Archive, Archived
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64, Record, Series, parse_record
+from stackproof.spec.tables import validated
 
 GENESIS = "0" * 64
 
@@ -56,12 +57,9 @@ class Ledger:
         return [self._parse(line, number) for number, line in enumerate(self.lines(), start=1)]
 
     def _parse(self, line: bytes, number: int) -> Entry:
-        try:
-            return Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}"))
-        except ValidationError as e:
-            raise IntegrityError(
-                f"{self.path}:{number}: {e.errors()[0]['msg']}", next_step="git checkout the ledger"
-            ) from e
+        where = f"{self.path}:{number}"
+        value = parse_strict(line, origin=where)
+        return validated(Entry, value, origin=where, next_step="git checkout the ledger")
 
     @property
     def head(self) -> str:

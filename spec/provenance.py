@@ -8,39 +8,32 @@ from importlib import metadata
 from pathlib import Path
 
 from stackproof.spec import ROOT
+from stackproof.spec.archive import History
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.records import Code, Scalar
 
 # Paths that can change a computed number.
-# # Uncommitted changes elsewhere (documents, tests, evidence) do not make a run dirty.
+# Uncommitted changes elsewhere (documents, tests, evidence) do not make a run dirty.
 CODE_PATHS = ("spec", "contracts", "stack", "pyproject.toml", "constraints.txt")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+PACKAGES = "stackproof torch triton numpy safetensors tokenizers pydantic".split()
 
 
 def code_state() -> Code:
     """Commit of the checkout that this package runs from, and whether it is clean; `unknown` for an
     installed wheel.
     """
-    lock = ROOT / "constraints.txt"
+    lock, git = ROOT / "constraints.txt", History(ROOT).git
     lock_sha256 = sha256_file(lock) if lock.is_file() else None
-    if _git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
+    if git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
         return Code(commit="unknown", dirty=False, lock_sha256=lock_sha256)
-    status = _git("status", "--porcelain", "--untracked-files=all", "--", *CODE_PATHS) or ""
-    commit = (_git("rev-parse", "HEAD") or "unknown").strip()
-    if not status.strip():
-        return Code(commit=commit, dirty=False, lock_sha256=lock_sha256)
-    diff = (_git("diff", "HEAD", "--", *CODE_PATHS) or "") + status
+    status = git("status", "--porcelain", "--untracked-files=all", "--", *CODE_PATHS) or b""
+    commit = (git("rev-parse", "HEAD") or b"unknown").decode().strip()
+    changes = (git("diff", "HEAD", "--", *CODE_PATHS) or b"") + status if status.strip() else None
     return Code(
-        commit=commit, dirty=True, diff_sha256=sha256_bytes(diff.encode()), lock_sha256=lock_sha256
+        commit=commit,
+        dirty=changes is not None,
+        diff_sha256=None if changes is None else sha256_bytes(changes),
+        lock_sha256=lock_sha256,
     )
 
 
@@ -75,18 +68,7 @@ def environment(device: str = "cpu", **extra: Scalar) -> dict[str, Scalar]:
         "world_size": 1,
         "contracts_level": os.environ.get("STACK_CONTRACTS", "standard"),
     }
-    facts |= {
-        name: _version(name)
-        for name in (
-            "stackproof",
-            "torch",
-            "triton",
-            "numpy",
-            "safetensors",
-            "tokenizers",
-            "pydantic",
-        )
-    }
+    facts |= {name: _version(name) for name in PACKAGES}
     if torch := sys.modules.get("torch"):
         facts["threads"] = torch.get_num_threads()
         facts["deterministic_algorithms"] = torch.are_deterministic_algorithms_enabled()

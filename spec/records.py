@@ -3,13 +3,14 @@ validated on the way in and on the way out.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Frozen, Spec
+from stackproof.spec.tables import validated
 
 SCHEMA = "stackproof/record/1"
 Kind = Literal[
@@ -28,8 +29,9 @@ Kind = Literal[
     "foreign",
 ]
 Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempted", "failed"]
+Outcome = Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Scalar = bool | int | float | str | None
-Sha256 = str
 HEX64 = r"^[0-9a-f]{64}$"
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
@@ -45,7 +47,7 @@ class Waiver(Frozen):
 
 
 class GateResult(Frozen):
-    """What one gate said in one run.
+    """The result of one gate in one run.
     `checks` counts how often it looked; one that never did cannot have passed or failed.
     """
 
@@ -64,7 +66,9 @@ class GateResult(Frozen):
     @model_validator(mode="after")
     def _has_looked(self):
         if self.verdict != "not_run" and self.checks == 0:
-            raise ValueError(f"gate {self.id} says {self.verdict} and has never looked (0 checks)")
+            raise ValueError(
+                f"gate {self.id} has the verdict {self.verdict} and never looked (0 checks)"
+            )
         return self
 
 
@@ -80,7 +84,7 @@ class Kill(Frozen):
     fingerprint: str = Field(pattern=HEX64)
     plant: str
     plant_sha256: str = Field(pattern=HEX64)
-    outcome: Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
+    outcome: Outcome
     control: Literal["pass", "fail", "not_run"]
     latency: str
     seconds: float = Field(ge=0)
@@ -93,7 +97,7 @@ class Kill(Frozen):
 
 
 class Metric(Frozen):
-    """One number with unit, sample count and spread. `better` says which way is good."""
+    """One number with unit, sample count and spread. `better` is the good direction."""
 
     value: int | float | str
     unit: str
@@ -213,14 +217,7 @@ def left_out(spec: Spec, record: Record) -> list[str]:
 
 def parse_record(data: bytes, *, origin: str) -> Record:
     """Strictly parse and validate a record. Raises IntegrityError naming file and field."""
-    try:
-        return Record.model_validate(parse_strict(data, origin=origin))
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise IntegrityError(
-            f"{origin}: field {where}: {first['msg']}", value=str(first.get("input"))[:120]
-        ) from e
+    return validated(Record, parse_strict(data, origin=origin), origin=origin)
 
 
 def read_record(path: Path) -> Record:

@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Frozen, Spec
 from stackproof.spec.records import HEX64
+from stackproof.spec.tables import validated
 
 FILE = "spec/releases.jsonl"
 
@@ -62,10 +63,7 @@ def parse_releases(data: bytes, *, origin: str) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for number, text in enumerate(data.splitlines(), start=1):
         where = f"{origin}:{number}"
-        try:
-            line = ReleaseLine.model_validate(parse_strict(text, origin=where))
-        except ValidationError as e:
-            raise IntegrityError(f"{where}: {e.errors()[0]['msg']}") from e
+        line = validated(ReleaseLine, parse_strict(text, origin=where), origin=where)
         release = merge(release, line.patch) | {"version": line.version}
         if sha256_bytes(release_text(release)) != line.sha256:
             raise IntegrityError(

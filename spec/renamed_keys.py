@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -25,9 +24,9 @@ class RenamedKey(Frozen):
 
 
 @cache
-def renamed_keys(root: Path = ROOT) -> tuple[RenamedKey, ...]:
+def renamed_keys() -> tuple[RenamedKey, ...]:
     """All renamed keys, oldest first. Raises IntegrityError naming a broken entry."""
-    return tuple(read_tables(root / "spec" / "renamed_keys.toml", "renamed", RenamedKey))
+    return tuple(read_tables(ROOT / "spec" / "renamed_keys.toml", "renamed", RenamedKey))
 
 
 def current_key(key: str) -> str:

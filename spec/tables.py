@@ -1,10 +1,9 @@
-"""Reads a TOML file of tables with one key, such as `[[model]]`, strictly, into one pydantic
-model.
-"""
+"""Strict reading of files into pydantic models. Errors name the file, the entry and the field."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,24 +12,42 @@ from stackproof.spec.errors import IntegrityError
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def read_tables(path: Path, key: str, kind: type[Kind]) -> list[Kind]:
-    """All tables of a key, in file order; empty if the file is missing.
-    Raises IntegrityError naming the table by its id, and the field.
-    """
-    if not path.is_file():
-        return []
+def validated(kind: type[Kind], value: Any, *, origin: str, next_step: str = "") -> Kind:
+    """The value as a model. Raises IntegrityError naming `origin` and the first invalid field."""
     try:
-        tables = tomllib.loads(path.read_text("utf-8")).get(key, [])
-    except tomllib.TOMLDecodeError as e:
-        raise IntegrityError(f"{path}: {e}") from e
-    found: list[Kind] = []
-    for table in tables:
-        try:
-            found.append(kind.model_validate(table))
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "entry"
-            raise IntegrityError(
-                f"{path}: {key} {table.get('id', '?')}: {where}: {first['msg']}"
-            ) from e
-    return found
+        return kind.model_validate(value)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise IntegrityError(
+            f"{origin}: field {field}: {first['msg']}" if field else f"{origin}: {first['msg']}",
+            value=str(first.get("input"))[:120],
+            next_step=next_step,
+        ) from e
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file. Raises IntegrityError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise IntegrityError(f"cannot read {path}: {e}") from e
+
+
+def tables(
+    document: Mapping[str, Any], key: str, kind: type[Kind], *, origin: str, **defaults: Any
+) -> list[Kind]:
+    """All tables `[[key]]` of a document, in file order."""
+    return [
+        validated(
+            kind,
+            defaults | table,
+            origin=f"{origin}: {key} {table.get('id', table.get('name', '?'))}",
+        )
+        for table in document.get(key, ())
+    ]
+
+
+def read_tables(path: Path, key: str, kind: type[Kind]) -> list[Kind]:
+    """All tables `[[key]]` of a TOML file, in file order; empty if the file is missing."""
+    return tables(read_toml(path), key, kind, origin=str(path)) if path.is_file() else []

@@ -1,4 +1,5 @@
-"""Finds patterns to avoid in the prose of the project: docstrings, comments, messages and pages.
+"""Finds patterns to avoid in the prose of the project: docstrings, comments, messages, pages, their
+templates, and the sentences of TOML files.
 
 python -m tests.prose prints every place. The patterns are in prose.toml.
 """
@@ -16,17 +17,33 @@ ROOT = Path(__file__).resolve().parents[1]
 RULES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 ROOTS = "spec contracts stack tools docs examples README.md CONTRIBUTING.md".split()
 # Keyword arguments whose text a user reads.
-SHOWN = frozenset("help description epilog what value allowed next_step why_not".split())
+SHOWN = frozenset(
+    "help description epilog what value allowed next_step why_not title why hint".split()
+)
+SUFFIXES = frozenset((".py", ".md", ".j2", ".toml"))
+# Keys of TOML files whose value a person reads. The prompts of a suite are data.
+KEYS = "title why story hint statement mechanism symptom name effect scope".split()
+VALUE = re.compile(
+    rf"""
+    (?:^|[{{,])[ ]*(?:[\w-]+\.)*(?:{"|".join(KEYS)})[ ]*=[ ]*
+    (?P<quote>\"{{3}}|'{{3}}|"|')(?P<text>.*?)(?<!\\)(?P=quote)
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+JINJA = re.compile(r"{{.*?}}|{%.*?%}|{#.*?#}", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
 def sentences(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of every piece of prose in a Python file or a page."""
+    """(line, text) of every piece of prose in a Python or TOML file, a page or a template."""
     text = path.read_text("utf-8")
-    if path.suffix == ".md":
-        # Code keeps its line breaks, so that line numbers stay right.
-        text = CODE.sub(lambda m: "`…`" + "\n" * m.group().count("\n"), text)
-        yield from enumerate(text.splitlines(), start=1)
+    if path.suffix in (".md", ".j2"):
+        yield from enumerate(_without(CODE, _without(JINJA, text)).splitlines(), start=1)
+        return
+    if path.suffix == ".toml":
+        for match in VALUE.finditer(text):
+            first = text.count("\n", 0, match.start("text")) + 1
+            yield from enumerate(_without(CODE, match["text"]).splitlines(), start=first)
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -37,6 +54,11 @@ def sentences(path: Path) -> Iterator[tuple[int, str]]:
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
                     for offset, line in enumerate(CODE.sub("`…`", part.value).splitlines()):
                         yield part.lineno + offset, line
+
+
+def _without(code: re.Pattern, text: str) -> str:
+    """The text with code replaced; its line breaks stay, so that line numbers are right."""
+    return code.sub(lambda m: "`…`" + "\n" * m.group().count("\n"), text)
 
 
 def _shown(node: ast.AST) -> Iterator[ast.AST]:
@@ -66,7 +88,7 @@ def places(root: Path) -> list[Place]:
     return [
         Place(str(file.relative_to(root)), line, pattern, text.strip())
         for file in files
-        if file.suffix in {".py", ".md"} and file.is_file() and file.name != "CHANGELOG.md"
+        if file.suffix in SUFFIXES and file.is_file() and file.name != "CHANGELOG.md"
         for line, text in sentences(file)
         if (pattern := pattern_in(text))
     ]

@@ -59,6 +59,27 @@ def test_docstrings_comments_errors_help_and_pages_are_read_and_code_is_not(tmp_
     }
 
 
+def test_sentences_of_toml_files_and_templates_are_read_and_their_data_is_not(tmp_path):
+    (tmp_path / "README.md").write_text("Plain.\n")
+    (tmp_path / "CONTRIBUTING.md").write_text("Plain.\n")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/a.md.j2").write_text("{% if nobody %}\n{{ says }} it goes on\n{% endif %}\n")
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "spec/a.toml").write_text(
+        'title = "The run goes on"\n'
+        'old = "nobody says"\n'
+        'limits.x = { unit = "what it says", why = "It says \\"so\\"." }\n'
+        'story = """\nPlain. \\\nThe `run says` more,\nand nobody reads it."""\n'
+    )
+    found = {(p.path, p.line, p.pattern) for p in places(tmp_path)}
+    assert found == {
+        ("tools/a.md.j2", 2, "idiom"),
+        ("spec/a.toml", 1, "idiom"),
+        ("spec/a.toml", 3, "speech of a machine"),
+        ("spec/a.toml", 7, "anonymous person"),
+    }
+
+
 def test_an_allowance_is_exact_and_the_longest_path_counts():
     found = [Place(path, 1, "idiom", "it goes on") for path in ("a/b.py", "a/c/d.py", "ab.py")]
     assert differences(found, {"a": 1, "a/c": 1, "ab.py": 1}) == []

@@ -55,7 +55,7 @@ def explain(code: str) -> int:
         )
         return 2
     rule = RULES[code]
-    print(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  mend  {rule.hint}")
+    print(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  fix   {rule.hint}")
     return 0
 
 

@@ -12,43 +12,30 @@ FOLDER = "stack/museum"
 
 
 @dataclass(frozen=True)
-class Exhibit:
-    """A plant, the file and line of its entry, and the text of its generator function if it has
+class Exhibit(Plant):
+    """A plant with the file and line of its entry, and the text of its generator function if it has
     one.
     """
 
-    plant: Plant
-    path: str
-    line: int
-    source: str
-
-    @property
-    def id(self) -> str:
-        return self.plant.id
-
-    @property
-    def gate(self) -> str:
-        return self.plant.gate
-
-    @property
-    def title(self) -> str:
-        return self.plant.title
+    path: str = ""
+    line: int = 0
+    source: str = ""
 
 
 def read_exhibits(root: Path) -> dict[str, Exhibit]:
     """All plants of a repository by id. Raises IntegrityError if an entry is broken."""
     folder = root / FOLDER
     places = {
-        line: (path.relative_to(root).as_posix(), number)
+        line: {"path": path.relative_to(root).as_posix(), "line": number}
         for path in sorted((folder / "plants").glob("*.toml"))
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
         if line.startswith('id = "')
     }
     return {
-        plant.id: Exhibit(
-            plant, *places[f'id = "{plant.id}"'], source_of(folder, plant.function)[1]
+        name: Exhibit(
+            **vars(plant), **places[f'id = "{name}"'], source=source_of(folder, plant.function)[1]
         )
-        for plant in read_plants(folder / "plants").values()
+        for name, plant in read_plants(folder / "plants").items()
     }
 
 

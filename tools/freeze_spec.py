@@ -4,13 +4,13 @@ python tools/freeze_spec.py
 Exit code 0: written. 6: that version is already committed with other content.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
+from stackproof.spec.archive import History  # noqa: E402
 from stackproof.spec.gates import load_spec  # noqa: E402
 from stackproof.spec.releases import FILE, frozen_release, parse_releases, release_line  # noqa: E402
 
@@ -19,7 +19,7 @@ def freeze(root: Path) -> int:
     """Freeze the spec of a checkout. Lines that were never committed are replaced."""
     spec, path = load_spec(root), root / FILE
     release = frozen_release(spec)
-    committed = _committed(root)
+    committed = History(root).git("show", f"HEAD:{FILE}")
     if committed is None:
         committed = path.read_bytes() if path.is_file() else b""
     releases = parse_releases(committed, origin=FILE)
@@ -35,12 +35,6 @@ def freeze(root: Path) -> int:
         path.write_bytes(committed + release_line(previous, release))
     print(f"froze {len(spec.gates)} gates as {spec.version} in {FILE}")
     return 0
-
-
-def _committed(root: Path) -> bytes | None:
-    """The file at HEAD; None if it was never committed."""
-    done = subprocess.run(["git", "-C", str(root), "show", f"HEAD:{FILE}"], capture_output=True)
-    return done.stdout if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import sys
 
 import typer
 
+from stackproof.cli import data, doctor, evaluate, evidence, export, gates, tokenizer, trace, train
+from stackproof.cli.output import emitted
 from stackproof.spec.errors import EnvironmentUnfit, StackproofError
 
 TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
 
 # Newer versions of typer include a copy of click, older ones depend on it; the errors of both
-# derive # from this class.
+# derive from this class.
 ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
@@ -23,24 +25,8 @@ app = typer.Typer(
 )
 
 
-def _register() -> None:
-    from stackproof.cli import (
-        data,
-        doctor,
-        evaluate,
-        evidence,
-        export,
-        gates,
-        tokenizer,
-        trace,
-        train,
-    )
-
-    for module in (train, evaluate, trace, export, data, tokenizer, gates, evidence, doctor):
-        module.register(app)
-
-
-_register()
+for module in (train, evaluate, trace, export, data, tokenizer, gates, evidence, doctor):
+    app.add_typer(module.app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,8 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(document: dict, text: str, arguments: list[str]) -> None:
-    from stackproof.cli.output import emitted
-
     if "--json" in arguments and not emitted():
         print(json.dumps(document))
     print(f"error: {text}", file=sys.stderr)

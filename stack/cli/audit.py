@@ -4,21 +4,23 @@ run.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from stackproof.cli.load_model import OpenedModel, open_model
-from stackproof.cli.output import stderr, stdout, table
+from stackproof.cli.output import note, print_line, print_table, progress_bar, stderr
 from stackproof.cli.paths import folder_at, model_at
-from stackproof.cli.recording import OpenRecord, open_record
+from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.spec.errors import DataError
 
-CLAIM = "With greedy decoding, these weights gave these answers, with these verdicts of the checks."
-NOT_COVERED = (
-    "other prompts, other wordings of the same question",
-    "answers sampled at a temperature above 0",
+CLAIM = Claim(
+    "evaluate",
+    "With greedy decoding, these weights gave these answers, with these verdicts of the checks.",
+    (
+        "other prompts, other wordings of the same question",
+        "answers sampled at a temperature above 0",
+    ),
 )
 
 
@@ -79,16 +81,10 @@ def audit_models(
 def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar on a terminal, one line otherwise."""
     if not stderr.is_terminal:
-        stderr.print(what, style="dim", markup=False)
+        note(what, "dim")
         yield lambda prompt: None
         return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-    ) as bar:
+    with progress_bar(transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda prompt: bar.advance(task)
 
@@ -111,16 +107,8 @@ def _folders(model: Path) -> list[Path]:
 
 
 def _open(opened: OpenedModel, suite_input: Any, run_dir: Path | None, json: bool) -> OpenRecord:
-    parents = (opened.state["record"],)
-    record = open_record(
-        "evaluate",
-        opened.cfg.to_dict(),
-        CLAIM,
-        NOT_COVERED,
-        run_dir=run_dir,
-        json=json,
-        parents=parents,
-    )
+    config, parents = opened.cfg.to_dict(), (opened.state["record"],)
+    record = open_record(CLAIM, config, run_dir=run_dir, json=json, parents=parents)
     record.builder.inputs.append(suite_input)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     return record
@@ -202,43 +190,19 @@ def _show(document: dict[str, Any]) -> None:
     for answer in document["answers"]:
         verdict = "pass" if answer["passed"] else "fail: " + "; ".join(answer["faults"])
         text = " ".join(answer["text"].split())
-        stdout.print(
-            f"{answer['domain']}/{answer['prompt']}  {verdict}",
-            style="green" if answer["passed"] else "red",
-            markup=False,
-        )
-        stdout.print(f"  {text[:160]}", markup=False)
-    lost = sum(a["lost_prompt_tokens"] > 0 for a in document["answers"])
-    if lost:
-        stdout.print(
-            f"{lost} prompt(s) exceed the context: the beginning was cut off", style="yellow"
-        )
+        colour = "green" if answer["passed"] else "red"
+        print_line(f"{answer['domain']}/{answer['prompt']}  {verdict}", colour)
+        print_line(f"  {text[:160]}")
+    if lost := sum(a["lost_prompt_tokens"] > 0 for a in document["answers"]):
+        print_line(f"{lost} prompt(s) exceed the context: the beginning was cut off", "yellow")
     rows = [[name, d["passes"], d["prompts"]] for name, d in document["domains"].items()]
-    stdout.print(
-        table(
-            f"Step {document['step']}: breadth {document['breadth']} of {len(rows)}",
-            ["domain", "passes", "prompts"],
-            rows,
-        )
-    )
+    title = f"Step {document['step']}: breadth {document['breadth']} of {len(rows)}"
+    print_table(title, ["domain", "passes", "prompts"], rows)
     if len(document["rounds"]) > 1:
-        stdout.print(
-            table(
-                "Over the run",
-                ["step", "breadth"],
-                [[r["step"], r["breadth"]] for r in document["rounds"]],
-            )
-        )
-        still = document["stands_still"]
-        since = (
-            f"breadth has been constant at {still['breadth']} since step {still['step']}"
-            if still
-            else "breadth is still growing, or too few audits followed its maximum"
-        )
-        stdout.print(
-            since
-            + (
-                f"; no longer passed: {', '.join(still['lost'])}" if still and still["lost"] else ""
-            ),
-            markup=False,
-        )
+        columns = ("step", "breadth")
+        print_table("Over the run", columns, map(itemgetter(*columns), document["rounds"]))
+        text = "breadth is still growing, or too few audits followed its maximum"
+        if still := document["stands_still"]:
+            text = f"breadth has been constant at {still['breadth']} since step {still['step']}"
+            text += f"; no longer passed: {', '.join(still['lost'])}" if still["lost"] else ""
+        print_line(text)

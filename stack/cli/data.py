@@ -3,86 +3,63 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
-from stackproof.cli.output import MARKS, Json, emit, measured_text, stderr, stdout, table
+from stackproof.cli.options import Json, examples
+from stackproof.cli.output import emit, note, print_gates, print_line, print_table, stderr
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 from stackproof.spec.errors import DataError, UsageError
 
-app = typer.Typer(
+app = Typer(
+    name="data",
     help="Build data sets from text of many sources, verify them, compare them with evaluation "
     "sets.",
     no_args_is_help=True,
 )
-Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that stack data build wrote.")
-]
+Folder = Annotated[Path, Argument(metavar="DIR", help="A folder that stack data build wrote.")]
 PLAIN_LINE_EVERY_S = 5.0
-EXAMPLES = [
+EXAMPLES = examples(
     "stack data build notes/ --out data/notes",
     "stack data build mixture.toml --out data/mix",
     "stack data build 'shards/*.jsonl.zst' --out data/web --text-field content --vocab-size 32000",
-]
+)
 
 
-def register(parent: typer.Typer) -> None:
-    parent.add_typer(app, name="data")
-
-
-@app.command(epilog="Examples: " + " · ".join(EXAMPLES))
+@app.command(epilog=EXAMPLES)
 def build(
     sources: Annotated[
-        list[str],
-        typer.Argument(metavar="SRC…", help="One mixture .toml, or files, folders and globs."),
+        list[str], Argument(metavar="SRC…", help="One mixture .toml, or files, folders and globs.")
     ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", help="Folder of the data set. An interrupted build resumes here."),
-    ],
+    out: Annotated[Path, Option(help="Folder of the data set. An interrupted build resumes here.")],
     vocab_size: Annotated[
-        int | None,
-        typer.Option(
-            "--vocab-size", min=258, help="Train a BPE tokenizer of this size. Default: 1024."
-        ),
+        int | None, Option(min=258, help="Train a BPE tokenizer of this size. Default: 1024.")
     ] = None,
     tokenizer: Annotated[
-        Path | None,
-        typer.Option("--tokenizer", help="Use this tokenizer.json instead of training one."),
+        Path | None, Option(help="Use this tokenizer.json instead of training one.")
     ] = None,
     documents: Annotated[
-        str | None,
-        typer.Option(
-            "--documents", help="Unit of one document: file (default), paragraph or line."
-        ),
+        str | None, Option(help="Unit of one document: file (default), paragraph or line.")
     ] = None,
     text_field: Annotated[
-        str | None,
-        typer.Option(
-            "--text-field", help="Key of the text in .jsonl, column in .parquet. Default: text."
-        ),
+        str | None, Option(help="Key of the text in .jsonl, column in .parquet. Default: text.")
     ] = None,
     language: Annotated[
-        list[str] | None,
-        typer.Option("--language", help="Language of the text, en by default. Repeatable."),
+        list[str] | None, Option(help="Language of the text, en by default. Repeatable.")
     ] = None,
-    license: Annotated[
-        str | None, typer.Option("--license", help="Licence of the text, for the record.")
-    ] = None,
+    license: Annotated[str | None, Option(help="Licence of the text, for the record.")] = None,
     against: Annotated[
-        list[Path] | None,
-        typer.Option("--against", help="Evaluation set to exclude from the data. Repeatable."),
+        list[Path] | None, Option(help="Evaluation set to exclude from the data. Repeatable.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change one value: split.validation_frac=0.01. Repeatable."),
+        Option("--set", help="Change one value: split.validation_frac=0.01. Repeatable."),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes. Default: all cores.")
-    ] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes. Default: all cores.")] = None,
     json: Json = False,
 ) -> None:
     """Read, filter, deduplicate and tokenise text, write shards, and account for every document.
@@ -91,16 +68,14 @@ def build(
     from stackproof.data import account, prepare
     from stackproof.data import build as builder
 
+    of_files = {"documents": documents, "text_field": text_field, "license": license}
     cfg = _config(
         sources,
-        vocab_size,
-        tokenizer,
-        documents,
-        text_field,
-        language,
-        license,
-        against,
-        tuple(set_ or ()),
+        {k: v for k, v in (of_files | {"language": language or None}).items() if v is not None},
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        against=against or (),
+        sets=set_ or (),
     )
     record, started = account.open_record(cfg), time.perf_counter()
     fresh = not (out / "manifest.json").is_file()
@@ -109,10 +84,7 @@ def build(
             cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json)
         )
     except KeyboardInterrupt:
-        stderr.print(
-            f"\nstopped; finished parts are in {out / '.work'}; the same command resumes the build",
-            markup=False,
-        )
+        note(f"\nstopped; finished parts are in {out}/.work; the same command resumes the build")
         raise
     except OSError as e:
         raise UsageError(
@@ -126,66 +98,59 @@ def build(
     if fresh or not (out / "metadata.json").is_file():
         account.write_record(record, cfg, dataset, results, seconds)
     (out / "report.html").write_text(account.page(dataset.manifest, results), "utf-8")
-    if not emit(_document(out, dataset.manifest, results), json):
-        _show(dataset.manifest, results)
-        stdout.print(f"record {out / 'metadata.json'}, page {out / 'report.html'}", markup=False)
+    if not _print(out, dataset.manifest, results, json):
+        print_line(f"record {out / 'metadata.json'}, page {out / 'report.html'}")
         if all(r.verdict != "fail" for r in results):
-            stdout.print(f"next  stack train --data {out}", markup=False)
+            print_line(f"next  stack train --data {out}")
     if failure is not None:
         raise failure
 
 
 def _config(
-    sources,
-    vocab_size,
-    tokenizer,
-    documents,
-    text_field,
-    language,
-    license,
-    against,
-    sets: tuple[str, ...],
-):
-    """The `data` section of a configuration from the command line."""
+    sources: Sequence[str],
+    of_files: dict[str, Any],
+    *,
+    tokenizer: Path | None,
+    vocab_size: int | None,
+    against: Sequence[Path],
+    sets: Sequence[str],
+) -> Any:
+    """The `data` section of a configuration from the command line. `of_files` are the options that
+    a mixture file states for each of its sources.
+    """
     from stackproof.config import load_config, load_mixture
     from stackproof.recipes import recipe
 
-    base = recipe("pocket")
-    said: list[str] = []
-    flags = {"documents": documents, "text_field": text_field, "license": license}
     if tokenizer is not None and vocab_size is not None:
         raise UsageError(
             "--tokenizer and --vocab-size exclude each other",
             next_step="leave out --vocab-size: the tokenizer defines it",
         )
-    if len(sources) > 1 and any(s.endswith(".toml") for s in sources):
+    is_mixture = any(s.endswith(".toml") for s in sources)
+    if is_mixture and len(sources) > 1:
         raise UsageError(
             "a mixture file cannot be combined with other sources",
             next_step="add the other sources to it, as [[source]] tables",
         )
-    if len(sources) == 1 and sources[0].endswith(".toml"):
-        if said_flags := [
-            f"--{k.replace('_', '-')}" for k, v in {**flags, "language": language}.items() if v
-        ]:
-            raise UsageError(
-                f"{said_flags[0]} cannot be combined with a mixture file",
-                next_step="write the value into its [[source]] table",
-            )
+    if is_mixture and of_files:
+        raise UsageError(
+            f"--{next(iter(of_files)).replace('_', '-')} cannot be combined with a mixture file",
+            next_step="write the value into its [[source]] table",
+        )
+    base, given = recipe("pocket"), {}
+    if is_mixture:
         base = base.model_copy(update={"data": load_mixture(Path(sources[0]))})
     else:
-        said += ["corpus.kind=files", f"corpus.paths={dumps(sources)}"]
-        said += [
-            f"corpus.{key}={dumps(value)}" for key, value in flags.items() if value is not None
-        ]
-        said += [f"corpus.languages={dumps(language)}"] if language else []
+        given = {"corpus.kind": "files", "corpus.paths": list(sources)}
+        given |= {"corpus." + k.replace("language", "languages"): v for k, v in of_files.items()}
     if tokenizer is not None:
-        said += ["tokenizer.kind=file", f"tokenizer.path={dumps(str(tokenizer))}"]
+        given |= {"tokenizer.kind": "file", "tokenizer.path": str(tokenizer)}
     elif vocab_size is not None:
-        said += ["tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}"]
-    said += [f"decontaminate={dumps([str(p) for p in against])}"] if against else []
-    return load_config(base, sets=tuple(f"data.{s.removeprefix('data.')}" for s in (*said, *sets)))[
-        0
-    ].data
+        given |= {"tokenizer.kind": "bpe", "tokenizer.vocab_size": vocab_size}
+    if against:
+        given["decontaminate"] = [str(p) for p in against]
+    lines = (*(f"{k}={dumps(v)}" for k, v in given.items()), *sets)
+    return load_config(base, sets=tuple(f"data.{x.removeprefix('data.')}" for x in lines))[0].data
 
 
 class _Bar:
@@ -198,15 +163,12 @@ class _Bar:
         self.stage, self.started, self.last_line_s = "", 0.0, 0.0
 
     def __call__(self, progress: Any) -> None:
+        now = time.monotonic()
         if progress.stage != self.stage:
             if self.live and self.stage:
                 stderr.print()
-            self.stage, self.started, self.last_line_s = (
-                progress.stage,
-                time.monotonic(),
-                -PLAIN_LINE_EVERY_S,
-            )
-        now = time.monotonic()
+            self.stage, self.started = progress.stage, now
+            self.last_line_s = -PLAIN_LINE_EVERY_S
         done = progress.done_bytes >= progress.total_bytes
         if not self.live and now - self.last_line_s < PLAIN_LINE_EVERY_S and not done:
             return
@@ -248,93 +210,59 @@ def _document(folder: Path, manifest: dict, results: list) -> dict[str, Any]:
     }
 
 
-def _show(manifest: dict, results: list) -> None:
+def _print(folder: Path, manifest: dict, results: list, json: bool) -> bool:
+    """Print a data set: as JSON, or as tables. Returns `json`."""
     from stackproof.data import account, receipts
 
-    rows = receipts.table(manifest["sources"])
-    shown = [
-        [
-            r["source"],
-            f"{r['in']:,}",
-            f"{r['out']:,}",
-            f"{r['dropped']:,}",
-            f"{r['dropped_frac']:.1%}",
-        ]
-        for r in rows
+    if emit(_document(folder, manifest, results), json):
+        return True
+    counts, sources = ("in", "out", "dropped"), manifest["sources"]
+    rows = [
+        [r["source"], *(f"{r[k]:,}" for k in counts), f"{r['dropped_frac']:.1%}"]
+        for r in receipts.table(sources)
     ]
-    stdout.print(table("Documents", ["source", "in", "out", "dropped", "share"], shown))
-    drops = [
+    print_table("Documents", ["source", *counts, "share"], rows)
+    rows = [
         [s["name"], reason, f"{row['documents']:,}", row["example"] or "–"]
-        for s in manifest["sources"]
+        for s in sources
         for reason, row in sorted(s["receipt"]["dropped"].items())
     ]
-    if drops:
-        stdout.print(table("Dropped", ["source", "reason", "documents", "the first"], drops))
-    declared = [
+    if rows:
+        print_table("Dropped", ["source", "reason", "documents", "the first"], rows)
+    limits = ("weight", "cap", "floor")
+    rows = [
         [
-            s["name"],
-            s["license"],
-            ",".join(s["languages"]),
-            s["weight"],
-            s["cap"],
-            s["floor"],
+            *(s["name"], s["license"], ",".join(s["languages"]), *(s[k] for k in limits)),
             *(f"{n:,}" for n in s["tokens"].values()),
         ]
-        for s in manifest["sources"]
+        for s in sources
     ]
-    stdout.print(
-        table(
-            "Sources",
-            [
-                "source",
-                "licence",
-                "languages",
-                "weight",
-                "cap",
-                "floor",
-                "train tokens",
-                "held-out",
-            ],
-            declared,
-        )
-    )
-    for line in account.notices(manifest):
-        stdout.print(line, markup=False)
+    heads = ["source", "licence", "languages", *limits, "train tokens", "held-out"]
+    print_table("Sources", heads, rows)
     t = manifest["tokenizer"]
-    facts = (
-        f"tokenizer {t['kind']}, {t['vocab_size']:,} entries, sha256 {t['sha256'][:12]}…, encoded "
-        f"by {t['encoder']}"
-    )
-    stdout.print(facts, markup=False)
+    size = f"{t['vocab_size']:,} entries, sha256 {t['sha256'][:12]}…"
+    tokenizer = f"tokenizer {t['kind']}, {size}, encoded by {t['encoder']}"
+    for text in (*account.notices(manifest), tokenizer):
+        print_line(text)
     if results:
-        gates = [
-            [g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))] for g in results
-        ]
-        stdout.print(table("Gates", ["gate", "verdict", "measured"], gates))
+        print_gates(results)
+    return False
 
 
 def _open(folder: Path, verify: str = "size"):
     from stackproof.config import DataConfig
     from stackproof.data.prepare import open_folder
 
-    if not (
-        folder_at(folder, "DIR", allowed=DATA_SET, next_step=BUILDS_ONE) / "manifest.json"
-    ).is_file():
-        raise DataError(
-            f"{folder} holds no data set",
-            value=folder.absolute(),
-            allowed=DATA_SET,
-            next_step=BUILDS_ONE,
-        )
+    needed = {"allowed": DATA_SET, "next_step": BUILDS_ONE}
+    if not (folder_at(folder, "DIR", **needed) / "manifest.json").is_file():
+        raise DataError(f"{folder} holds no data set", value=folder.absolute(), **needed)
     return open_folder(folder, DataConfig(verify=verify))
 
 
 @app.command()
 def show(folder: Folder, json: Json = False) -> None:
     """Show sources, dropped documents by reason, shares, splits and tokenizer."""
-    manifest = _open(folder).manifest
-    if not emit(_document(folder, manifest, []), json):
-        _show(manifest, [])
+    _print(folder, _open(folder).manifest, [], json)
 
 
 @app.command()
@@ -347,8 +275,7 @@ def verify(folder: Folder, json: Json = False) -> None:
     dataset = _open(folder, "full")
     account.require_recorded(folder)
     results, failure = account.judge(dataset)
-    if not emit(_document(folder, dataset.manifest, results), json):
-        _show(dataset.manifest, results)
+    _print(folder, dataset.manifest, results, json)
     if failure is not None:
         raise failure
 
@@ -356,14 +283,10 @@ def verify(folder: Folder, json: Json = False) -> None:
 @app.command()
 def overlap(
     folder: Folder,
-    against: Annotated[
-        list[Path], typer.Option("--against", help="An evaluation set: .jsonl or text. Repeatable.")
-    ],
+    against: Annotated[list[Path], Option(help="An evaluation set: .jsonl or text. Repeatable.")],
     field: Annotated[
         list[str] | None,
-        typer.Option(
-            "--field", help="Key of a text in .jsonl. Repeatable. Default: all keys with text."
-        ),
+        Option(help="Key of a text in .jsonl. Repeatable. Default: all keys with text."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -384,18 +307,15 @@ def overlap(
         rows = [
             [name, f"{r['documents']:,}", f"{r['hits']:,}"] for name, r in found["sources"].items()
         ]
-        stdout.print(
-            table(
-                f"Overlap by {found['gram_words']} words",
-                ["source", "documents", "with shared words"],
-                rows,
-            )
+        print_table(
+            f"Overlap by {found['gram_words']} words",
+            ["source", "documents", "with shared words"],
+            rows,
         )
-        stdout.print(
+        print_line(
             f"{found['evaluation_texts_touched']:,} of {found['evaluation_texts_long_enough']:,} "
             "evaluation texts share words with the data; the canary was "
-            f"{'found' if found['canary_found'] else 'NOT FOUND'}",
-            markup=False,
+            f"{'found' if found['canary_found'] else 'NOT FOUND'}"
         )
     if not found["canary_found"]:
         raise DataError(
@@ -413,8 +333,7 @@ def overlap(
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Where to write the page. Default: DIR/report.html."),
+        Path | None, Option(help="Where to write the page. Default: DIR/report.html.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -426,4 +345,4 @@ def report(
     path = out or folder / "report.html"
     path.write_text(account.page(dataset.manifest, results), "utf-8")
     if not emit({"page": str(path), **_document(folder, dataset.manifest, results)}, json):
-        stdout.print(f"wrote {path}", markup=False)
+        print_line(f"wrote {path}")

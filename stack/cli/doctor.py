@@ -3,11 +3,13 @@
 import importlib.util
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-import typer
+from typer import Option, Typer
 
-from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.cli.options import Json
+from stackproof.cli.output import emit, print_line, print_table
 from stackproof.spec.errors import EnvironmentUnfit
 
 OPTIONAL = {
@@ -19,14 +21,14 @@ OPTIONAL = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    app.command("doctor")(doctor)
+app = Typer()
 
 
+@app.command()
 def doctor(
     kernels: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--kernels",
             help="Compare all kernels on this device; train.kernels=auto then takes the fastest.",
         ),
@@ -44,27 +46,12 @@ def doctor(
             document |= _comparison(quiet=json)
         document["kernels"] = _chosen()
     if not emit(document, json):
-        stdout.print(
-            table(
-                "Environment",
-                ["what", "found", "needed", "ok"],
-                [
-                    [f["what"], f["found"], f["needed"], "yes" if f["ok"] else "NO"]
-                    for f in findings
-                ],
-            )
-        )
+        heads = ("what", "found", "needed")
+        rows = [[*(f[k] for k in heads), "yes" if f["ok"] else "NO"] for f in findings]
+        print_table("Environment", (*heads, "ok"), rows)
         if chosen := document.get("kernels"):
-            rows = [
-                [c["operation"], c["dtype"], c["kernel"], c["origin"], c["reason"]] for c in chosen
-            ]
-            stdout.print(
-                table(
-                    "Kernels of train.kernels = auto",
-                    ["operation", "precision", "kernel", "from", "reason"],
-                    rows,
-                )
-            )
+            heads = ("operation", "precision", "kernel", "from", "reason")
+            print_table("Kernels of train.kernels = auto", heads, (c.values() for c in chosen))
     if not ok:
         missing = [f["what"] for f in findings if f["required"] and not f["ok"]]
         raise EnvironmentUnfit(
@@ -73,25 +60,16 @@ def doctor(
         )
 
 
-def _findings():
-    def finding(what: str, found: object, needed: str, ok: bool, required: bool = True) -> dict:
-        return {
-            "what": what,
-            "found": str(found),
-            "needed": needed,
-            "ok": bool(ok),
-            "required": required,
-        }
-
+def _findings() -> Iterator[dict[str, Any]]:
     version = sys.version_info
-    yield finding("python", ".".join(map(str, version[:3])), "3.11 or later", version >= (3, 11))
+    yield _finding("python", ".".join(map(str, version[:3])), "3.11 or later", version >= (3, 11))
     for package in ("torch", "numpy", "safetensors", "tokenizers", "rensa"):
         found = importlib.util.find_spec(package) is not None
-        yield finding(package, "installed" if found else "absent", "the extra train", found)
+        yield _finding(package, "installed" if found else "absent", "the extra train", found)
     for package, use in OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None
-        yield finding(package, "installed" if found else "absent", use, found, required=False)
-    yield finding(
+        yield _finding(package, "installed" if found else "absent", use, found, required=False)
+    yield _finding(
         "git",
         shutil.which("git") or "absent",
         "for records that name their commit",
@@ -99,36 +77,30 @@ def _findings():
         required=False,
     )
     free = shutil.disk_usage(".").free
-    yield finding("free disk", f"{free / 2**30:.1f} GiB", "1 GiB for a pocket run", free > 2**30)
+    yield _finding("free disk", f"{free / 2**30:.1f} GiB", "1 GiB for a pocket run", free > 2**30)
     if importlib.util.find_spec("torch"):
-        yield from _torch_findings(finding)
+        yield from _torch_findings()
 
 
-def _torch_findings(finding):
+def _finding(
+    what: str, found: object, needed: str, ok: object, *, required: bool = True
+) -> dict[str, Any]:
+    facts = {"what": what, "found": str(found), "needed": needed}
+    return facts | {"ok": bool(ok), "required": required}
+
+
+def _torch_findings() -> Iterator[dict[str, Any]]:
     import torch
 
     short = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    yield finding("torch version", torch.__version__, "2.11 – 2.13", (2, 11) <= short <= (2, 13))
+    yield _finding("torch version", torch.__version__, "2.11 – 2.13", (2, 11) <= short <= (2, 13))
     cuda = torch.cuda.is_available()
-    yield finding(
-        "CUDA device",
-        torch.cuda.get_device_name(0) if cuda else "none",
-        "optional",
-        True,
-        required=False,
-    )
-    bf16 = (
-        torch.cpu._is_avx512_bf16_supported()
-        if hasattr(torch.cpu, "_is_avx512_bf16_supported")
-        else False
-    )
-    yield finding(
-        "bfloat16 units",
-        cuda or bf16,
-        "else train.dtype=float32 is faster",
-        cuda or bf16,
-        required=False,
-    )
+    name = torch.cuda.get_device_name(0) if cuda else "none"
+    yield _finding("CUDA device", name, "optional", True, required=False)
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    bf16 = cuda or probe()
+    needed = "else train.dtype=float32 is faster"
+    yield _finding("bfloat16 units", bf16, needed, bf16, required=False)
 
 
 def _device():
@@ -168,33 +140,21 @@ def _comparison(*, quiet: bool) -> dict[str, Any]:
     found = compare.measure(
         _device(),
         lambda case: limits["half_rel_error_max" if case.half else "rel_error_max"].value,
-        on_case=lambda raced: None if quiet else _tell(raced),
+        on_case=lambda raced: None if quiet else _print_case(raced),
     )
     path = measured.write(cache_directory(), found)
     if not quiet:
-        stdout.print(f"written to {path}", markup=False)
-    return {
-        "comparison": {
-            "file": str(path),
-            "device": found.device,
-            "winners": found.winners,
-            "rows": found.rows,
-        }
-    }
+        print_line(f"written to {path}")
+    facts = {"device": found.device, "winners": found.winners, "rows": found.rows}
+    return {"comparison": {"file": str(path)} | facts}
 
 
-def _tell(raced: list) -> None:
+def _print_case(raced: list) -> None:
     """One line for each kernel of a case."""
     base = next(r for r in raced if r.kernel == "torch").seconds
     for row in (r.row(base) for r in raced):
-        said = row["missing"] or (
-            (
-                f"{row['milliseconds']:.3g} ms, {row['times_torch']:.2f} times as fast as torch, "
-                f"error {row['rel_error']:.1e}"
-            )
-            if row["milliseconds"] and row["times_torch"]
-            else "torch's own kernel does not run here"
-        )
-        stdout.print(
-            f"{row['operation']} by {row['kernel']}, {row['shapes']}: {said}", markup=False
-        )
+        result = row["missing"] or "torch's own kernel does not run here"
+        if row["milliseconds"] and row["times_torch"]:
+            ratio = f"{row['times_torch']:.2f} times as fast as torch"
+            result = f"{row['milliseconds']:.3g} ms, {ratio}, error {row['rel_error']:.1e}"
+        print_line(f"{row['operation']} by {row['kernel']}, {row['shapes']}: {result}")

@@ -3,91 +3,64 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option, Typer
 
 from stackproof.cli.load_model import OpenedModel
-from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.cli.options import Checkpoint, Json, RecordDir, examples
+from stackproof.cli.output import emit, print_facts, print_line, print_table
 from stackproof.cli.paths import model_at, refuse_unused, text_at
-from stackproof.cli.recording import OpenRecord, RecordDir, open_record
+from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.spec.errors import DataError, UsageError
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")
-]
+app = Typer()
 TokenizerFile = Annotated[
     Path | None,
-    typer.Option(
-        "--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one."
-    ),
+    Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one."),
 ]
-CLAIM = "These weights give this code length on this text, every byte scored exactly once."
-NOT_COVERED = (
-    "other texts",
-    "the smaller context of the first tokens of the text",
+CLAIM = Claim(
+    "evaluate",
+    "These weights give this code length on this text, every byte scored exactly once.",
+    ("other texts", "the smaller context of the first tokens of the text"),
 )
-EVALUATIONS = (
+EXAMPLES = examples(
     "stack evaluate runs/pocket-1",
     "stack evaluate runs/pocket-1 --suite domains --every-checkpoint",
     "stack evaluate runs/pocket-1 --suite mine.toml --earlier runs/audit-1 --grades graded.jsonl",
 )
 
 
-def register(app: typer.Typer) -> None:
-    app.command("evaluate", epilog="Examples: " + " · ".join(EVALUATIONS))(evaluate)
-    app.command("sample")(sample)
-    app.command("inspect")(inspect)
-
-
+@app.command(epilog=EXAMPLES)
 def evaluate(
-    model: Model,
+    model: Checkpoint,
     text: Annotated[
-        Path | None,
-        typer.Option("--text", help="A UTF-8 text file. Default: the run's held-out split."),
+        Path | None, Option(help="A UTF-8 text file. Default: the run's held-out split.")
     ] = None,
     tokenizer: TokenizerFile = None,
     suite: Annotated[
         str | None,
-        typer.Option(
-            "--suite", help="Run a suite of prompts instead, greedily: domains, or a TOML file."
-        ),
+        Option(help="Run a suite of prompts instead, greedily: domains, or a TOML file."),
     ] = None,
     every_checkpoint: Annotated[
         bool,
-        typer.Option(
-            "--every-checkpoint", help="With --suite: run it on all checkpoints of the run."
-        ),
+        Option("--every-checkpoint", help="With --suite: run it on all checkpoints of the run."),
     ] = False,
     earlier: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--earlier",
-            help="With --suite: folder of an earlier audit of this run, to include its steps.",
-        ),
+        Option(help="With --suite: folder of an earlier audit of this run, to include its steps."),
     ] = None,
     grades: Annotated[
-        Path | None,
-        typer.Option(
-            "--grades",
-            help="With --suite: a copy of audits.jsonl with human grades.",
-        ),
+        Path | None, Option(help="With --suite: a copy of audits.jsonl with human grades.")
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            "--batch-size",
-            min=1,
-            help="Rows per forward. Default: 8. The result does not depend on it.",
-        ),
+        Option(min=1, help="Rows per forward. Default: 8. The result does not depend on it."),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
-            "--stride", min=1, help="Tokens from one window to the next. Default: half the context."
-        ),
+        Option(min=1, help="Tokens from one window to the next. Default: half the context."),
     ] = None,
     strict_oov: Annotated[
-        bool,
-        typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character."),
+        bool, Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")
     ] = False,
     run_dir: RecordDir = None,
     json: Json = False,
@@ -98,18 +71,17 @@ def evaluate(
     if suite is not None:
         from stackproof.cli.audit import audit_models
 
-        refuse_unused(
-            "--suite",
-            {
-                "--text": text,
-                "--batch-size": batch_size,
-                "--stride": stride,
-                "--strict-oov": strict_oov,
-            },
-        )
-        options = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
+        of_texts = {"--text": text, "--batch-size": batch_size, "--stride": stride}
+        refuse_unused("--suite", of_texts | {"--strict-oov": strict_oov})
         return audit_models(
-            model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **options
+            model,
+            suite=suite,
+            tokenizer=tokenizer,
+            every_checkpoint=every_checkpoint,
+            earlier=earlier or (),
+            grades=grades,
+            run_dir=run_dir,
+            json=json,
         )
     refuse_unused(
         "an evaluation without --suite",
@@ -119,16 +91,9 @@ def evaluate(
     from stackproof.evaluate.bits_per_byte import evaluate_text
 
     opened = open_model(model, tokenizer)
-    parents, seq_len = (opened.state["record"],), opened.cfg.model.max_seq_len
-    record = open_record(
-        "evaluate",
-        opened.cfg.to_dict(),
-        CLAIM,
-        NOT_COVERED,
-        run_dir=run_dir,
-        json=json,
-        parents=parents,
-    )
+    config, seq_len = opened.cfg.to_dict(), opened.cfg.model.max_seq_len
+    parents = (opened.state["record"],)
+    record = open_record(CLAIM, config, run_dir=run_dir, json=json, parents=parents)
     texts, source = _texts(text, opened, record)
     result = evaluate_text(
         opened.model,
@@ -154,37 +119,24 @@ def evaluate(
 
 
 def _show(document: dict) -> None:
-    rows = [
-        [k, f"{v:,.4f}" if isinstance(v, float) else v]
-        for k, v in document.items()
-        if k not in ("record", "run_dir")
-    ]
-    stdout.print(table(f"{document['checkpoint']} on {document['text']}", ["what", "value"], rows))
+    facts = {k: f"{v:,.4f}" if isinstance(v, float) else v for k, v in document.items()}
+    print_facts(f"{document['checkpoint']} on {document['text']}", facts, "record", "run_dir")
 
 
 def _metrics(record: OpenRecord, result: Any) -> dict:
     """The numbers of an evaluation, for the document; also written into the record."""
-    names = (
-        "bits_per_byte bits_per_char loss_nats total_nats bytes chars tokens dropped_chars "
-        "dropped_bytes"
-    ).split()
-    units = {
-        "bits_per_byte": "bits per byte",
-        "bits_per_char": "bits per character",
-        "loss_nats": "nats per token",
-        "total_nats": "nats",
+    scores = {
+        "bits_per_byte": ("bits per byte", result.bytes),
+        "bits_per_char": ("bits per character", result.chars),
+        "loss_nats": ("nats per token", result.tokens),
+        "total_nats": ("nats", None),
     }
-    counts = {
-        "bits_per_byte": result.bytes,
-        "bits_per_char": result.chars,
-        "loss_nats": result.tokens,
-    }
-    for name in names:
-        better = "lower" if name in units else "neither"
-        record.builder.metric(
-            name, getattr(result, name), units.get(name, name), n=counts.get(name), better=better
-        )
-    return {name: getattr(result, name) for name in names}
+    for name, (unit, n) in scores.items():
+        record.builder.metric(name, getattr(result, name), unit, n=n, better="lower")
+    counts = ("bytes", "chars", "tokens", "dropped_chars", "dropped_bytes")
+    for name in counts:
+        record.builder.metric(name, getattr(result, name), name)
+    return {name: getattr(result, name) for name in (*scores, *counts)}
 
 
 def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[list[str], str]:
@@ -203,10 +155,7 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
                 next_step="give --text another file",
             ) from e
         if not content:
-            raise DataError(
-                f"the text {text} is empty",
-                next_step="give --text another file",
-            )
+            raise DataError(f"the text {text} is empty", next_step="give --text another file")
         record.input(text)
         return [content], str(text)
     from stackproof.data.prepare import prepare
@@ -221,29 +170,19 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
     return list(dataset.validation_texts()), f"held-out split of {opened.cfg.data.corpus.kind}"
 
 
+@app.command()
 def sample(
-    model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "The ",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 is greedy.")
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option("--top-k", min=0, help="Keep the k most likely tokens; 0 keeps all.")
-    ] = 50,
+    model: Checkpoint,
+    prompt: Annotated[str, Option(help="Text to continue.")] = "The ",
+    max_new_tokens: Annotated[int, Option(min=1)] = 128,
+    temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int, Option(min=0, help="Keep the k most likely tokens; 0 keeps all.")] = 50,
     top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", min=0.0, max=1.0, help="Keep the smallest set with this probability."
-        ),
+        float, Option(min=0.0, max=1.0, help="Keep the smallest set with this probability.")
     ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", min=0.01, help="Above 1 repeats less.")
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="The same seed gives the same text.")
-    ] = 0,
-    count: Annotated[int, typer.Option("--count", min=1, help="How many samples.")] = 1,
+    repetition_penalty: Annotated[float, Option(min=0.01, help="Above 1 repeats less.")] = 1.0,
+    seed: Annotated[int, Option(min=0, help="The same seed gives the same text.")] = 0,
+    count: Annotated[int, Option(min=1, help="How many samples.")] = 1,
     tokenizer: TokenizerFile = None,
     json: Json = False,
 ) -> None:
@@ -256,54 +195,37 @@ def sample(
     if not 0 < top_p <= 1:
         raise UsageError("--top-p is a probability", value=top_p, allowed="above 0, at most 1")
     opened = open_model(model, tokenizer)
-    encoding = opened.tokenizer.encode(prompt)
+    encoding, eos_id = opened.tokenizer.encode(prompt), opened.tokenizer.eos_id
     samples = []
     for index in range(count):
         ids = generate(
             opened.model,
-            [opened.tokenizer.eos_id, *encoding.ids],
+            [eos_id, *encoding.ids],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             repetition_penalty=repetition_penalty,
             generator=generator(seed, "cli-sample", index),
-            eos_id=opened.tokenizer.eos_id,
+            eos_id=eos_id,
         )
-        text = opened.tokenizer.decode([i for i in ids if i != opened.tokenizer.eos_id])
-        score = coherence(text, opened.cfg.sample.language)
-        samples.append(
-            {
-                "prompt": prompt,
-                "text": text,
-                "tokens": len(ids),
-                "seed": seed,
-                "index": index,
-                "coherence": score.score,
-            }
-        )
-    if not emit(
-        {
-            "samples": samples,
-            "dropped_prompt_chars": encoding.dropped_chars,
-            "checkpoint": str(opened.folder),
-        },
-        json,
-    ):
-        if encoding.dropped_chars:
-            stdout.print(
-                f"{encoding.dropped_chars} character(s) of the prompt are outside the vocabulary "
-                "and were left out",
-                style="yellow",
-            )
+        text = opened.tokenizer.decode([i for i in ids if i != eos_id])
+        score = coherence(text, opened.cfg.sample.language).score
+        made = {"prompt": prompt, "text": text, "tokens": len(ids), "seed": seed, "index": index}
+        samples.append(made | {"coherence": score})
+    dropped = encoding.dropped_chars
+    document = {"samples": samples, "dropped_prompt_chars": dropped}
+    if not emit(document | {"checkpoint": str(opened.folder)}, json):
+        if dropped:
+            text = "character(s) of the prompt are outside the vocabulary and were left out"
+            print_line(f"{dropped} {text}", "yellow")
         for one in samples:
-            stdout.print(one["prompt"] + one["text"], markup=False)
-            stdout.print(
-                f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", style="dim"
-            )
+            print_line(one["prompt"] + one["text"])
+            print_line(f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", "dim")
 
 
-def inspect(model: Model, json: Json = False) -> None:
+@app.command()
+def inspect(model: Checkpoint, json: Json = False) -> None:
     """Show architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is
     INVALID.
     """
@@ -315,14 +237,13 @@ def inspect(model: Model, json: Json = False) -> None:
     if document["checksum"] == "VALID":
         document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
     if not emit(document, json):
-        head = [[k, v] for k, v in document.items() if k not in ("tensors", "model")]
-        stdout.print(table("Checkpoint", ["what", "value"], head))
+        print_facts("Checkpoint", document, "tensors", "model")
         if "tensors" in document:
             rows = [
                 [t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"]
                 for t in document["tensors"]
             ]
-            stdout.print(table("Tensors", ["name", "shape", "dtype", "parameters"], rows))
+            print_table("Tensors", ["name", "shape", "dtype", "parameters"], rows)
     if document["checksum"] == "INVALID":
         raise CheckpointError(
             "checksum INVALID: " + document["problem"],
@@ -344,35 +265,25 @@ def _described(folder: Path) -> dict:
     try:
         loaded = checkpoint.load(folder)
     except CheckpointError as e:
-        return {
-            "path": str(folder),
-            "checksum": "INVALID",
-            "problem": e.what,
-            "value": None if e.value is None else str(e.value),
-        }
+        problem = {"problem": e.what, "value": None if e.value is None else str(e.value)}
+        return {"path": str(folder), "checksum": "INVALID", **problem}
+    state = loaded.state
+    dtype = lambda t: str(t.dtype).removeprefix("torch.")  # noqa: E731
     tensors = [
-        {
-            "name": n,
-            "shape": list(t.shape),
-            "dtype": str(t.dtype).removeprefix("torch."),
-            "numel": t.numel(),
-        }
+        {"name": n, "shape": list(t.shape), "dtype": dtype(t), "numel": t.numel()}
         for n, t in loaded.model.items()
     ]
+    manifest = json.loads((folder / "manifest.json").read_bytes())
     return {
         "path": str(folder),
         "checksum": "VALID",
-        "architecture": recorded_config(loaded.state["config"]).model.summary(),
-        "step": loaded.state["step"],
-        "tokens_seen": loaded.state["tokens_seen"],
-        "vocab_size": loaded.state["vocab_size"],
-        "model": loaded.state["config"]["model"],
+        "architecture": recorded_config(state["config"]).model.summary(),
+        **{k: state[k] for k in ("step", "tokens_seen", "vocab_size")},
+        "model": state["config"]["model"],
         "n_params": sum(t["numel"] for t in tensors),
         "n_tensors": len(tensors),
         "bytes": sum((folder / f).stat().st_size for f in (*checkpoint.FILES, "manifest.json")),
-        "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"][
-            "sha256"
-        ],
+        "sha256": manifest["files"]["model.safetensors"]["sha256"],
         "best": checkpoint.pointed(folder.parent, "best") == folder,
         "tensors": tensors,
     }

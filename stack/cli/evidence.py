@@ -1,25 +1,19 @@
 """`stack evidence add | show | verify | archive | diff | rerun | certify-resume`."""
 
 from contextlib import nullcontext
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
-from stackproof.cli.output import MARKS, Json, emit, stdout, table
+from stackproof.cli.options import Evidence, Json, RecordDir, Sets, without_record
+from stackproof.cli.output import MARKS, emit, print_line, print_table, stdout
 from stackproof.cli.paths import folder_at
-from stackproof.cli.recording import RecordDir, print_record, without_record
+from stackproof.cli.recording import print_record
 from stackproof.spec.errors import IntegrityError
 
-app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
-Directory = Annotated[
-    Path | None,
-    typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's."),
-]
-
-
-def register(parent: typer.Typer) -> None:
-    parent.add_typer(app, name="evidence")
+app = Typer(name="evidence", help="Records and the ledger.", no_args_is_help=True)
 
 
 def _directory(given: Path | None) -> Path:
@@ -30,12 +24,11 @@ def _directory(given: Path | None) -> Path:
 
 @app.command()
 def add(
-    run_dir: Annotated[Path, typer.Argument(help="A folder with metadata.json.")],
+    run_dir: Annotated[Path, Argument(help="A folder with metadata.json.")],
     supersedes: Annotated[
-        str | None,
-        typer.Option("--supersedes", help="Id of a wrong record that this one replaces."),
+        str | None, Option(help="Id of a wrong record that this one replaces.")
     ] = None,
-    evidence: Directory = None,
+    evidence: Evidence = None,
     json: Json = False,
 ) -> None:
     """Copy a run's record into the evidence folder and append it to the ledger."""
@@ -48,29 +41,19 @@ def add(
         next_step="give the folder of a run, an evaluation or a proof",
     )
     record, entry = accept(run_dir, _directory(evidence), supersedes=supersedes)
-    if not emit(
-        {
-            "record": record.id,
-            "seq": entry.seq,
-            "sha256": entry.sha256,
-            "prev": entry.prev,
-            "dirty": record.code.dirty,
-        },
-        json,
-    ):
-        stdout.print(f"added {record.id} as line {entry.seq + 1}")
+    document = {k: getattr(entry, k) for k in ("record", "seq", "sha256", "prev")}
+    if not emit(document | {"dirty": record.code.dirty}, json):
+        print_line(f"added {record.id} as line {entry.seq + 1}")
         if record.code.dirty:
-            stdout.print(
-                "its code was not committed, so it cannot discharge a gate", style="yellow"
-            )
+            print_line("its code was not committed, so it cannot discharge a gate", style="yellow")
 
 
 @app.command()
 def show(
     record_id: Annotated[
-        str, typer.Argument(metavar="ID", help="Record id, unique prefix, or run directory.")
+        str, Argument(metavar="ID", help="Record id, unique prefix, or run directory.")
     ],
-    evidence: Directory = None,
+    evidence: Evidence = None,
     json: Json = False,
 ) -> None:
     """Show one record."""
@@ -80,36 +63,24 @@ def show(
     if emit(record.model_dump(by_alias=True, mode="json"), json):
         return
     stdout.print(f"[bold]{record.id}[/]  {record.kind}  {record.status}: {record.end_reason}")
-    stdout.print(f"claim        {record.claim}", markup=False)
-    stdout.print(f"not covered  {'; '.join(record.not_covered)}", markup=False)
-    stdout.print(
-        f"code         {record.code.commit}{' (dirty)' if record.code.dirty else ''}", markup=False
-    )
-    stdout.print(f"command      {' '.join(record.command)}", markup=False)
+    print_line(f"claim        {record.claim}")
+    print_line(f"not covered  {'; '.join(record.not_covered)}")
+    print_line(f"code         {record.code.commit}{' (dirty)' if record.code.dirty else ''}")
+    print_line(f"command      {' '.join(record.command)}")
     rows = [
         [n, m.value, m.unit, m.n or "", m.stderr or ""] for n, m in sorted(record.metrics.items())
     ]
-    stdout.print(table("Metrics", ["name", "value", "unit", "n", "stderr"], rows))
+    print_table("Metrics", ["name", "value", "unit", "n", "stderr"], rows)
     if record.gates:
-        stdout.print(
-            table(
-                "Gates",
-                ["gate", "verdict", "looks", "message"],
-                [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates],
-            )
-        )
+        rows = [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates]
+        print_table("Gates", ["gate", "verdict", "looks", "message"], rows)
     if record.kills:
-        stdout.print(
-            table(
-                "Kills",
-                ["plant", "gate", "outcome", "control"],
-                [[k.plant, k.gate, k.outcome, k.control] for k in record.kills],
-            )
-        )
+        columns = ("plant", "gate", "outcome", "control")
+        print_table("Kills", columns, map(attrgetter(*columns), record.kills))
 
 
 @app.command()
-def verify(evidence: Directory = None, json: Json = False) -> None:
+def verify(evidence: Evidence = None, json: Json = False) -> None:
     """Verify the hashes of every record and the chain of the ledger.
 
     Archived records are read from git history; without history they count as not verified. Exit
@@ -119,10 +90,8 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
     from stackproof.spec.ledger import Ledger
 
     directory = _directory(evidence)
-    problems = problems_of(directory)
-    ledger = Ledger(directory)
-    lines = len(ledger.lines())
-    if lines == 0:
+    problems, ledger = problems_of(directory), Ledger(directory)
+    if not (lines := len(ledger.lines())):
         problems = [*problems, f"{ledger.path} holds no line"]
     unread = len(ledger.unread()) + len(ledger.unread_series()) if not problems else 0
     document = {
@@ -134,14 +103,11 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
     }
     if not emit(document, json):
         hold = f"all hashes {'of the others ' if unread else ''}hold"
-        stdout.print(
-            f"{lines} record(s), head {document['head'][:16]}…: {'BROKEN' if problems else hold}"
-        )
+        verdict = "BROKEN" if problems else hold
+        print_line(f"{lines} record(s), head {ledger.head[:16]}…: {verdict}")
         if unread:
-            stdout.print(
-                f"{unread} archived record(s) or series not verified: the checkout lacks history",
-                style="yellow",
-            )
+            missing = "the checkout lacks history"
+            print_line(f"{unread} archived record(s) or series not verified: {missing}", "yellow")
     if problems:
         raise IntegrityError(
             "the evidence does not verify: " + "; ".join(problems[:5]),
@@ -153,13 +119,13 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
 def archive(
     dry_run: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--dry-run",
             help="Only list the records that stay, with the reason, "
             "and those that would be archived.",
         ),
     ] = False,
-    evidence: Directory = None,
+    evidence: Evidence = None,
     json: Json = False,
 ) -> None:
     """Archive records and large series that are not needed in the tree; git history keeps them.
@@ -182,24 +148,18 @@ def archive(
     document |= {"bytes": plan.n_bytes, "kept": plan.kept}
     if emit(document, json):
         return
-    stdout.print(
-        table(
-            f"{len(plan.kept)} record(s) stay",
-            ["record", "why"],
-            [[n, why] for n, why in plan.kept.items()],
-        )
-    )
+    print_table(f"{len(plan.kept)} record(s) stay", ["record", "why"], plan.kept.items())
     for name in (*leaving, *series):
-        stdout.print(name, markup=False)
+        print_line(name)
     done = "would be archived" if dry_run else "archived; commit the folder"
-    stdout.print(f"{len(leaving)} record(s), {len(series)} series, {plan.n_bytes} bytes, {done}")
+    print_line(f"{len(leaving)} record(s), {len(series)} series, {plan.n_bytes} bytes, {done}")
 
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(help="Record id or run directory.")],
-    b: Annotated[str, typer.Argument(help="Record id or run directory.")],
-    evidence: Directory = None,
+    a: Annotated[str, Argument(help="Record id or run directory.")],
+    b: Annotated[str, Argument(help="Record id or run directory.")],
+    evidence: Evidence = None,
     json: Json = False,
 ) -> None:
     """Show the fields in which two records differ, without ids and times."""
@@ -208,25 +168,18 @@ def diff(
     directory = _directory(evidence)
     found = differences(find(directory, a), find(directory, b))
     if not emit({"a": a, "b": b, "differences": found}, json):
-        stdout.print(
-            table(
-                f"{len(found)} difference(s)",
-                ["field", a, b],
-                [[d["key"], d["a"], d["b"]] for d in found],
-            )
-        )
+        rows = map(itemgetter("key", "a", "b"), found)
+        print_table(f"{len(found)} difference(s)", ["field", a, b], rows)
 
 
 @app.command()
 def rerun(
     record_id: Annotated[
         str,
-        typer.Argument(
-            metavar="ID", help="Id or run directory of a record of training or of a trace."
-        ),
+        Argument(metavar="ID", help="Id or run directory of a record of training or of a trace."),
     ],
     run_dir: RecordDir = None,
-    evidence: Directory = None,
+    evidence: Evidence = None,
     json: Json = False,
 ) -> None:
     """Repeat the training run or the trace of a record, and compare weights by hash and figures by
@@ -242,26 +195,17 @@ def rerun(
 
     record = find(_directory(evidence), record_id)
     if record.kind in ("trace", "compare"):
-        given = Path(record_id)
-        with (
-            nullcontext(given)
-            if given.is_dir()
-            else folder_of(_directory(evidence), record.id) as folder
-        ):
+        given, accepted = Path(record_id), folder_of(_directory(evidence), record.id)
+        with nullcontext(given) if given.is_dir() else accepted as folder:
             outcome = rerun_trace(record, folder, run_dir)
     else:
         outcome = again(record, run_dir, ProgressReporter(quiet=json))
     if not emit(outcome, json):
-        stdout.print(
-            table(
-                "Re-run",
-                ["what", "recorded", "now", "equal"],
-                [
-                    [c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]]
-                    for c in outcome["compared"]
-                ],
-            )
-        )
+        rows = [
+            [c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]]
+            for c in outcome["compared"]
+        ]
+        print_table("Re-run", ["what", "recorded", "now", "equal"], rows)
     if not outcome["ok"]:
         raise IntegrityError(
             "the re-run differs from the record",
@@ -272,20 +216,15 @@ def rerun(
 
 @app.command("certify-resume")
 def certify_resume(
-    recipe: Annotated[str, typer.Argument(help="Recipe to run in small.")] = "pocket",
-    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps of each run.")] = 60,
+    recipe: Annotated[str, Argument(help="Recipe to run in small.")] = "pocket",
+    steps: Annotated[int, Option(help="Optimizer steps of each run.")] = 60,
     kills: Annotated[
-        int,
-        typer.Option("--kills", help="Number of SIGKILLs at random moments in the second run."),
+        int, Option(help="Number of SIGKILLs at random moments in the second run.")
     ] = 3,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")
-    ] = None,
+    set_: Sets = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--run-dir", help="Folder for both runs and the certificate.", callback=without_record
-        ),
+        Option(help="Folder for both runs and the certificate.", callback=without_record),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -299,13 +238,8 @@ def certify_resume(
         named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir
     )
     document = {"status": record.status, "metrics": {n: m.value for n, m in record.metrics.items()}}
-    print_record(
-        record,
-        directory,
-        document,
-        json,
-        lambda document: stdout.print(f"{record.status}: {record.end_reason}"),
-    )
+    ending = lambda document: print_line(f"{record.status}: {record.end_reason}")  # noqa: E731
+    print_record(record, directory, document, json, ending)
     if not record.succeeded:
         raise IntegrityError(
             "the resumed run differs from the uninterrupted one",

@@ -1,65 +1,56 @@
 """`stack export`, `stack import`: models for other libraries and from them."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
-from stackproof.cli.output import MARKS, Json, measured_text, stdout, table
+from stackproof.cli.options import Checkpoint, Json, RecordDir, examples
+from stackproof.cli.output import print_facts, print_gates, print_line
 from stackproof.cli.paths import folder_at, tokenizer_at
-from stackproof.cli.recording import OpenRecord, RecordDir, open_record
+from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.spec.errors import GateFailed, IntegrityError, UsageError
 
-EXPORT_CLAIM = (
-    "This folder holds these weights, and transformers computes the same as the model, as far as "
-    "the gates below pass."
-)
-IMPORT_CLAIM = (
-    "This run directory holds the weights of this folder, and computes the same as transformers, "
-    "as far as the gates below pass."
-)
 NOT_COVERED = (
     "lengths and tokens other than those compared",
     "speed, and arithmetic narrower than float32",
     "other versions of transformers than the one in the environment",
+)
+EXPORTED = Claim(
+    "export",
+    "This folder holds these weights, and transformers computes the same as the model, as far as "
+    "the gates below pass.",
+    NOT_COVERED,
+)
+IMPORTED = Claim(
+    "import",
+    "This run directory holds the weights of this folder, and computes the same as transformers, "
+    "as far as the gates below pass.",
+    NOT_COVERED,
 )
 UNREAD = (
     "transformers is not installed, so the logits were NOT compared: pip install "
     "'stackproof[hf]', then do it again"
 )
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")
-]
+app = Typer()
+EXAMPLES = examples(
+    "stack export runs/pocket-1 --out hf/pocket",
+    "stack export runs/pocket-1 --out hf/half --dtype bfloat16",
+)
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "export",
-        epilog=(
-            "Examples: stack export runs/pocket-1 --out hf/pocket · stack export runs/pocket-1 "
-            "--out hf/half --dtype bfloat16"
-        ),
-    )(export)
-    app.command(
-        "import",
-        epilog="Example: stack import downloads/SmolLM2-135M --out runs/smol --max-seq-len 1024",
-    )(import_)
-
-
+@app.command(epilog=EXAMPLES)
 def export(
-    model: Model,
-    out: Annotated[
-        Path, typer.Option("--out", help="The folder to write; it must be new or empty.")
-    ],
-    to: Annotated[str, typer.Option("--to", help="The format: hf.")] = "hf",
+    model: Checkpoint,
+    out: Annotated[Path, Option(help="The folder to write; it must be new or empty.")],
+    to: Annotated[str, Option(help="The format: hf.")] = "hf",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Dtype of the stored weights: float32 or bfloat16.")
+        str, Option(help="Dtype of the stored weights: float32 or bfloat16.")
     ] = "float32",
     max_shard_bytes: Annotated[
-        int, typer.Option("--max-shard-bytes", min=1, help="Largest weight file, bytes of tensors.")
+        int, Option(min=1, help="Largest weight file, bytes of tensors.")
     ] = 5 * 2**30,
     run_dir: RecordDir = None,
     json: Json = False,
@@ -83,17 +74,11 @@ def export(
     opened = open_model(model)
     parent = opened.state["record"]
     config = opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}}
-    record, keeper = _open("export", config, EXPORT_CLAIM, (parent,), run_dir, json)
+    record, keeper = _open(EXPORTED, config, run_dir=run_dir, json=json, parents=(parent,))
     record.input(opened.folder / "model.safetensors", opened.run_dir)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
-    run, export_id = _record_of(opened.run_dir, parent), record.builder.id
-    facts = {
-        "n_params": n_parameters(opened.model),
-        "dtype": dtype,
-        "run": run,
-        "parent": parent,
-        "export": export_id,
-    }
+    facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "parent": parent}
+    facts |= {"run": _record_of(opened.run_dir, parent), "export": record.builder.id}
     try:
         made = huggingface.export(
             opened.model,
@@ -107,9 +92,8 @@ def export(
     except GateFailed as e:
         _refuse(record, keeper, e, out)
     for name, value in made.rounding.items():
-        record.builder.metric(
-            name, value, "logits" if "error" in name else "share of positions", better="lower"
-        )
+        unit = "logits" if "error" in name else "share of positions"
+        record.builder.metric(name, value, unit, better="lower")
     for file in made.files:
         record.output((out / file).resolve(), Path.cwd())
     document = {
@@ -123,24 +107,24 @@ def export(
     _close("Export", record, keeper, document)
 
 
+@app.command(
+    "import",
+    epilog=examples("stack import downloads/SmolLM2-135M --out runs/smol --max-seq-len 1024"),
+)
 def import_(
     folder: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="FOLDER", help="A folder with config.json, safetensors and tokenizer.json."
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", help="The run directory to write; it must be new or empty."),
-    ],
+    out: Annotated[Path, Option(help="The run directory to write; it must be new or empty.")],
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="A tokenizer.json in place of the folder's.")
+        Path | None, Option(help="A tokenizer.json in place of the folder's.")
     ] = None,
     max_seq_len: Annotated[
         int | None,
-        typer.Option(
-            "--max-seq-len",
+        Option(
             min=2,
             help="Context length, tokens, below that of the folder; only for rotary positions.",
         ),
@@ -157,27 +141,24 @@ def import_(
     from stackproof.model import hugging_face
     from stackproof.recipes.imported import imported
 
-    needed = "a Hugging Face folder: config.json, safetensors and tokenizer.json"
     folder_at(
         folder,
         "FOLDER",
-        allowed=needed,
+        allowed="a Hugging Face folder: config.json, safetensors and tokenizer.json",
         next_step="download all files of the model, and give their folder",
     )
     if tokenizer is not None:
         tokenizer_at(tokenizer)
     refuse_occupied(out, "--out")
     source = reading.open_folder(folder, max_seq_len=max_seq_len)
+    file = tokenizer or folder / "tokenizer.json"
     settings = {} if tokenizer else vocabulary.settings(folder)
-    made, notes = vocabulary.from_file(
-        tokenizer or folder / "tokenizer.json",
-        source.vocab_size,
-        hugging_face.end_of_text(source.document, settings),
-    )
+    end_of_text = hugging_face.end_of_text(source.document, settings)
+    made, notes = vocabulary.from_file(file, source.vocab_size, end_of_text)
     cfg = imported(source.cfg, out.resolve() / "tokenizer.json")
-    record, keeper = _open("import", cfg.to_dict(), IMPORT_CLAIM, (), None, json)
-    for file in (*source.files, tokenizer or folder / "tokenizer.json"):
-        record.input(file)
+    record, keeper = _open(IMPORTED, cfg.to_dict(), run_dir=None, json=json)
+    for read in (*source.files, file):
+        record.input(read)
     model = reading.load_weights(source)
     try:
         with huggingface.readable(source) as readable:
@@ -199,27 +180,16 @@ def import_(
     }
     record.directory = out
     finish = partial(write_run, out, cfg, model, made, record.builder, described)
-    _close("Import", record, keeper, document, finish)
+    _close("Import", record, keeper, document, finish=finish)
 
 
-def _open(
-    kind: str, config: dict, claim: str, parents: tuple[str, ...], run_dir: Path | None, json: bool
-) -> tuple[OpenRecord, Any]:
+def _open(claim: Claim, config: dict, **options: Any) -> tuple[OpenRecord, Any]:
     """A record, and the gates of its kind."""
     from stackproof.contracts.keeper import Gatekeeper
     from stackproof.export.parity import version
 
-    record = open_record(
-        kind,
-        config,
-        claim,
-        NOT_COVERED,
-        run_dir=run_dir,
-        json=json,
-        parents=parents,
-        transformers=version(),
-    )
-    return record, Gatekeeper(record.builder.spec, kind=kind)
+    record = open_record(claim, config, transformers=version(), **options)
+    return record, Gatekeeper(record.builder.spec, kind=claim.kind)
 
 
 def _record_of(run_dir: Path, record_id: str) -> Any:
@@ -242,33 +212,17 @@ def _refuse(record: OpenRecord, keeper: Any, error: GateFailed, out: Path) -> No
     record.close(error.what, error=refusal)
 
 
-def _close(
-    title: str,
-    record: OpenRecord,
-    keeper: Any,
-    document: dict,
-    finish: Callable[..., Any] | None = None,
-) -> None:
+def _close(title: str, record: OpenRecord, keeper: Any, document: dict, **options: Any) -> None:
     """Write the record. A comparison that did not run is stated and does not count as passed."""
     record.gates = keeper.results()
     document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
     unread = any(g.verdict == "not_run" for g in record.gates)
 
     def show(document: dict) -> None:
-        rows = [[k, v] for k, v in document.items() if k not in ("gates", "record", "record_dir")]
-        stdout.print(table(title, ["what", "value"], rows))
-        rows = [
-            [g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))]
-            for g in record.gates
-        ]
-        stdout.print(table("Gates", ["gate", "verdict", "measured"], rows))
+        print_facts(title, document, "gates", "record", "record_dir")
+        print_gates(record.gates)
         if unread:
-            stdout.print(UNREAD, style="yellow")
+            print_line(UNREAD, style="yellow")
 
-    record.close(
-        UNREAD if unread else "every gate passed",
-        document,
-        show,
-        finish=finish,
-        directory_key="record_dir",
-    )
+    reason = UNREAD if unread else "every gate passed"
+    record.close(reason, document, show, directory_key="record_dir", **options)

@@ -4,25 +4,20 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
-from stackproof.cli.output import Json, emit, stderr, stdout, table
+from stackproof.cli.options import Evidence, Json, RecordDir, examples
+from stackproof.cli.output import emit, print_line, print_table, stderr, stdout
 from stackproof.cli.paths import bundle_at, file_at
-from stackproof.cli.recording import RecordDir, open_record, print_record
+from stackproof.cli.recording import Claim, open_record, print_record
 from stackproof.spec.errors import GateFailed
 
-app = typer.Typer(
-    help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True
+app = Typer(
+    name="gates",
+    help="Gates: what must be true, and whether it has been proven.",
+    no_args_is_help=True,
 )
 MOMENTS = ("preflight", "runtime", "artifact")
-Directory = Annotated[
-    Path | None,
-    typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's."),
-]
-
-
-def register(parent: typer.Typer) -> None:
-    parent.add_typer(app, name="gates")
 
 
 def _states(evidence: Path | None):
@@ -40,10 +35,9 @@ def _states(evidence: Path | None):
 
 @app.command("list")
 def list_(
-    evidence: Directory = None,
+    evidence: Evidence = None,
     runners: Annotated[
-        bool,
-        typer.Option("--runners", help="Instead: every way of running, its gates and its events."),
+        bool, Option("--runners", help="Instead: every way of running, its gates and its events.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -53,25 +47,14 @@ def list_(
     if runners:
         return _runners(json)
     spec, states = _states(evidence)
+    columns = ("id", "moment", "severity", "state", "title")
     rows = [
-        {
-            "id": g.id,
-            "moment": g.moment,
-            "severity": g.severity,
-            "state": states[g.id].state,
-            "plants": list(g.plants),
-            "title": g.title,
-        }
+        g.model_dump(mode="json", include={*columns, "plants"}) | {"state": states[g.id].state}
         for g in spec.gates.values()
     ]
     if not emit({"gates": rows, "counts": tally(states)}, json):
-        stdout.print(
-            table(
-                f"Spec {spec.version}",
-                ["gate", "moment", "severity", "state", "title"],
-                [[r[c] for c in ("id", "moment", "severity", "state", "title")] for r in rows],
-            )
-        )
+        cells = [[r[c] for c in columns] for r in rows]
+        print_table(f"Spec {spec.version}", ("gate", *columns[1:]), cells)
 
 
 def _runners(as_json: bool) -> None:
@@ -115,7 +98,7 @@ def _runners(as_json: bool) -> None:
             for r in rows
         ]
         headings = ["runner", "kind", *MOMENTS, "not fed"]
-        stdout.print(table(f"Runners of spec {spec.version}", headings, shown))
+        print_table(f"Runners of spec {spec.version}", headings, shown)
     if first := next(((r["runner"], m) for r in rows for m in r["unfed"] or ()), None):
         raise GateFailed(
             first[1]["gate"],
@@ -126,100 +109,68 @@ def _runners(as_json: bool) -> None:
 
 @app.command()
 def show(
-    gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
-    evidence: Directory = None,
+    gate_id: Annotated[str, Argument(metavar="ID", help="Gate id.")],
+    evidence: Evidence = None,
     json: Json = False,
 ) -> None:
     """One gate: statement, limits with reasons, plants, state and the records it stands on."""
     spec, states = _states(evidence)
-    gate = spec.gate(gate_id)
-    state = states[gate_id]
-    document = gate.model_dump(mode="json") | {
-        "fingerprint": spec.fingerprint(gate_id),
-        "state": state.state,
-        "reason": state.reason,
-    }
-    document |= {"kill_records": list(state.kill_records), "run_records": list(state.run_records)}
-    if emit(document, json):
+    gate, state = spec.gate(gate_id), states[gate_id]
+    document = gate.model_dump(mode="json") | {"fingerprint": spec.fingerprint(gate_id)}
+    if emit(document | state._asdict(), json):
         return
     stdout.print(f"[bold]{gate.id}[/]  {gate.title}")
-    stdout.print(gate.statement, markup=False)
-    stdout.print(
-        f"{gate.moment}, {gate.severity}; state {state.state}: {state.reason}", markup=False
-    )
-    stdout.print(f"check {gate.check}   fingerprint {document['fingerprint'][:16]}…", markup=False)
+    print_line(gate.statement)
+    print_line(f"{gate.moment}, {gate.severity}; state {state.state}: {state.reason}")
+    print_line(f"check {gate.check}   fingerprint {document['fingerprint'][:16]}…")
     if gate.limits:
-        stdout.print(
-            table(
-                "Limits",
-                ["name", "rule", "value", "unit", "why"],
-                [[n, v.direction, f"{v.value:g}", v.unit, v.why] for n, v in gate.limits.items()],
-            )
-        )
-    if gate.rates:
-        rates = gate.rates
-        stdout.print(
-            f"false alarms {rates.false_alarm:g} per {rates.per}; power {rates.power:g} where "
-            f"{rates.effect}",
-            markup=False,
-        )
-        stdout.print(f"measured by {rates.measured_by}", markup=False)
+        rows = [[n, v.direction, f"{v.value:g}", v.unit, v.why] for n, v in gate.limits.items()]
+        print_table("Limits", ["name", "rule", "value", "unit", "why"], rows)
+    if rates := gate.rates:
+        alarms = f"false alarms {rates.false_alarm:g} per {rates.per}"
+        print_line(f"{alarms}; power {rates.power:g} where {rates.effect}")
+        print_line(f"measured by {rates.measured_by}")
     elif gate_id in spec.certain:
-        stdout.print(f"no rates: {spec.certain[gate_id]}", markup=False)
+        print_line(f"no rates: {spec.certain[gate_id]}")
     if gate.hint:
-        stdout.print(f"when it is red: {gate.hint}", markup=False)
-    stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
-    stdout.print(
-        f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False
-    )
+        print_line(f"when it is red: {gate.hint}")
+    print_line(f"plants {', '.join(gate.plants)}")
+    print_line(f"records {', '.join(state.kill_records + state.run_records) or 'none'}")
 
 
 @app.command()
-def coverage(evidence: Directory = None, json: Json = False) -> None:
+def coverage(evidence: Evidence = None, json: Json = False) -> None:
     """How many gates are in which state, computed from the ledger, and how many documented failures
     await a part of the stack.
     """
     from stackproof.spec.coverage import tally
     from stackproof.spec.failures import load_catalogue
 
-    spec, states = _states(evidence)
-    counts = tally(states)
+    (spec, states), catalogue = _states(evidence), load_catalogue()
+    counts, n_failures = tally(states), len(catalogue.failures)
+    awaited = {f.id: f.awaiting for f in catalogue.awaiting()}
     document = {
         "spec": spec.version,
         "counts": counts,
         "gates": {g: {"state": s.state, "reason": s.reason} for g, s in states.items()},
-    }
-    catalogue = load_catalogue()
-    awaited = {f.id: f.awaiting for f in catalogue.awaiting()}
-    document["failures"] = {
-        "documented": len(catalogue.failures),
-        "awaiting": len(awaited),
-        "awaits": awaited,
+        "failures": {"documented": n_failures, "awaiting": len(awaited), "awaits": awaited},
     }
     if not emit(document, json):
-        stdout.print(
-            table(f"Spec {spec.version}", ["state", "gates"], [[k, v] for k, v in counts.items()])
-        )
-        stdout.print(
-            f"{len(catalogue.failures)} documented failures, {len(awaited)} of them awaiting a "
-            "part of the stack",
-            markup=False,
-        )
+        print_table(f"Spec {spec.version}", ["state", "gates"], counts.items())
+        print_line(f"{n_failures} documented failures, {len(awaited)} of them await a capability")
         for gate_id, state in states.items():
             if state.state not in ("discharged", "proven"):
-                stdout.print(f"{gate_id}: {state.state}: {state.reason}", markup=False)
+                print_line(f"{gate_id}: {state.state}: {state.reason}")
 
 
 @app.command()
 def prove(
     gate_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Gates to prove; all without ids.")
+        list[str] | None, Argument(metavar="[ID]...", help="Gates to prove; all without ids.")
     ] = None,
     matrix: Annotated[
         bool,
-        typer.Option(
-            "--matrix", help="Then run all gates on every plant; takes many times as long."
-        ),
+        Option("--matrix", help="Then run all gates on every plant; takes many times as long."),
     ] = False,
     run_dir: RecordDir = None,
     json: Json = False,
@@ -232,6 +183,7 @@ def prove(
     from stackproof.spec.failures import load_catalogue
     from stackproof.spec.gates import load_spec
     from stackproof.spec.margins import margins
+    from stackproof.spec.records import OUTCOMES
 
     def report(kill) -> None:
         colour = "green" if kill.outcome == "killed" and kill.control == "pass" else "red"
@@ -241,25 +193,15 @@ def prove(
             soft_wrap=True,
         )
 
-    opened = open_record(
-        "falsification",
-        museum_config(Path()).to_dict(),
-        prover.CLAIM,
-        prover.NOT_COVERED,
-        run_dir=run_dir,
-        json=json,
-    )
+    claim = Claim("falsification", prover.CLAIM, prover.NOT_COVERED)
+    opened = open_record(claim, museum_config(Path()).to_dict(), run_dir=run_dir, json=json)
     kills = prover.prove(gate_ids or (), report)
     crossed = _matrix(gate_ids or ()) if matrix else None
     record = prover.falsification_record(kills, opened.builder, opened.path(""), crossed)
     rows = [k.model_dump(exclude={"fingerprint", "plant_sha256"}) for k in kills]
-    outcomes = ("killed", "missed", "crashed", "equivalent", "awaiting")
-    counts = {o: sum(k.outcome == o for k in kills) for o in outcomes}
-    awaited = (
-        []
-        if gate_ids
-        else [{"failure": f.id, "awaits": f.awaiting} for f in load_catalogue().awaiting()]
-    )
+    counts = {o: sum(k.outcome == o for k in kills) for o in OUTCOMES}
+    awaiting = () if gate_ids else load_catalogue().awaiting()
+    awaited = [{"failure": f.id, "awaits": f.awaiting} for f in awaiting]
     counts["awaiting"] += len(awaited)
     document = {"kills": rows, "counts": counts, "seconds": record.wall_s, "awaiting": awaited}
     document |= {"margins": [prover.plain(m._asdict()) for m in margins(load_spec(), kills)]}
@@ -267,12 +209,8 @@ def prove(
 
     def show(document: dict) -> None:
         if awaited:
-            stdout.print(
-                f"{len(awaited)} documented failures await a part of the stack: stack gates "
-                "coverage",
-                markup=False,
-            )
-        stdout.print(f"{record.status}: {record.end_reason}", markup=False)
+            print_line(f"{len(awaited)} failures await a capability: see stack gates coverage")
+        print_line(f"{record.status}: {record.end_reason}")
 
     print_record(record, opened.directory, document, json, show)
     if not record.succeeded:
@@ -301,17 +239,11 @@ def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
 
 @app.command()
 def backtest(
-    log: Annotated[Path, typer.Argument(help="samples.jsonl or metrics.jsonl of any run.")],
-    gate: Annotated[
-        str, typer.Option("--gate", help="Runtime gate to replay.")
-    ] = "sampling.coherence",
+    log: Annotated[Path, Argument(help="samples.jsonl or metrics.jsonl of any run.")],
+    gate: Annotated[str, Option(help="Runtime gate to replay.")] = "sampling.coherence",
     seconds_per_step: Annotated[
         float | None,
-        typer.Option(
-            "--seconds-per-step",
-            min=0.0,
-            help="Seconds per step, for the time saved, where the log has none.",
-        ),
+        Option(min=0.0, help="Seconds per step, for the time saved, where the log has none."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -325,30 +257,21 @@ def backtest(
     )
     outcome = replay(gate, log, seconds_per_step)
     if not emit(outcome, json):
-        first, red = (
-            outcome["first_fire_step"],
-            f"{outcome['fires']} of {outcome['records']} line(s) red",
-        )
-        stdout.print(
-            f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}"
-        )
+        first, saved_s = outcome["first_fire_step"], outcome["saved_s"]
+        fires = "never fires" if first is None else f"fires first at step {first}"
+        print_line(f"{gate}: {fires}; {outcome['fires']} of {outcome['records']} line(s) red")
         if first is not None:
-            time = "" if outcome["saved_s"] is None else f", {outcome['saved_s'] / 3600:.3g} hours"
-            stdout.print(
-                f"stopping there saves {outcome['saved_steps']} steps "
-                f"({outcome['saved_frac']:.0%}{time})"
-            )
+            share = f"{outcome['saved_frac']:.0%}"
+            share += "" if saved_s is None else f", {saved_s / 3600:.3g} hours"
+            print_line(f"stopping there saves {outcome['saved_steps']} steps ({share})")
 
 
-@app.command(epilog="Example: stack gates repro runs/pocket-1/repro/runtime.finite-step-7")
+@app.command(epilog=examples("stack gates repro runs/pocket-1/repro/runtime.finite-step-7"))
 def repro(
-    bundle: Annotated[Path, typer.Argument(help="A folder of RUN/repro, or a copy of one.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda. Default: where the run was.")
-    ] = None,
+    bundle: Annotated[Path, Argument(help="A folder of RUN/repro, or a copy of one.")],
+    device: Annotated[str | None, Option(help="cpu or cuda. Default: where the run was.")] = None,
     base: Annotated[
-        Path | None,
-        typer.Option("--base", help="Step folder to begin from, where the bundle only names one."),
+        Path | None, Option(help="Step folder to begin from, where the bundle only names one.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -385,9 +308,8 @@ def repro(
             next_step=f"fix it and replay again; stack gates show {held.gate}",
         )
     if not json:
-        stdout.print(
+        print_line(
             f"not reproduced: {held.gate} is green on this code from step {held.base.step} to "
             f"step {held.step}, where the run was red\n"
-            f"  measured now {measured}\n  in the run   {held.measured}",
-            markup=False,
+            f"  measured now {measured}\n  in the run   {held.measured}"
         )

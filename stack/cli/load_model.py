@@ -173,15 +173,16 @@ def _load_foreign(path: Path, folder: Path, files: tuple[Path, ...]) -> TraceMod
     )
     if not file.is_file():
         return made
-    read = cache(lambda: _tokenizer(file))
-    encode, decode = (
-        (lambda text: read().encode(text).ids),
-        (lambda ids: read().decode(ids, skip_special_tokens=False)),
+
+    @cache
+    def tokenizer() -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(file))
+
+    return replace(
+        made,
+        files=(*files, file),
+        encode=lambda text: tokenizer().encode(text).ids,
+        decode=lambda ids: tokenizer().decode(ids, skip_special_tokens=False),
     )
-    return replace(made, files=(*files, file), encode=encode, decode=decode)
-
-
-def _tokenizer(file: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(file))

@@ -16,26 +16,16 @@ PICKLES = (b"\x80", b"PK")  # first bytes of a pickle, and of the zip archive of
 def folder_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
     """The path, if it is a folder. Raises UsageError otherwise; `what` names the argument."""
     if not path.is_dir():
-        raise _wrong(
-            path,
-            what,
-            "is a file and must be a folder" if path.exists() else "names nothing",
-            allowed,
-            next_step,
-        )
+        why = "is a file and must be a folder" if path.exists() else "names nothing"
+        raise _wrong(path, what, why, allowed, next_step)
     return path
 
 
 def file_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
     """The path, if it is a file. Raises UsageError otherwise."""
     if path.is_dir() or not path.exists():
-        raise _wrong(
-            path,
-            what,
-            "is a folder and must be a file" if path.exists() else "names nothing",
-            allowed,
-            next_step,
-        )
+        why = "is a folder and must be a file" if path.exists() else "names nothing"
+        raise _wrong(path, what, why, allowed, next_step)
     return path
 
 
@@ -48,26 +38,18 @@ def model_at(path: Path) -> Path:
     return folder_at(path, "MODEL", allowed=MODEL, next_step=MAKES_ONE)
 
 
-def text_at(path: Path, what: str = "--text") -> Path:
-    return file_at(path, what, allowed="a UTF-8 file", next_step=f"give {what} the path of a text")
+def text_at(path: Path) -> Path:
+    return file_at(path, "--text", allowed="a UTF-8 file", next_step="give the path of a text")
 
 
 def tokenizer_at(path: Path, what: str = "--tokenizer") -> Path:
-    return file_at(
-        path,
-        what,
-        allowed="a tokenizer.json",
-        next_step="give the tokenizer.json of a run or of a Hugging Face folder",
-    )
+    next_step = "give the tokenizer.json of a run or of a Hugging Face folder"
+    return file_at(path, what, allowed="a tokenizer.json", next_step=next_step)
 
 
 def bundle_at(path: Path, what: str) -> Path:
-    return folder_at(
-        path,
-        what,
-        allowed="a folder with repro.json",
-        next_step="RUN/repro holds one per failed runtime gate",
-    )
+    next_step = "RUN/repro holds one per failed runtime gate"
+    return folder_at(path, what, allowed="a folder with repro.json", next_step=next_step)
 
 
 def _wrong(path: Path, what: str, why: str, allowed: str, next_step: str) -> UsageError:

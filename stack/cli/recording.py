@@ -3,35 +3,20 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from stackproof.cli.output import emit, stdout
-from stackproof.spec.canonical import canonical_json, to_jsonable
-from stackproof.spec.errors import StackproofError, UsageError
+from stackproof.cli.output import emit, print_line
+from stackproof.spec.canonical import canonical_lines, to_jsonable
+from stackproof.spec.errors import StackproofError
 
 
-def without_record(run_dir: Path | None) -> Path | None:
-    """Raises UsageError if the folder holds a record: records are never overwritten."""
-    if run_dir is not None and (run_dir / "metadata.json").exists():
-        raise UsageError(
-            f"--run-dir already holds a record: {run_dir}",
-            value=(run_dir / "metadata.json").absolute(),
-            allowed="a folder without metadata.json",
-            next_step="choose another --run-dir, or leave it out",
-        )
-    return run_dir
+@dataclass(frozen=True)
+class Claim:
+    """What the records of a verb claim, and what the claim does not cover."""
 
-
-RecordDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-dir",
-        help="Folder of the record. Default: runs/<record id>.",
-        callback=without_record,
-    ),
-]
+    kind: str
+    text: str
+    not_covered: Sequence[str]
 
 
 @dataclass
@@ -55,7 +40,7 @@ class OpenRecord:
         """Write JSON lines beside the record."""
         from stackproof.spec.building import write_atomically
 
-        write_atomically(self.path(name), b"".join(canonical_json(row) + b"\n" for row in rows))
+        write_atomically(self.path(name), canonical_lines(rows))
         self.series.append(name)
 
     def output(self, path: Path, root: Path) -> None:
@@ -106,10 +91,8 @@ class OpenRecord:
 
 
 def open_record(
-    kind: str,
+    claim: Claim,
     config: Mapping[str, Any],
-    claim: str,
-    not_covered: Sequence[str],
     *,
     run_dir: Path | None,
     json: bool,
@@ -125,11 +108,11 @@ def open_record(
     from stackproof.spec.provenance import environment as measured
 
     builder = RecordBuilder(
-        kind=kind,
+        kind=claim.kind,
         spec=load_spec(),
         config=to_jsonable(config),
-        claim=claim,
-        not_covered=not_covered,
+        claim=claim.text,
+        not_covered=claim.not_covered,
         environment=measured(**environment),
         parents=tuple(parents),
     )
@@ -148,4 +131,4 @@ def print_record(
     document |= {"record": record.id, directory_key: str(directory)}
     if not emit(document, json):
         show(document)
-        stdout.print(f"record {directory / 'metadata.json'}  ({record.id})", markup=False)
+        print_line(f"record {directory / 'metadata.json'}  ({record.id})")

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stackproof.spec.canonical import parse_strict, sha256_file
+from stackproof.spec.canonical import parse_lines, sha256_file
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.records import Record, read_record
 
-# Traces of the released model with one thread and with two differed by up to 1.4e-7, because the #
+# Traces of the released model with one thread and with two differed by up to 1.4e-7, because the
 # order of summation differs. Rounding errors measured by a comparison differ between processors and
-# # are reported as differences.
+# are reported as differences.
 REL_TOLERANCE = 1e-4
 # The rounding error of a sum with cancellation, such as a mean near zero, scales with the values.
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
@@ -34,10 +34,8 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
     or if the command fails.
     """
     for series in record.series:
-        if (
-            not (folder / series.path).is_file()
-            or sha256_file(folder / series.path) != series.sha256
-        ):
+        file = folder / series.path
+        if not file.is_file() or sha256_file(file) != series.sha256:
             raise IntegrityError(
                 f"{series.path} of record {record.id} is missing or was changed since it was "
                 "recorded",
@@ -45,15 +43,8 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
                 next_step="stack evidence add",
             )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
-    command = [
-        sys.executable,
-        "-m",
-        "stackproof",
-        *_without_files(record.command[1:]),
-        "--run-dir",
-        str(directory),
-        "--json",
-    ]
+    options = [*_without_files(record.command[1:]), "--run-dir", str(directory), "--json"]
+    command = [sys.executable, "-m", "stackproof", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise IntegrityError(
@@ -63,12 +54,8 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
         )
     again = read_record(directory / "metadata.json")
     compared = [
-        {
-            "what": f"input {a.name}",
-            "recorded": a.sha256,
-            "now": b.sha256,
-            "equal": a.sha256 == b.sha256,
-        }
+        {"what": f"input {a.name}", "recorded": a.sha256, "now": b.sha256}
+        | {"equal": a.sha256 == b.sha256}
         for a, b in zip(record.inputs, again.inputs)
     ]
     for series in record.series:
@@ -79,13 +66,8 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
         row = {"what": f"{series.path} ({where})", "recorded": f"within {REL_TOLERANCE:g}"}
         compared.append(row | {"now": worst, "equal": worst <= REL_TOLERANCE})
     ok = all(row["equal"] for row in compared) and len(record.inputs) == len(again.inputs)
-    return {
-        "ok": ok,
-        "record": record.id,
-        "rerun": again.id,
-        "run_dir": str(directory),
-        "compared": compared,
-    }
+    ids = {"record": record.id, "rerun": again.id, "run_dir": str(directory)}
+    return {"ok": ok, **ids, "compared": compared}
 
 
 def _without_files(arguments: tuple[str, ...]) -> list[str]:
@@ -106,8 +88,7 @@ def largest_difference(recorded: Path, now: Path) -> tuple[float, str]:
     a robust z to at least 1.
     """
     before, after = (
-        dict(_leaves([parse_strict(x, origin=str(p)) for x in p.read_bytes().splitlines()]))
-        for p in (recorded, now)
+        dict(_leaves(parse_lines(p.read_bytes(), origin=str(p)))) for p in (recorded, now)
     )
     if before.keys() != after.keys():
         return math.inf, next(iter(before.keys() ^ after.keys()))

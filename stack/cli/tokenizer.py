@@ -4,50 +4,39 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
-from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.cli.options import Json, examples
+from stackproof.cli.output import emit, print_facts, print_line
 from stackproof.cli.paths import tokenizer_at
 from stackproof.spec.errors import DataError, UsageError
 
-app = typer.Typer(
-    help="Tokenizers: train byte-level BPE, inspect any tokenizer.json.", no_args_is_help=True
+app = Typer(
+    name="tokenizer",
+    help="Tokenizers: train byte-level BPE, inspect any tokenizer.json.",
+    no_args_is_help=True,
 )
 
 
-def register(parent: typer.Typer) -> None:
-    parent.add_typer(app, name="tokenizer")
-
-
 @app.command(
-    epilog=(
-        "Example: stack tokenizer train books/ --out tokenizer.json --vocab-size 32000 --special "
-        "'<|user|>'"
+    epilog=examples(
+        "stack tokenizer train books/ --out tokenizer.json --vocab-size 32000 --special '<|user|>'"
     )
 )
 def train(
     sources: Annotated[
         list[str],
-        typer.Argument(
-            metavar="SRC…", help="Files, folders and globs of text, .jsonl or .parquet."
-        ),
+        Argument(metavar="SRC…", help="Files, folders and globs of text, .jsonl or .parquet."),
     ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", help="The tokenizer.json to write; an existing file is refused."),
-    ],
+    out: Annotated[Path, Option(help="The tokenizer.json to write; an existing file is refused.")],
     vocab_size: Annotated[
-        int,
-        typer.Option(
-            "--vocab-size", min=258, help="Entries, including the 256 bytes and the control tokens."
-        ),
+        int, Option(min=258, help="Entries, including the 256 bytes and the control tokens.")
     ] = 32_000,
     special: Annotated[
-        list[str] | None,
-        typer.Option("--special", help="A control token besides the end of text. Repeatable."),
+        list[str] | None, Option(help="A control token besides the end of text. Repeatable.")
     ] = None,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Key of the text in .jsonl, column in .parquet.")
+        str, Option(help="Key of the text in .jsonl, column in .parquet.")
     ] = "text",
     json: Json = False,
 ) -> None:
@@ -78,9 +67,9 @@ def train(
     tokenizer.save(out)
     document = {"path": str(out), "documents": seen[0], "bytes": seen[1], **_facts(tokenizer)}
     if not emit(document, json):
-        stdout.print(table("Tokenizer", ["what", "value"], [[k, v] for k, v in document.items()]))
+        print_facts("Tokenizer", document)
         if tokenizer.vocab_size < vocab_size:
-            stdout.print(
+            print_line(
                 f"the text is too small for --vocab-size: it gives {tokenizer.vocab_size:,} "
                 "entries",
                 style="yellow",
@@ -89,8 +78,7 @@ def train(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A tokenizer.json.")],
-    json: Json = False,
+    path: Annotated[Path, Argument(metavar="FILE", help="A tokenizer.json.")], json: Json = False
 ) -> None:
     """Show a tokenizer.json: size, end-of-text token, control tokens, hash, and the library that
     encodes batches.
@@ -99,7 +87,7 @@ def show(
 
     document = {"path": str(path), **_facts(load_tokenizer(tokenizer_at(path, "FILE")))}
     if not emit(document, json):
-        stdout.print(table("Tokenizer", ["what", "value"], [[k, v] for k, v in document.items()]))
+        print_facts("Tokenizer", document)
 
 
 def _facts(tokenizer) -> dict:

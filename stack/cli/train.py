@@ -2,15 +2,18 @@
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
-from stackproof.cli.output import Json, emit, stdout
+from stackproof.cli.options import Json, Sets, examples
+from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
+from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
-EXAMPLES = [
+app = Typer()
+EXAMPLES = examples(
     "stack train",
     "stack train pocket-code --set train.max_steps=200",
     "stack train --set data.corpus.kind=files --set data.corpus.paths='[\"notes/\"]'",
@@ -19,40 +22,30 @@ EXAMPLES = [
     "stack train --data data/mix --set curriculum.kind=bandit",
     "stack train --continue-from runs/pocket-1 --set curriculum.caps.wikitext=0.2",
     "stack train --depth 3 --dry-run",
-]
-
-
+)
 REACHED_SHARE = (
     0.5  # share of the matrix-product rate; small models spend the rest on memory traffic
 )
 
 
-def register(app: typer.Typer) -> None:
-    app.command("train", epilog="Examples: " + " · ".join(EXAMPLES))(train)
-
-
+@app.command(epilog=EXAMPLES)
 def train(
     recipe: Annotated[
-        str | None,
-        typer.Argument(metavar="[RECIPE | run.toml]", help="A recipe's name or a TOML file."),
+        str | None, Argument(metavar="[RECIPE | run.toml]", help="A recipe's name or a TOML file.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")
-    ] = None,
+    set_: Sets = None,
     run_dir: Annotated[
-        Path | None,
-        typer.Option("--run-dir", help="Folder of the run. Default: runs/<recipe>-<n>."),
+        Path | None, Option(help="Folder of the run. Default: runs/<recipe>-<n>.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Continue the run in this folder, bit for bit.")
+        Path | None, Option(help="Continue the run in this folder, bit for bit.")
     ] = None,
     fork: Annotated[
-        Path | None,
-        typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes."),
+        Path | None, Option(help="Start a child run from this run's checkpoint, with changes.")
     ] = None,
     continue_from: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--continue-from",
             "--polish",
             help="Continued pre-training: continue this run under another mixture, with "
@@ -61,26 +54,22 @@ def train(
     ] = None,
     depth: Annotated[
         int | None,
-        typer.Option(
-            "--depth",
+        Option(
             min=1,
             max=64,
             help="Instead of a recipe: number of layers, from which all other sizes are derived.",
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Train on a folder written by stack data build.")
+        Path | None, Option(help="Train on a folder written by stack data build.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
     tracker: Annotated[
-        list[str] | None,
-        typer.Option("--tracker", help="Mirror metrics to a tracker: tensorboard. Repeatable."),
+        list[str] | None, Option(help="Mirror metrics to a tracker: tensorboard. Repeatable.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Print the resolved configuration and its arithmetic, then stop."
-        ),
+        Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -93,10 +82,8 @@ def train(
     if sum(map(bool, (resume, fork, continue_from))) > 1:
         raise UsageError(
             "--resume, --fork and --continue-from exclude each other",
-            next_step=(
-                "--resume keeps the configuration, --continue-from changes the mixture, --fork may "
-                "change anything"
-            ),
+            next_step="--resume keeps the configuration, --continue-from changes the mixture, "
+            "--fork may change anything",
         )
     if (resume or parent) and (recipe or data or depth):
         raise UsageError(
@@ -110,26 +97,22 @@ def train(
             value=f"{recipe} and --depth {depth}",
             next_step="drop one of them",
         )
-    for flag, folder in (
-        ("--resume", resume),
-        ("--fork", fork),
-        ("--continue-from", continue_from),
-    ):
+    runs = {"--resume": resume, "--fork": fork, "--continue-from": continue_from}
+    for flag, folder in runs.items():
         if folder is not None:
             folder_at(folder, flag, allowed=RUN, next_step=MAKES_ONE)
+    sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
-    sets = (
-        *(("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}") if data else ()),
-        *(set_ or ()),
-    )
+        sets = ("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}", *sets)
+    cfg, overrides = _resolve(recipe, depth, data, resume, parent, sets=sets, device=device)
     if dry_run:
-        return _dry_run(recipe, depth, data, sets, device, parent or resume, json)
+        return _dry_run(cfg, overrides, json)
     from stackproof.cli.console import ProgressReporter
     from stackproof.replay.bundle import ReproRecorder
     from stackproof.train import loop, start
     from stackproof.train.callbacks import TRACKERS
-    from stackproof.train.run_dir import parent_run
+    from stackproof.train.run_dir import default_run_dir
 
     if unknown := [name for name in tracker or () if name not in TRACKERS]:
         raise UsageError(
@@ -138,87 +121,67 @@ def train(
             allowed=", ".join(TRACKERS),
             next_step="correct the name",
         )
-    callbacks = [
-        ProgressReporter(quiet=json),
-        ReproRecorder(),
-        *(TRACKERS[name]() for name in tracker or ()),
-    ]
+    if resume and run_dir:
+        raise UsageError(
+            "--resume continues in its own folder",
+            value=str(run_dir),
+            next_step="drop --run-dir, or use --fork",
+        )
+    trackers = (TRACKERS[name]() for name in tracker or ())
+    callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *trackers]
+    directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
     if resume:
-        if run_dir:
-            raise UsageError(
-                "--resume continues in its own folder",
-                value=str(run_dir),
-                next_step="drop --run-dir, or use --fork",
-            )
-        changed, overrides = _resolve(start.read_config(resume), None, sets, device)
-        given = (resume, overrides, changed, callbacks)
+        given = (resume, overrides, cfg, callbacks)
         record = start.completed(*given) or loop.train(start.resume(*given))
-        directory = resume
     else:
-        base, file = (
-            (start.read_config(parent_run(parent)), None) if parent else _base(recipe, depth, data)
-        )
-        cfg, overrides = _resolve(base, file, sets, device)
-        from stackproof.train.run_dir import default_run_dir
-
-        directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
-        run = start.fresh(
-            cfg, overrides, directory, callbacks, parent=parent, continued=bool(continue_from)
-        )
-        record = loop.train(run)
-    document = {
-        "run_dir": str(directory),
-        "record": record.id,
-        "status": record.status,
-        "exit_code": record.exit_code,
-        "metrics": {name: m.value for name, m in record.metrics.items()},
-        "gates": [{"id": g.id, "verdict": g.verdict} for g in record.gates],
-    }
+        lineage = {"parent": parent, "continued": bool(continue_from)}
+        record = loop.train(start.fresh(cfg, overrides, directory, callbacks, **lineage))
+    document = {"run_dir": str(directory), "record": record.id}
+    document |= {"status": record.status, "exit_code": record.exit_code}
+    document["metrics"] = {name: m.value for name, m in record.metrics.items()}
+    document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
     emit(document, json)
 
 
-def _base(recipe: str | None, depth: int | None, data: Path | None):
-    """The base configuration (the recipe of a run file, the named recipe, or that of a depth), and
-    the run file.
+def _resolve(
+    recipe: str | None,
+    depth: int | None,
+    data: Path | None,
+    resume: Path | None,
+    parent: Path | None,
+    *,
+    sets: tuple[str, ...],
+    device: str | None,
+) -> tuple[Any, Any]:
+    """The configuration with its overrides: that of a run, of a run file with its recipe, of a
+    named recipe, or of a depth.
     """
-    from stackproof.config import read_run_file
+    from stackproof.config import load_config, read_run_file
     from stackproof.recipes import recipe as named
     from stackproof.recipes.depth import corpus_of
     from stackproof.recipes.depth import depth as from_depth
 
-    if depth:
-        return from_depth(depth, corpus_of(data) if data else None), None
-    if recipe and (recipe.endswith(".toml") or Path(recipe).is_file()):
-        return named(read_run_file(Path(recipe)).get("recipe", "pocket")), Path(recipe)
-    return named(recipe or "pocket"), None
-
-
-def _resolve(base, file: Path | None, sets: tuple[str, ...], device: str | None):
-    from stackproof.config import load_config
-
-    return load_config(
-        base, run_file=file, sets=sets, fixed={"device": (device, "--device")} if device else None
-    )
-
-
-def _dry_run(
-    recipe: str | None,
-    depth: int | None,
-    data: Path | None,
-    sets: tuple[str, ...],
-    device: str | None,
-    parent: Path | None,
-    as_json: bool,
-) -> None:
-    """The configuration and the quantities computed from it. Reads no data and builds no model."""
-
-    if parent:
+    file = None
+    if resume or parent:
+        from stackproof.train.run_dir import parent_run
         from stackproof.train.start import read_config
 
-        base, file = read_config(parent), None
+        base = read_config(resume or parent_run(parent))
+    elif depth:
+        base = from_depth(depth, corpus_of(data) if data else None)
+    elif recipe and (recipe.endswith(".toml") or Path(recipe).is_file()):
+        file = Path(recipe)
+        base = named(read_run_file(file).get("recipe", "pocket"))
     else:
-        base, file = _base(recipe, depth, data)
-    cfg, overrides = _resolve(base, file, sets, device)
+        base = named(recipe or "pocket")
+    fixed = {"device": (device, "--device")} if device else None
+    return load_config(base, run_file=file, sets=sets, fixed=fixed)
+
+
+def _dry_run(cfg: Any, overrides: Any, as_json: bool) -> None:
+    """Print the configuration and the quantities computed from it. Reads no data and builds no
+    model.
+    """
     if cfg.data.corpus.kind in ("mixture", "built"):
         from stackproof.data.curriculum import apply_shares, declared_sources
 
@@ -232,20 +195,14 @@ def _dry_run(
     if emit(document, as_json):
         return
     origins = {o.key: o.source for o in overrides}
-    for key, value in _lines(document["config"]):
-        stdout.print(
-            f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""),
-            markup=False,
-        )
+    for key, value in leaves(document["config"]):
+        print_line(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""))
     for key, value in derived.items():
-        stdout.print(
-            f"# {key}: {value if isinstance(value, str) else format(value, ',')}", markup=False
-        )
+        print_line(f"# {key}: {value if isinstance(value, str) else format(value, ',')}")
     if cfg.data.tokenizer.kind == "bpe":
-        stdout.print(
+        print_line(
             "# a corpus too small for this number of merges gives a smaller vocabulary and fewer "
-            "parameters",
-            markup=False,
+            "parameters"
         )
 
 
@@ -260,20 +217,15 @@ def _derived(cfg) -> dict[str, float | str]:
         "tokens": cfg.train.max_steps * cfg.train.tokens_per_step,
         "accumulation": cfg.accumulation(),
     }
-    vocab_size = _vocab_size(cfg)
-    if vocab_size is None:
+    if (vocab_size := _vocab_size(cfg)) is None:
         return derived
     model = cfg.model.model_dump()
-    per_token, n_params = (
-        flops_per_token(model, vocab_size, cfg.model.max_seq_len),
-        parameter_count(model, vocab_size),
-    )
+    per_token = flops_per_token(model, vocab_size, cfg.model.max_seq_len)
+    n_params = parameter_count(model, vocab_size)
     derived |= {
         "vocab_size": vocab_size,
         "n_params": n_params,
         "tokens_per_parameter": round(derived["tokens"] / n_params, 2),
-    }
-    derived |= {
         "flops_per_token": per_token,
         "flops": per_token * derived["tokens"],
         "checkpoint_bytes": 12 * n_params,
@@ -285,13 +237,10 @@ def _derived(cfg) -> dict[str, float | str]:
         return derived
     device = resolve_device(cfg.device)
     rate = probe_peak_flops(device)
-    derived |= {
-        "probed_flops_per_s": round(rate),
-        "eta_s": round(derived["flops"] / (REACHED_SHARE * rate)),
-    }
-    return derived | (
-        {"this_machine_refuses": refusal} if (refusal := _refusal(cfg, vocab_size, device)) else {}
-    )
+    eta_s = round(derived["flops"] / (REACHED_SHARE * rate))
+    derived |= {"probed_flops_per_s": round(rate), "eta_s": eta_s}
+    refusal = _refusal(cfg, vocab_size, device)
+    return derived | ({"this_machine_refuses": refusal} if refusal else {})
 
 
 def _refusal(cfg, vocab_size: int, device) -> str:
@@ -316,14 +265,3 @@ def _vocab_size(cfg) -> int | None:
         case "byte":
             return 257
     return None
-
-
-def _lines(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
-    leaves = []
-    for name, value in tree.items():
-        leaves += (
-            _lines(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else [(prefix + name, value)]
-        )
-    return leaves

@@ -236,7 +236,6 @@ def evaluate_text(
     stride: int | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
-    autocast: Autocast = nullcontext,
 ) -> TextEvaluation:
     """Score texts, joined by end-of-text tokens and beginning with one.
     Every byte the tokenizer keeps is scored exactly once.
@@ -259,7 +258,6 @@ def evaluate_text(
         batch_size=batch_size,
         pad_id=tokenizer.eos_id,
         device=device,
-        autocast=autocast,
     )
     chars, n_bytes = kept_symbols(texts, result, dropped_chars)
     if not n_bytes:

@@ -123,11 +123,6 @@ def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
     raise ValueError(f"unknown stop rule {cfg.kind!r}")
 
 
-def detectable_gain(differences: Sequence[float]) -> float:
-    """Smallest detectable gain in nats, from paired per-batch differences: 2 standard errors."""
-    return 2 * standard_error(differences)
-
-
 @require(
     lambda diff_std, expected_gain: diff_std >= 0 and expected_gain > 0,
     "the standard deviation is at least 0 and the expected gain above 0",

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from stackproof.spec import IN_CHECKOUT, ROOT
-from stackproof.spec.canonical import sha256_file
+from stackproof.spec.canonical import leaves, sha256_file
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Entry, Ledger
@@ -154,14 +154,4 @@ def _flatten(record: Record) -> dict[str, object]:
     skip = {"id", "started_at", "finished_at", "wall_s", "device_s", "series", "outputs"}
     tree = {k: v for k, v in record.model_dump(by_alias=True, mode="json").items() if k not in skip}
     tree["gates"] = {g["id"]: g["verdict"] for g in tree["gates"]}
-    flat: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for k, v in value.items():
-                walk(f"{prefix}.{k}" if prefix else k, v)
-        else:
-            flat[prefix] = value
-
-    walk("", tree)
-    return flat
+    return dict(leaves(tree))

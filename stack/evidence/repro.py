@@ -11,12 +11,13 @@ points.jsonl         activation statistics of every point on the rows of the fai
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from stackproof.spec.canonical import parse_strict, sha256_file
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64, Code, Scalar
+from stackproof.spec.tables import validated
 
 SCHEMA = "stackproof/repro/1"
 DOCUMENT, TENSORS, TOKENIZER, CHECKPOINT, POINTS = (
@@ -120,14 +121,8 @@ def read_bundle(folder: Path) -> Bundle:
             allowed=f"a folder with {DOCUMENT}",
             next_step="RUN/repro holds one per failed runtime gate",
         )
-    try:
-        bundle = Bundle.model_validate(parse_strict(path.read_bytes(), origin=str(path)))
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise IntegrityError(
-            f"{path}: field {where}: {first['msg']}", value=str(first.get("input"))[:120]
-        ) from e
+    value = parse_strict(path.read_bytes(), origin=str(path))
+    bundle = validated(Bundle, value, origin=str(path))
     for name, file in bundle.files.items():
         inside = folder / name
         if (

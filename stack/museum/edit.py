@@ -89,7 +89,7 @@ def find(name: str) -> Target:
     """The Python function behind "module:name", under properties, cached properties,
     class methods, icontract and other decorators.
 
-    Raises IntegrityError if there is none, or if it is compiled by torch or Triton and
+    Raises IntegrityError if there is no such function, or if it is compiled by torch or Triton and
     would not run its Python code.
     """
     module, _, path = name.partition(":")
@@ -125,7 +125,7 @@ def find(name: str) -> Target:
         found = inner
     if not isinstance(found, types.FunctionType):
         raise IntegrityError(
-            f"a plant edits {name}, which is no Python function", value=type(found).__name__
+            f"a plant edits {name}, which is not a Python function", value=type(found).__name__
         )
     return Target(name, found, tuple(caches))
 

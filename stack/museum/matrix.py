@@ -13,7 +13,7 @@ from stackproof.config import RunConfig
 from stackproof.contracts.gate import judge, not_run
 from stackproof.data.prepare import prepare
 from stackproof.museum.plant import Plant, load_museum
-from stackproof.museum.prove import Prover, selection, use_cache, workshop
+from stackproof.museum.prove import Prover, selection, workshop
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.gates import Gate
@@ -24,8 +24,7 @@ from stackproof.train.start import fresh
 from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, Trainer
 
-JUDGES_DATA = ("corpus", "data", "tokenizer")
-WHOLE = "the stack itself"  # what raised where no gate was being asked
+WHOLE = "the stack itself"  # the name of errors outside of any gate
 
 
 class _Stopwatch(Callback):
@@ -47,8 +46,8 @@ Row = dict[str, Any]
 def matrix(
     gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row: None
 ) -> list[Row]:
-    """A row for every plant of the chosen gates: `{"plant", "gate", "red": {gate: {"seconds",
-    "step"}}, "raised", "asked", "seconds"}`.
+    """A row for every plant of the chosen gates, with the keys `plant`, `gate`, `red`, `raised`,
+    `asked` and `seconds`; `red` holds `{gate: {"seconds", "step"}}`.
 
     A preflight gate's seconds are those of its check, a runtime gate's those of the run until it
     turned red. Every plant meets all gates that apply to the configuration its own gate is proven
@@ -85,7 +84,7 @@ def _config(prover: Prover, gate: Gate, plant: Plant) -> RunConfig:
 
 def _row(prover: Prover, gate: Gate, cfg: RunConfig, plant: Plant, red_anyway: set[str]) -> Row:
     started = time.perf_counter()
-    use_cache(prover.root / (plant.id if gate.subsystem in JUDGES_DATA else "cache"))
+    prover.use_cache_of(gate, plant)
     red, raised, asked = _asked_of_all(prover, gate, cfg, plant.apply)
     return {
         "plant": plant.id,
@@ -103,7 +102,7 @@ Red = dict[str, dict[str, float | int | None]]
 def _asked_of_all(
     prover: Prover, gate: Gate, cfg: RunConfig, apply: Callable[[], AbstractContextManager[None]]
 ) -> tuple[Red, dict[str, str], int]:
-    """(red gates, what raised, how many were asked) of the gates of exports,
+    """(red gates, raised errors, number of judged gates) of the gates of exports,
     or of those of runs.
     """
     red: Red = {}

@@ -28,8 +28,12 @@ class Clock(Callback):
         self.before, self.began = touches(), None
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        if self.began is None and touches() > self.before:
+        if self.began is None and self.ran():
             self.began = report.step
+
+    def ran(self) -> int:
+        """How often planted code ran since the clock was made."""
+        return touches() - self.before
 
     def lived(self, step: int) -> int:
         """Steps from the first in which the line ran to this one, both counted.

@@ -11,7 +11,7 @@ import inspect
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -44,10 +44,9 @@ class Plant:
     @property
     def trainer(self) -> Trainer:
         """The trainer that the plant changes: `stack train`, or the script of another trainer."""
-        places = [e.target.split(":")[0] for e in self.edits] or [
-            f"{__package__}.{self.function.split(':')[0]}"
-        ]
-        return "script" if f"{__package__}.script" in places else "stack"
+        script = f"{__package__}.script:"
+        places = (*(e.target for e in self.edits), f"{__package__}.{self.function}")
+        return "script" if any(place.startswith(script) for place in places) else "stack"
 
     def apply(self) -> AbstractContextManager[None]:
         """Put the bug in place until the context ends.
@@ -94,24 +93,15 @@ def _plant(entry: dict[str, Any]) -> Plant:
     """An entry with `target`, `old`, `new` and perhaps `imports`, with a list of such tables as
     `edits`, or with `function`.
     """
-    told = {
-        k: entry.get(k)
-        for k in ("id", "gate", "title", "story", "sources", "function", "museum")
-        if k in entry
-    }
-    rest = {k: v for k, v in entry.items() if k not in told}
+    names = {f.name for f in fields(Plant)}
+    facts = {k: v for k, v in entry.items() if k in names}
+    edit = {k: v for k, v in entry.items() if k not in names}
     try:
-        edits = tuple(Edit(**e) for e in rest.pop("edits", [rest] if "target" in rest else []))
-        if bool(edits) == ("function" in told) or (rest and "target" not in rest):
+        edits = tuple(Edit(**e) for e in facts.pop("edits", [edit] if edit else []))
+        if bool(edits) == ("function" in facts) or (edit and "target" not in edit):
             raise TypeError("it needs target, old and new, or edits, or function")
-        return Plant(
-            **told
-            | {
-                "sources": tuple(told["sources"]),
-                "story": " ".join(told["story"].split()),
-                "edits": edits,
-            }
-        )
+        facts |= {"sources": tuple(facts["sources"]), "story": " ".join(facts["story"].split())}
+        return Plant(**facts, edits=edits)
     except (TypeError, KeyError) as e:
         raise IntegrityError(f"plant {entry.get('id', '?')} is not complete: {e}") from e
 

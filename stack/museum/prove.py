@@ -27,13 +27,13 @@ from stackproof.model.build import build_model
 from stackproof.museum import script
 from stackproof.museum.collection import exportable, museum_config, write_texts
 from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
-from stackproof.museum.plant import Plant, Trainer, load_museum, touches
+from stackproof.museum.plant import Plant, Trainer, load_museum
 from stackproof.spec.building import RecordBuilder, write_atomically
-from stackproof.spec.canonical import canonical_json, sha256_file, sha256_json
+from stackproof.spec.canonical import canonical_lines, sha256_file, sha256_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
-from stackproof.spec.records import GateResult, Kill, Record
+from stackproof.spec.records import OUTCOMES, GateResult, Kill, Record
 from stackproof.subject.assemble import subject_of
 from stackproof.train.device import kernels_of
 from stackproof.train.loop import train
@@ -50,6 +50,7 @@ NOT_COVERED = (
     "other configurations than the museum's own small one",
 )
 MATRIX = "matrix.jsonl"
+JUDGES_DATA = ("corpus", "data", "tokenizer")
 
 
 @contextmanager
@@ -168,32 +169,22 @@ class Prover:
         Killed is only what the gate itself turned red on, in time,
         and only if the planted line ran.
         """
-        use_cache(
-            self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache")
-        )
+        self.use_cache_of(gate, plant)
         clock = Clock()
         try:
             with plant.apply():
                 verdict, step = self._run(gate, plant.trainer, plant, clock)
         except GateFailed as e:
             if e.gate_id != gate.id:
-                return Seen(
-                    "missed",
-                    e.verdict or not_run(str(e)),
-                    f"{e.gate_id} fired instead",
-                    touches=touches() - clock.before,
-                )
+                red = e.verdict or not_run(str(e))
+                return Seen("missed", red, f"{e.gate_id} fired instead", touches=clock.ran())
             verdict, step = e.verdict or Verdict("fail", str(e)), _step_of(e, gate, self.cfg)
         except Exception as e:
-            return Seen(
-                "crashed", not_run(f"{type(e).__name__}: {e}"), touches=touches() - clock.before
-            )
-        ran = touches() - clock.before
-        if not ran:
-            return Seen(
-                "equivalent",
-                replace(verdict, message=f"the planted line never ran; {verdict.message}"),
-            )
+            raised = not_run(f"{type(e).__name__}: {e}")
+            return Seen("crashed", raised, touches=clock.ran())
+        if not (ran := clock.ran()):
+            never = f"the planted line never ran; {verdict.message}"
+            return Seen("equivalent", replace(verdict, message=never))
         if verdict.outcome == "fail":
             return self._judged(gate, plant, verdict, step, clock, ran)
         same = dict(verdict.measured) == control.measured and not self._differs(gate, plant)
@@ -202,14 +193,12 @@ class Prover:
     def _judged(
         self, gate: Gate, plant: Plant, verdict: Verdict, step: int | None, clock: Clock, ran: int
     ) -> Seen:
-        """A red gate: a kill if it is not later than the catalogue says."""
+        """A red gate: a kill if it is not later than the catalogue states."""
         moment, (_, allowed) = moment_of(gate), self.catalogue.deadline(gate, plant.id)
         steps = None if step is None or gate.moment != "runtime" else clock.lived(step)
         if allowed is not None and steps is not None and steps > allowed:
-            late = (
-                f"seen {steps} steps after it began, at most {allowed} are stated; "
-                f"{verdict.message}"
-            )
+            late = f"red {steps} steps after it began, at most {allowed} are stated"
+            late = f"{late}; {verdict.message}"
             return Seen("missed", replace(verdict, message=late), f"step {step}", steps, ran)
         return Seen("killed", verdict, moment if steps is None else f"step {step}", steps, ran)
 
@@ -234,6 +223,10 @@ class Prover:
             return {p.name: sha256_file(p) for p in folder.iterdir()}
         run_dir = self.run_dir()
         return fruits_of_run(train(fresh(self.cfg, (), run_dir, only=())), run_dir)
+
+    def use_cache_of(self, gate: Gate, plant: Plant) -> None:
+        """Prepare data under the plant if the gate judges data; else take those of all plants."""
+        use_cache(self.root / (plant.id if gate.subsystem in JUDGES_DATA else "cache"))
 
     def verdict_of(self, gate: Gate) -> Verdict:
         """The gate's verdict on the stack as it is now.
@@ -274,19 +267,16 @@ class Prover:
         a red one raises.
         """
         keeper = Gatekeeper(self.spec, kind="import", only=[gate.id])
-        source = reading.open_folder(
-            self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=False)
-        )
+        unjudged = Gatekeeper(self.spec, kind="export", only=())
+        source = reading.open_folder(self._write_folder(unjudged, tied=False))
         model = reading.load_weights(source)
         with huggingface.readable(source) as readable:
             keeper.artifact(Subject(exported=parity.Compared(model, readable)))
         return keeper.results()[0]
 
     def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:
-        cfg, folder = (
-            exportable(self.cfg.model).model_copy(update={"tied_head": tied}),
-            self.run_dir(),
-        )
+        cfg = exportable(self.cfg.model).model_copy(update={"tied_head": tied})
+        folder = self.run_dir()
         model = build_model(cfg, Bytes().vocab_size, seed=self.cfg.seed)
         huggingface.export(model, Bytes(), folder, keeper, card=lambda made: "")
         return folder
@@ -316,7 +306,7 @@ def prove(
     gate_ids: Iterable[str], on_kill: Callable[[Kill], None] = lambda kill: None
 ) -> list[Kill]:
     """Control and every plant of the chosen gates.
-    A plant nobody built is `awaiting`, never killed.
+    A plant that is not in the museum is `awaiting`, never killed.
     """
     gates, plants = selection(gate_ids), load_museum()
     kills = []
@@ -340,11 +330,10 @@ def _prove_one(
     if plant and plant.museum:
         control = prover.control_of(gate, plant)
         outcomes.append(control.outcome)
-    seen = (
-        Seen("awaiting", not_run("nobody built it"))
-        if plant is None
-        else prover.planted(gate, plant, control)
-    )
+    if plant is None:
+        seen = Seen("awaiting", not_run("the plant is not in the museum"))
+    else:
+        seen = prover.planted(gate, plant, control)
     return Kill(
         gate=gate.id,
         fingerprint=prover.spec.fingerprint(gate.id),
@@ -364,7 +353,7 @@ def _prove_one(
 
 
 def plain(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Measurements as a record takes them: what is no finite number as text."""
+    """Measurements for a record: non-finite numbers become text."""
     return {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
         for k, v in measured.items()
@@ -380,32 +369,21 @@ def falsification_record(
     Failures of the catalogue that await a part of the stack are counted as such, and are neither
     killed nor a defect. Rows of a `matrix` become a series beside the record.
     """
-    counts, catalogue = Counter(k.outcome for k in kills), load_catalogue()
+    counts, catalogue, metric = Counter(k.outcome for k in kills), load_catalogue(), builder.metric
     builder.kills = kills
-    builder.metric("failures", len(catalogue.failures), "failures")
-    builder.metric("failures_awaiting", len(catalogue.awaiting()), "failures")
+    metric("failures", len(catalogue.failures), "failures")
+    metric("failures_awaiting", len(catalogue.awaiting()), "failures")
     if matrix is not None:
-        write_atomically(
-            directory / MATRIX, b"".join(canonical_json(row) + b"\n" for row in matrix)
-        )
-        builder.metric(
-            "matrix_s", round(sum(row["seconds"] for row in matrix), 1), "s", better="lower"
-        )
-    builder.metric("plants", len(kills), "plants")
-    for outcome in ("killed", "missed", "crashed", "equivalent", "awaiting"):
-        builder.metric(
-            outcome,
-            counts.get(outcome, 0),
-            "plants",
-            better="higher" if outcome == "killed" else "lower",
-        )
-    builder.metric("gates", len({k.gate for k in kills}), "gates")
-    builder.metric(
-        "controls_green",
-        len({k.gate for k in kills if k.control == "pass"}),
-        "gates",
-        better="higher",
-    )
+        write_atomically(directory / MATRIX, canonical_lines(matrix))
+        seconds = round(sum(row["seconds"] for row in matrix), 1)
+        metric("matrix_s", seconds, "s", better="lower")
+    metric("plants", len(kills), "plants")
+    for outcome in OUTCOMES:
+        better = "higher" if outcome == "killed" else "lower"
+        metric(outcome, counts[outcome], "plants", better=better)
+    metric("gates", len({k.gate for k in kills}), "gates")
+    green = len({k.gate for k in kills if k.control == "pass"})
+    metric("controls_green", green, "gates", better="higher")
     bad = [f"{k.plant} {k.outcome}" for k in kills if k.outcome != "killed"] + sorted(
         {f"control of {k.gate} {k.control}" for k in kills if k.control != "pass"}
     )

@@ -29,11 +29,8 @@ class Small(nn.Module):
             tie_word_embeddings=True, max_seq_len=24, pad_token_id=PAD, eos_token_id=EOS
         )
         self.embed, self.place = nn.Embedding(VOCAB, WIDTH), nn.Embedding(24, WIDTH)
-        self.norm, self.qkv, self.out = (
-            nn.LayerNorm(WIDTH),
-            nn.Linear(WIDTH, 3 * WIDTH),
-            nn.Linear(WIDTH, WIDTH),
-        )
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.drop, self.head = nn.Dropout(0.1), nn.Linear(WIDTH, VOCAB, bias=False)
         for p in (self.embed.weight, self.place.weight):
             nn.init.normal_(p, std=0.2)
@@ -118,12 +115,8 @@ def tokens_in(batches: list[dict[str, Tensor]]) -> int:
 
 
 def loss_of(logits_BTV: Tensor, batch: dict[str, Tensor], n_tokens: int) -> Tensor:
-    return (
-        F.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
-        )
-        / n_tokens
-    )
+    logits, labels = logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    return F.cross_entropy(logits, labels, reduction="sum") / n_tokens
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -179,14 +172,15 @@ def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
         model = Small()
         optimizer = make_optimizer(model)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i))
-        told = {
-            "scheduler": scheduler,
-            "tokenizer": make_tokenizer(),
-            "max_grad_norm": 1.0,
-            "mode": "log",
-            "only": gate_ids,
-        }
-        with gated(model, optimizer, **told) as gate:
+        with gated(
+            model,
+            optimizer,
+            scheduler=scheduler,
+            tokenizer=make_tokenizer(),
+            max_grad_norm=1.0,
+            mode="log",
+            only=gate_ids,
+        ) as gate:
             _train(gate, model, optimizer, scheduler)
         return gate, model
 

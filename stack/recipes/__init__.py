@@ -10,15 +10,12 @@ from stackproof.recipes import sizes
 from stackproof.recipes.pocket import pocket, pocket_code
 from stackproof.spec.errors import ConfigError
 
+MAKERS = (
+    *(pocket, pocket_code, sizes.tiny, sizes.huge, sizes.nanolm),
+    *(sizes.llama_370m, sizes.gpt2_124m, sizes.andrea_120m),
+)
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "pocket": pocket,
-    "pocket-code": pocket_code,
-    "tiny": sizes.tiny,
-    "huge": sizes.huge,
-    "nanolm": sizes.nanolm,
-    "llama-370m": sizes.llama_370m,
-    "gpt2-124m": sizes.gpt2_124m,
-    "andrea-120m": sizes.andrea_120m,
+    make.__name__.replace("_", "-"): make for make in MAKERS
 }
 
 

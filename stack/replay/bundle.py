@@ -17,7 +17,7 @@ from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import Verdict, limits_of
 from stackproof.data.data_loader import Batch
 from stackproof.evidence import repro
-from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.canonical import canonical_json, canonical_lines, sha256_file
 from stackproof.spec.errors import StackproofError
 from stackproof.trace.points_log import points_lines
 from stackproof.train.rng import default_rng_state
@@ -234,7 +234,7 @@ def _write_points(path: Path, trainer: Trainer, batch: Batch | None, step: int) 
         StackproofError,
     ) as e:  # a failed device, or no memory left: the verdict has priority
         return f"the model could not be traced: {e}"
-    path.write_bytes(b"".join(canonical_json({"step": step} | line) + b"\n" for line in lines))
+    path.write_bytes(canonical_lines({"step": step} | line for line in lines))
     return ""
 
 

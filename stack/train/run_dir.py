@@ -101,9 +101,6 @@ class RunDir:
             [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
         )
 
-    def size_bytes(self) -> int:
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
-
 
 def _lines_until(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
     """All lines of a series, and those of at most `step`: lines of before step 1 have none, and a

@@ -92,6 +92,17 @@ def test_resume_with_a_changed_learning_rate(run):
     assert (run.folder / "run" / "checkpoints" / "latest").read_text() == before
 
 
+def test_a_dry_run_of_a_fork_takes_a_step_folder_as_the_fork_does(run):
+    step = (run.folder / "run" / "checkpoints" / "latest").read_text().strip()
+    fork = ("train", "--fork", f"run/checkpoints/{step}", "--set", "optim.lr=1e-3")
+    done = run(*fork, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["config"]["model"]["d_model"], done.json["config"]["optim"]["lr"]) == (
+        32,
+        1e-3,
+    )
+
+
 def test_flipped_bit_in_a_checkpoint(run):
     path = run.folder / "run" / "checkpoints" / "step-00000024" / "model.safetensors"
     data = bytearray(path.read_bytes())

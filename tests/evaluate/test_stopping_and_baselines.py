@@ -19,7 +19,6 @@ from stackproof.evaluate.stopping import (
     NeverStopRule,
     StopRule,
     batches_needed,
-    detectable_gain,
     make_stop_rule,
 )
 
@@ -121,12 +120,6 @@ def test_enough_batches_see_the_gain_and_one_fewer_does_not(std, gain):
     n = batches_needed(std, gain)
     assert 2 * std / math.sqrt(n) <= gain * (1 + 1e-9)
     assert n == 2 or 2 * std / math.sqrt(n - 1) > gain * (1 - 1e-9)
-
-
-def test_detectable_gain_is_two_standard_errors():
-    assert detectable_gain([0.1, 0.3, 0.2, 0.2]) == pytest.approx(
-        2 * np.std([0.1, 0.3, 0.2, 0.2], ddof=1) / 2
-    )
 
 
 # --- baselines ------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_an_error_inside_puts_the_function_back():
         ("mean", "scale * total", "scale * total", "changes nothing"),
         ("median", "x", "y", "does not exist"),
         ("Counter.down", "x", "y", "does not exist"),
-        ("built_in", "x", "y", "no Python function"),
+        ("built_in", "x", "y", "not a Python function"),
         ("Child.up", "super().up()", "1", "closure variables"),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_gate_yields_to_gates_that_exist(small):
                 'since = "1.0.0"', f'since = "1.0.0"\nyields_to = ["{other}"]', 1
             )
         )
-        with pytest.raises(IntegrityError, match=f"yields to {other}, which is no other gate"):
+        with pytest.raises(IntegrityError, match=f"yields to {other}, which is not another gate"):
             fresh(small)
         path.write_text(path.read_text().replace(f'\nyields_to = ["{other}"]', ""))
 

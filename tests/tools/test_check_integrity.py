@@ -558,7 +558,7 @@ def test_json_is_one_document_and_exit_code_6(repo):
 
 
 def test_explain_names_the_nearest_rule(capsys):
-    assert explain("GOALPOST") == 0 and "mend" in capsys.readouterr().out
+    assert explain("GOALPOST") == 0 and "fix   " in capsys.readouterr().out
     assert explain("GOALPOSTS") == 2 and "GOALPOST" in capsys.readouterr().err
 
 

@@ -109,7 +109,7 @@ def test_a_cause_that_was_gone_around_takes_the_discharge_from_its_gates(repo):
     assert Repo(repo).states["loss.golden"].state == "discharged"
     found_something(repo, route_around=True, fix=None, positive=None)
     state = Repo(repo).states["loss.golden"]
-    assert state.state == "proven" and "a-finding: its cause was gone around" in state.reason
+    assert state.state == "proven" and "a-finding: its cause was bypassed" in state.reason
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,9 @@ def test_an_edit_is_shown_as_the_diff_that_it_is():
 def test_every_plant_shows_its_diff_or_its_generator(bare):
     """Each edit still stands in the code, once; each other plant names a function of the museum."""
     for exhibit in bare.plants.values():
-        assert (
-            bool(plant_diff(ROOT, exhibit.plant))
-            == bool(exhibit.plant.edits)
-            != bool(exhibit.source)
-        ), exhibit.id
+        assert bool(plant_diff(ROOT, exhibit)) == bool(exhibit.edits) != bool(exhibit.source), (
+            exhibit.id
+        )
 
 
 def test_the_state_of_a_failure_is_that_of_all_its_plants(bare):

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from stackproof.config import load_config
-from stackproof.contracts.keeper import Gatekeeper
 from stackproof.spec.errors import GateFailed
 from stackproof.train import start
-from stackproof.train.preflight import preflight
 from stackproof.train.state import build_state, state_checksums
 
 READERS = (
@@ -61,14 +59,21 @@ def test_a_fault_of_the_runs_own_objects_stops_it(
 @pytest.mark.parametrize(
     "sets", [(), ("model.ffn.kind=moe", "train.activation_checkpointing=blocks")], ids=str
 )
-def test_a_run_is_as_it_was_after_its_preflight(spec, small_cfg, dataset, sets):
-    """Bit for bit, in the same memory: the probe of updates goes on looking at the parameters."""
+def test_a_run_is_as_it_was_after_its_preflight(small_cfg, tmp_path, monkeypatch, sets):
+    """Bit for bit, in the same memory: the probe of updates continues with the parameters."""
     cfg, _ = load_config(small_cfg, sets=sets)
-    state = build_state(cfg, dataset, torch.device("cpu"))
-    before, memory = state_checksums(state), [p.data_ptr() for p in state.model.parameters()]
-    keeper = Gatekeeper(spec, only=READERS, config=cfg.to_dict())
-    preflight(state, dataset, keeper, lambda *verdict: None, n_eval_batches=2)
-    assert {r.id for r in keeper.results() if r.verdict == "pass"} == set(READERS)
-    assert state_checksums(state) == before
-    assert [p.data_ptr() for p in state.model.parameters()] == memory
-    assert all(p.grad is None for p in state.model.parameters())
+    before, memory = {}, []
+
+    def built(*parts):
+        state = build_state(*parts)
+        before.update(state_checksums(state))
+        memory.extend(p.data_ptr() for p in state.model.parameters())
+        return state
+
+    monkeypatch.setattr(start, "build_state", built)
+    with start.fresh(cfg, (), tmp_path / "run", only=READERS) as trainer:
+        state = trainer.state
+        assert {r.id for r in trainer.keeper.results() if r.verdict == "pass"} == set(READERS)
+        assert state_checksums(state) == before
+        assert [p.data_ptr() for p in state.model.parameters()] == memory
+        assert all(p.grad is None for p in state.model.parameters())

@@ -47,29 +47,6 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
     return [first, f"|{'---|' * len(head)}", *rest]
 
 
-def _gate_tally(repo: Repo) -> list[str]:
-    return _table(["state", "gates"], tally(repo.states).items())
-
-
-def _gate_table(repo: Repo) -> list[str]:
-    gates = repo.spec.gates.values()
-    rows = ([f"`{g.id}`", g.moment, g.severity, g.title] for g in gates)
-    return _table(["gate", "moment", "severity", "title"], rows)
-
-
-def _adr_index(repo: Repo) -> list[str]:
-    titles = {f.name: f.read_text("utf-8").splitlines()[0] for f in repo.decisions}
-    return [f"- [{title.removeprefix('# ')}]({name})" for name, title in titles.items()]
-
-
-def _exit_codes(repo: Repo) -> list[str]:
-    return _table(["code", "meaning"], EXIT_CODES.items())
-
-
-def _rules(repo: Repo) -> list[str]:
-    return _table(["code", "what it holds"], ([f"`{r.code}`", r.title] for r in RULES.values()))
-
-
 def _record_facts(repo: Repo, model_id: str) -> list[str]:
     model = next((m for m in repo.registry if m.id == model_id), None)
     if model is None:
@@ -86,10 +63,18 @@ def _record_facts(repo: Repo, model_id: str) -> list[str]:
 
 
 GENERATORS: dict[str, Callable[..., list[str]]] = {
-    "gate-tally": _gate_tally,
-    "gate-table": _gate_table,
-    "adr-index": _adr_index,
-    "exit-codes": _exit_codes,
-    "rules": _rules,
+    "gate-tally": lambda repo: _table(["state", "gates"], tally(repo.states).items()),
+    "gate-table": lambda repo: _table(
+        ["gate", "moment", "severity", "title"],
+        ([f"`{g.id}`", g.moment, g.severity, g.title] for g in repo.spec.gates.values()),
+    ),
+    "adr-index": lambda repo: [
+        f"- [{f.read_text('utf-8').splitlines()[0].removeprefix('# ')}]({f.name})"
+        for f in repo.decisions
+    ],
+    "exit-codes": lambda repo: _table(["code", "meaning"], EXIT_CODES.items()),
+    "rules": lambda repo: _table(
+        ["code", "what it holds"], ([f"`{r.code}`", r.title] for r in RULES.values())
+    ),
     "record-facts": _record_facts,
 }

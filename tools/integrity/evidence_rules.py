@@ -382,7 +382,7 @@ def spec_at_commit(repo: Repo) -> Messages:
     "WAIVER-EXPIRED",
     title="No waiver has expired",
     why="A waiver is a debt with a date.",
-    hint="mend the cause and run again, or renew the waiver in a new run",
+    hint="fix the cause and run again, or renew the waiver in a new run",
     over=each_record,
 )
 def waiver_expired(repo: Repo, record: Record) -> Messages:

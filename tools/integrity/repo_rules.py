@@ -92,7 +92,7 @@ def loc(repo: Repo) -> Messages:
     "CI-SELF",
     title="CI runs what it claims",
     why="A check that is listed and never run gives false confidence.",
-    hint="mend .ci/run or .github/workflows/ci.yml",
+    hint="fix .ci/run or .github/workflows/ci.yml",
 )
 def ci_self(repo: Repo) -> Messages:
     for path, needed in CI.items():

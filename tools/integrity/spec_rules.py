@@ -38,7 +38,7 @@ CARRIED, CHANGELOG, CHANCE = "spec/carried.jsonl", "spec/CHANGELOG.md", "spec/ch
     "SCHEMA",
     title="Spec, records, ledger and registry are valid and strict",
     why="A duplicate key, NaN or unknown field gives a file two meanings.",
-    hint="restore the file from git or mend the named field",
+    hint="restore the file from git or fix the named field",
 )
 def schema(repo: Repo) -> Messages:
     readers = {
@@ -233,7 +233,7 @@ def stale_kill(repo: Repo, gate: Gate) -> Messages:
     "GATE-FAILED",
     title="No gate's latest accepted run is red",
     why="A red result in the ledger is a known defect.",
-    hint="mend the cause and add a new run, or waive it with reason and expiry",
+    hint="fix the cause and add a new run, or waive it with reason and expiry",
     over=each_gate,
 )
 def gate_failed(repo: Repo, gate: Gate) -> Messages:
@@ -254,18 +254,18 @@ def plant_exists(repo: Repo) -> Messages:
         for plant in (p for p in gate.plants if p not in repo.plants):
             message = f"gate {gate.id} names the plant {plant}, which is not in the museum"
             yield At(message, path=gate_file(gate.id))
-    for exhibit in repo.plants.values():
-        for message in _plant_problems(repo, exhibit):
-            yield At(f"plant {exhibit.id} {message}", exhibit.line, exhibit.path)
+    for plant in repo.plants.values():
+        for message in _plant_problems(repo, plant):
+            yield At(f"plant {plant.id} {message}", plant.line, plant.path)
 
 
-def _plant_problems(repo: Repo, exhibit: Exhibit) -> Iterator[str]:
-    plant, gate = exhibit.plant, repo.spec.gates.get(exhibit.gate)
+def _plant_problems(repo: Repo, plant: Exhibit) -> Iterator[str]:
+    gate = repo.spec.gates.get(plant.gate)
     if gate is None or plant.id not in gate.plants:
         yield f"is for {plant.gate}, which does not list it"
     if not plant.story or not plant.sources:
         yield "lacks its story or its sources"
-    if plant.function and not exhibit.source:
+    if plant.function and not plant.source:
         yield f"names {plant.function}, which does not exist"
     for target, edits in edits_by_target(plant).items():
         text = source_of(repo.root, target)[1]

@@ -31,7 +31,7 @@ def room_pages(world: World) -> list[Page]:
             world=world,
             plants=plants,
             last=last,
-            diffs={p.id: plant_diff(world.root, p.plant) for p in plants},
+            diffs={p.id: plant_diff(world.root, p) for p in plants},
         )
         for room, plants in _rooms(world).items()
     ]

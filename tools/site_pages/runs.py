@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from markupsafe import Markup
 
 from stackproof.spec.archive import Archived
+from stackproof.spec.canonical import leaves
 from stackproof.spec.records import Record
 from tools.site_pages import traces
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
@@ -68,7 +69,7 @@ def run_page(world: World, record: Record) -> Page:
         n_samples=len(samples),
         max_characters=MAX_SAMPLE_CHARACTERS,
         repeat="\n".join(repeat),
-        config=list(_leaves(record.config)),
+        config=list(leaves(record.config)),
         parents=[(p, p in world.records or p in archive) for p in record.parents],
         document=pretty_json(record.to_bytes()),
     )
@@ -109,11 +110,3 @@ def _flags(world: World, record: Record, lines: list[dict]) -> Iterator[Flag]:
     if lines:
         step = lines[-1]["step"]
         yield Flag(step, "S", f"{record.status} after step {step}: {record.end_reason}")
-
-
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

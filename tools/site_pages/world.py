@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stackproof.spec.archive import Archived, History
-from stackproof.spec.canonical import parse_strict
+from stackproof.spec.canonical import parse_lines
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.failures import Catalogue, load_catalogue
@@ -64,12 +64,9 @@ class World:
         """Every result of a gate with its run, newest last."""
         return [(r, g) for r in self.live for g in r.gates if g.id == gate_id]
 
-    def kills_of(
-        self, *, gate: str | None = None, plant: str | None = None
-    ) -> list[tuple[Record, Kill]]:
-        """Every kill of a gate or a plant, newest last."""
-        kills = [(r, k) for r in self.live for k in r.kills]
-        return [(r, k) for r, k in kills if gate in (None, k.gate) and plant in (None, k.plant)]
+    def kills_of(self, gate: str | None = None) -> list[tuple[Record, Kill]]:
+        """Every kill of a gate, or of all, newest last."""
+        return [(r, k) for r in self.live for k in r.kills if gate in (None, k.gate)]
 
     def is_current(self, gate_id: str, fingerprint: str) -> bool:
         """Whether a fingerprint is that of the gate as the spec defines it."""
@@ -86,7 +83,7 @@ class World:
             return []
         path = self.ledger.record_path(record.id).with_name(name)
         data = self.ledger.series(record, declared)
-        lines = [parse_strict(x, origin=str(path)) for x in data.splitlines() if x.strip()]
+        lines = parse_lines(data, origin=str(path))
         for number, line in enumerate(lines, start=1):
             if missing := [k for k in keys if k not in line]:
                 raise IntegrityError(

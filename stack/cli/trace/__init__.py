@@ -5,9 +5,10 @@
 from itertools import islice
 from typing import Any
 
-import typer
+from typer import Typer
 from typer.core import TyperGroup
 
+from stackproof.cli.options import examples
 from stackproof.cli.trace import bisect, compare, effects, lens, nonfinite, stats, weights
 from stackproof.spec.errors import UsageError
 
@@ -86,10 +87,10 @@ class TraceGroup(TyperGroup):
         return [command, *rest, *values]
 
 
-app = typer.Typer(
-    cls=TraceGroup, help=HELP, epilog="Examples: " + " · ".join(EXAMPLES), no_args_is_help=True
+app = Typer(
+    name="trace", cls=TraceGroup, help=HELP, epilog=examples(*EXAMPLES), no_args_is_help=True
 )
-for function, examples in (
+for function, lines in (
     (stats.stats, stats.EXAMPLES),
     (compare.compare, compare.EXAMPLES),
     (bisect.bisect, bisect.EXAMPLES),
@@ -99,8 +100,4 @@ for function, examples in (
     (effects.patch, effects.PATCH_EXAMPLES),
     (weights.weights, weights.EXAMPLES),
 ):
-    app.command(epilog="Examples: " + " · ".join(examples))(function)
-
-
-def register(parent: typer.Typer) -> None:
-    parent.add_typer(app, name="trace")
+    app.command(epilog=examples(*lines))(function)

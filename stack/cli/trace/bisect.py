@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from stackproof.cli.trace.common import Model, Request, takes
 from stackproof.cli.trace.compare import Against, Swap, compare_models
@@ -26,10 +26,7 @@ def bisect(
     against: Against = None,
     check: Annotated[
         str | None,
-        typer.Option(
-            "--check",
-            help="Command that judges logits in a safetensors file. Exit code 0: good, 1: bad.",
-        ),
+        Option(help="Command that judges logits in a safetensors file. Exit code 0: good, 1: bad."),
     ] = None,
     swap: Swap = None,
 ) -> None:

@@ -1,24 +1,25 @@
 """Options, inputs, records and tables that the trace commands share."""
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from stackproof.cli.load_model import TraceModel
-from stackproof.cli.output import Json, stdout
-from stackproof.cli.recording import OpenRecord, RecordDir, open_record
+from stackproof.cli.options import Json, RecordDir
+from stackproof.cli.output import print_line, stdout
+from stackproof.cli.recording import Claim, OpenRecord, open_record
+from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import UsageError
 
 DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog."
 Model = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         help="A run directory, a checkpoint, a Hugging Face folder or a .gguf file; "
         "MODEL@bfloat16, @float64, @reference or @compiled selects the compute mode.",
@@ -30,29 +31,25 @@ Model = Annotated[
 class Request:
     """The options that several commands share."""
 
-    prompt: Annotated[
-        str | None, typer.Option(help=f"Text to read. Default: {DEFAULT_PROMPT!r}.")
-    ] = None
-    input_ids: Annotated[str | None, typer.Option(help="Token ids instead of a text: 1,2,3.")] = (
-        None
-    )
+    prompt: Annotated[str | None, Option(help=f"Text to read. Default: {DEFAULT_PROMPT!r}.")] = None
+    input_ids: Annotated[str | None, Option(help="Token ids instead of a text: 1,2,3.")] = None
     points: Annotated[
         list[str] | None,
-        typer.Option(help="Only these points; * matches any part of a name. Repeatable."),
+        Option(help="Only these points; * matches any part of a name. Repeatable."),
     ] = None
     tokens: Annotated[
-        Literal["all", "last"], typer.Option(help="Statistics over all tokens, or the last one.")
+        Literal["all", "last"], Option(help="Statistics over all tokens, or the last one.")
     ] = "all"
     backward: Annotated[
-        bool, typer.Option("--backward", help="Also gradients of the mean next-token loss.")
+        bool, Option("--backward", help="Also gradients of the mean next-token loss.")
     ] = False
     expect: Annotated[
         list[str] | None,
-        typer.Option(help="A prediction to judge: 'layers.3.ffn.swiglu.std < 0.1'. Repeatable."),
+        Option(help="A prediction to judge: 'layers.3.ffn.swiglu.std < 0.1'. Repeatable."),
     ] = None
-    csv: Annotated[
-        Path | None, typer.Option(help="Also write the table of all points to this file.")
-    ] = None
+    csv: Annotated[Path | None, Option(help="Also write the table of all points to this file.")] = (
+        None
+    )
     run_dir: RecordDir = None
     json: Json = False
 
@@ -84,14 +81,7 @@ class Request:
 
         return [expect.parse(e, figures) for e in self.expect or ()]
 
-    def open(
-        self,
-        kind: str,
-        claim: str,
-        not_covered: Sequence[str],
-        models: Sequence[TraceModel],
-        **options: Any,
-    ) -> OpenRecord:
+    def open(self, claim: Claim, models: Sequence[TraceModel], **options: Any) -> OpenRecord:
         """Open the record: models, tokens and options are its configuration,
         model files its inputs.
         """
@@ -105,10 +95,8 @@ class Request:
         }
         sides = {f"side_{i}": {"title": m.title, "config": m.config} for i, m in enumerate(models)}
         record = open_record(
-            kind,
-            {"trace": shared | {"expect": list(self.expect or ())} | options} | sides,
             claim,
-            not_covered,
+            {"trace": shared | {"expect": list(self.expect or ())} | options} | sides,
             run_dir=self.run_dir,
             json=self.json,
             parents=dict.fromkeys(p for m in models for p in m.parents),
@@ -148,20 +136,19 @@ def takes(*shared: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add these options of Request, --run-dir and --json to a command, which receives them as its
     argument `request`.
     """
-    fields = {
-        f.name: f for f in dataclasses.fields(Request) if f.name in (*shared, "run_dir", "json")
-    }
+    names = (*shared, "run_dir", "json")
+    taken = {f.name: f for f in fields(Request) if f.name in names}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(**options: Any) -> None:
-            command(request=Request(**{name: options.pop(name) for name in fields}), **options)
+            command(request=Request(**{name: options.pop(name) for name in taken}), **options)
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "request"]
         options = [
             inspect.Parameter(
                 f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
             )
-            for f in fields.values()
+            for f in taken.values()
         ]
         run.__signature__ = inspect.Signature(
             [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
@@ -170,6 +157,38 @@ def takes(*shared: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return run
 
     return decorate
+
+
+def place_of(point: Any) -> dict[str, Any]:
+    """A point in a document."""
+    named = {k: getattr(point, k) for k in ("layer", "slot", "operation")}
+    return {"point": point.name} | named
+
+
+def statistics_of(measured: Any, row: Any, *more: str) -> dict[str, Any]:
+    """A measured point in a document, with the judgement of its row of the profile; null without a
+    row.
+    """
+    keys = ("ratio_to_previous", "robust_z", "baseline", "anomalous", "cascade", *more)
+    figures = {"stats": measured.stat.as_dict(), "support": asdict(measured.stat.support)}
+    return place_of(measured.point) | figures | {k: getattr(row, k, None) for k in keys}
+
+
+def judgement(
+    lines: list[dict[str, Any]], profile: Any, expected: Sequence[Any], unseen: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The points of a document with the anomalies of their profile and the judged predictions."""
+    from stackproof.trace import expect
+
+    figures = {
+        line["point"]: line["stats"] | {k: line[k] for k in expect.OF_LAYERS} for line in lines
+    }
+    return {
+        "points": lines,
+        "first_anomaly": profile.first_anomaly and asdict(profile.first_anomaly),
+        "verdict": profile.verdict,
+        "expectations": [asdict(j) for j in expect.judge(expected, figures, [*figures, *unseen])],
+    }
 
 
 def encode(text: str, model: TraceModel) -> list[int]:
@@ -208,7 +227,7 @@ def _csv(lines: list[dict[str, Any]]) -> bytes:
     import csv
     import io
 
-    flat = [{k: v for k, v in _flat(line) if k != "support.point"} for line in lines]
+    flat = [{k: _cell_text(v) for k, v in leaves(line) if k != "support.point"} for line in lines]
     text = io.StringIO()
     writer = csv.DictWriter(
         text, fieldnames=list(dict.fromkeys(k for line in flat for k in line)), lineterminator="\n"
@@ -218,15 +237,8 @@ def _csv(lines: list[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _flat(table: dict[str, Any], before: str = "") -> Any:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield (
-                f"{before}{key}",
-                " ".join(map(str, value)) if isinstance(value, list | tuple) else value,
-            )
+def _cell_text(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def number(value: float | None) -> str:
@@ -239,9 +251,7 @@ def precise(value: float | None) -> str:
 
 def show_expectations(document: dict[str, Any]) -> None:
     for one in document["expectations"]:
-        stdout.print(
-            f"{one['verdict']:10} {one['text']}  found {number(one['found'])}", markup=False
-        )
+        print_line(f"{one['verdict']:10} {one['text']}  found {number(one['found'])}")
 
 
 def show_heat_map(cells: dict[tuple[int, str], float | None], title: str, high: float) -> None:
@@ -254,12 +264,12 @@ def show_heat_map(cells: dict[tuple[int, str], float | None], title: str, high: 
     layers = sorted({layer for layer, _ in cells})
     if not layers:
         return
-    stdout.print(
+    print_line(
         f"\n{title}: layers down, slots across; · below {high / 2:g}, ▒ from there, █ from "
         f"{high:g} in size; N is NaN"
     )
     for i, slot in enumerate(slots):
-        stdout.print("    " + "│ " * i + f"┌ {slot}", markup=False)
+        print_line("    " + "│ " * i + f"┌ {slot}")
     for layer in layers:
         line = Text(f"{layer:3d} ")
         for slot in slots:

@@ -8,44 +8,50 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from stackproof.cli.load_model import SELF, load_model
-from stackproof.cli.output import stdout, table
+from stackproof.cli.output import listed, print_line, print_table
+from stackproof.cli.recording import Claim
 from stackproof.cli.trace.common import (
     Model,
     Request,
     checked,
     number,
+    place_of,
     show_expectations,
     show_heat_map,
     takes,
 )
 from stackproof.spec.errors import UsageError
 
-CLAIM = (
+CLAIM = Claim(
+    "compare",
     "Given these tokens, the two computations differ by these errors at these points, and the "
-    "first operation to err is the one named."
-)
-NOT_COVERED = (
-    "other tokens",
-    "points of one side only",
-    "errors below the bound of rounding",
+    "first operation to err is the one named.",
+    ("other tokens", "points of one side only", "errors below the bound of rounding"),
 )
 EXAMPLES = (
     "stack trace compare runs/pocket-1 --against hf/pocket",
     "stack trace compare runs/pocket-1 --against self@bfloat16 --swap layers.3.ffn=float32",
 )
+ERRORS = {
+    "rel_err": "error that arrives",
+    "cosine": "cosine",
+    "nmse": "NMSE",
+    "added_err": "error added",
+    "bound": "bound",
+}
 Against = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--against",
         help="The reference MODEL; self@MODE is the same model in another compute mode.",
     ),
 ]
 Swap = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--swap",
         help=(
             "Compute a module otherwise: layers.3.ffn=reference, =float32 or another precision, "
@@ -56,12 +62,7 @@ Swap = Annotated[
 
 
 @takes("prompt", "input_ids", "points", "backward", "expect", "csv")
-def compare(
-    request: Request,
-    model: Model,
-    against: Against = None,
-    swap: Swap = None,
-) -> None:
+def compare(request: Request, model: Model, against: Against = None, swap: Swap = None) -> None:
     """Compare MODEL with --against point by point, or a model with itself under --swap."""
     compare_models(request, model, against, swap or [], bisect=False, check=None)
 
@@ -97,53 +98,30 @@ def compare_models(
             value=against,
             next_step="self@bfloat16, or another MODEL",
         )
-    record = request.open(
-        "compare",
-        CLAIM,
-        NOT_COVERED,
-        [loaded, other],
-        ids=ids,
-        backward=request.backward,
-        swap=list(swaps),
-        **options,
-    )
+    options |= {"ids": ids, "backward": request.backward, "swap": list(swaps)}
+    record = request.open(CLAIM, [loaded, other], **options)
     changed = replace(bad, around=_swapping(bad, swaps)) if swaps else bad
     input_ids, metric = torch.tensor([ids]), record.builder.metric
     found = compared(good, bad if against is not None else changed, input_ids, request.points)
     document = _document(found, loaded.title, other.title, ids)
     if swaps and against is not None:
-        document["swaps"] = _effect_of_swaps(
-            found, compared(good, changed, input_ids, request.points), swaps
-        )
+        after = compared(good, changed, input_ids, request.points)
+        document["swaps"] = _effect_of_swaps(found, after, swaps)
     if request.backward:
         gradients = _gradients(compare_gradients(good, changed, input_ids, request.points))
-        document["gradients"] = gradients | {
-            "swapped": f", with {', '.join(swaps)}" if swaps else ""
-        }
+        swapped = f", with {', '.join(swaps)}" if swaps else ""
+        document["gradients"] = gradients | {"swapped": swapped}
         excess = [line["excess"] for line in (*gradients["points"], *gradients["parameters"])]
-        metric(
-            "gradient_worst_excess",
-            max(excess, default=0.0),
-            "times its bound",
-            n=len(excess),
-            better="lower",
-        )
-        metric(
-            "gradient_suspects",
-            len(gradients["suspects"]),
-            "gradients",
-            n=len(excess),
-            better="lower",
-        )
+        worst, n, suspects = max(excess, default=0.0), len(excess), len(gradients["suspects"])
+        metric("gradient_worst_excess", worst, "times its bound", n=n, better="lower")
+        metric("gradient_suspects", suspects, "gradients", n=n, better="lower")
     if bisection is not None:
         document |= bisection(good, changed, input_ids, request.points, other.title)
     figures = {line["point"]: line for line in document["points"]}
     document["expectations"] = [asdict(j) for j in expect.judge(expected, figures, figures)]
-    worst = max((c.excess for c in found.points), default=0.0)
-    metric(
-        "worst_excess", worst, "times the bound of rounding", n=len(found.points), better="lower"
-    )
-    metric("suspects", len(found.suspects), "points", n=len(found.points), better="lower")
+    worst, n = max((c.excess for c in found.points), default=0.0), len(found.points)
+    metric("worst_excess", worst, "times the bound of rounding", n=n, better="lower")
+    metric("suspects", len(found.suspects), "points", n=n, better="lower")
     if found.logits is not None:
         metric("logits_rel_err", found.logits.rel_err, "1", better="lower")
     request.close(record, document, _show)
@@ -194,17 +172,8 @@ def _document(found: Any, model: str, against: str, ids: list[int]) -> dict[str,
 
 def _line(c: Any) -> dict[str, Any]:
     arrived = asdict(c.arrived) if c.arrived else dict.fromkeys(("rel_err", "cosine", "nmse"))
-    named = {
-        "point": c.point.name,
-        "layer": c.point.layer,
-        "slot": c.point.slot,
-        "operation": c.point.operation,
-    }
-    return (
-        named
-        | arrived
-        | {"added_err": c.added_err, "bound": c.bound, "excess": c.excess, "note": c.note}
-    )
+    added = {k: getattr(c, k) for k in ("added_err", "bound", "excess", "note")}
+    return place_of(c.point) | arrived | added
 
 
 def _gradients(found: Any) -> dict[str, Any]:
@@ -240,17 +209,9 @@ def _effect_of_swaps(before: Any, after: Any, swaps: Sequence[str]) -> dict[str,
 
 def _show(document: dict[str, Any]) -> None:
     lines, first = document["points"], document["first_divergence"]
-    columns = {
-        "rel_err": "error that arrives",
-        "cosine": "cosine",
-        "nmse": "NMSE",
-        "added_err": "error added",
-        "bound": "bound",
-    }
-    title = (
-        f"{document['model']} against {document['against']}, {len(document['input_ids'])} tokens"
-    )
-    _show_errors(title, lines, columns, document["bound"])
+    n_tokens = len(document["input_ids"])
+    title = f"{document['model']} against {document['against']}, {n_tokens} tokens"
+    _show_errors(title, lines, ERRORS, document["bound"])
     cells = {
         (line["layer"], line["slot"]): _decades(line) for line in lines if line["layer"] is not None
     }
@@ -260,23 +221,17 @@ def _show(document: dict[str, Any]) -> None:
     if "gradients" in document:
         _show_gradients(document["gradients"])
     if swaps := document.get("swaps"):
-        errors = (
-            f"{number(swaps['logits_rel_err_before'])} → {number(swaps['logits_rel_err_after'])}"
-        )
+        before, after = (number(swaps[f"logits_rel_err_{at}"]) for at in ("before", "after"))
         cured = "cured" if swaps["cured"] else "not cured"
-        stdout.print(
-            f"with {', '.join(swaps['swapped'])}: error of the logits {errors}; {cured}",
-            markup=False,
-        )
+        names = ", ".join(swaps["swapped"])
+        print_line(f"with {names}: error of the logits {before} → {after}; {cured}")
     show_expectations(document)
-    verdict = (
-        "no operation adds more than rounding"
-        if first is None
-        else f"first to err: {first['point']}, the {first['operation']}"
-    )
-    verdict += f", which {first['note']}" if first is not None and first["note"] else ""
+    verdict = "no operation adds more than rounding"
+    if first is not None:
+        verdict = f"first to err: {first['point']}, the {first['operation']}"
+        verdict += f", which {first['note']}" if first["note"] else ""
     verdict += f": {document['way']}" if document["way"] else ""
-    stdout.print(verdict, style="bold", markup=False)
+    print_line(verdict, style="bold")
 
 
 def _show_errors(
@@ -294,75 +249,48 @@ def _show_errors(
         ]
         for line in lines
     ]
-    stdout.print(table(title, [name, *columns.values(), ""], rows))
-    stdout.print(f"bound of added errors: {bound}", style="dim", markup=False)
+    print_table(title, [name, *columns.values(), ""], rows)
+    print_line(f"bound of added errors: {bound}", style="dim")
 
 
 def _show_bisection(document: dict[str, Any]) -> None:
     for link in document["chain"]:
-        numbers = ", ".join(
-            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in link["evidence"].items()
-        )
-        stdout.print(
-            f"{link['id']:4} {link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False
-        )
+        head = f"{link['id']:4} {link['verdict']:10} {link['hypothesis']}"
+        print_line(f"{head}  ({listed(link['evidence'])})")
     for one in document["guilty"]:
-        stdout.print(f"cause: {one['point']}, the {one['operation']}", style="bold", markup=False)
-    suspects = (
-        f"; the comparison suspects {len(document['suspects'])} points"
-        if len(document["guilty"]) > 1
-        else ""
-    )
-    tolerance = (
-        f" (tolerance of the logits {number(document['tolerance'])})"
-        if document["tolerance"] is not None
-        else ""
-    )
-    stdout.print(f"bisection: {document['conclusion']}{suspects}{tolerance}", markup=False)
+        print_line(f"cause: {one['point']}, the {one['operation']}", style="bold")
+    text = f"bisection: {document['conclusion']}"
+    if len(document["guilty"]) > 1:
+        text += f"; the comparison suspects {len(document['suspects'])} points"
+    if document["tolerance"] is not None:
+        text += f" (tolerance of the logits {number(document['tolerance'])})"
+    print_line(text)
     if document["minimal_set"]:
-        stdout.print(
-            f"smallest set of modules that cures: {', '.join(document['minimal_set'])}",
-            markup=False,
-        )
+        print_line(f"smallest set of modules that cures: {', '.join(document['minimal_set'])}")
 
 
 def _show_gradients(found: dict[str, Any]) -> None:
     """Gradients in the order of the backward; of parameters those above their bound."""
     lines = [*found["points"], *(line for line in found["parameters"] if line["excess"] > 1)]
-    columns = {
-        "rel_err": "error that arrives",
-        "cosine": "cosine",
-        "added_err": "error added",
-        "bound": "bound",
-    }
-    title = (
-        f"Gradients of the next-token loss, backwards; {len(found['parameters'])} "
-        f"parameters{found['swapped']}"
-    )
+    columns = {k: v for k, v in ERRORS.items() if k != "nmse"}
+    parameters = f"{len(found['parameters'])} parameters{found['swapped']}"
+    title = f"Gradients of the next-token loss, backwards; {parameters}"
     _show_errors(title, lines, columns, found["bound"], "gradient at")
     first = found["first"]
     if first is None:
-        return stdout.print("no derivative adds more than rounding", style="bold", markup=False)
+        return print_line("no derivative adds more than rounding", style="bold")
     whose = (
         f"in the derivative of what reads it: {first['read_by']}"
         if first["read_by"]
         else "in its own derivative"
     )
-    stdout.print(
+    print_line(
         f"first derivative to err: the gradient at {first['point']}, {first['note'] or whose}",
         style="bold",
-        markup=False,
     )
 
 
 def _decades(line: dict[str, Any]) -> float | None:
     if line["added_err"] is None:
         return None
-    return (
-        0.0
-        if line["excess"] <= 0.1
-        else math.inf
-        if math.isinf(line["excess"])
-        else math.log10(line["excess"] * 10)
-    )
+    return math.log10(max(10 * line["excess"], 1.0))

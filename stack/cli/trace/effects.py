@@ -6,18 +6,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from stackproof.cli.load_model import TraceModel, load_model
-from stackproof.cli.output import stdout, table
+from stackproof.cli.output import print_line, print_table
 from stackproof.cli.paths import refuse_unused
+from stackproof.cli.recording import Claim
 from stackproof.cli.trace.common import Model, Request, checked, encode, precise, takes
 from stackproof.spec.errors import UsageError
 
-CLAIM = "With only this value ablated or replaced, the model's loss and next token are these."
-NOT_COVERED = (
-    "other texts",
-    "a model trained with such a value",
+CLAIM = Claim(
+    "trace",
+    "With only this value ablated or replaced, the model's loss and next token are these.",
+    ("other texts", "a model trained with such a value"),
 )
 ABLATE_EXAMPLES = (
     "stack trace ablate runs/pocket-1 'layers.*.attention_out' --prompt 'The function'",
@@ -29,9 +30,15 @@ ABLATE_EXAMPLES = (
 PATCH_EXAMPLES = (
     "stack trace patch runs/pocket-1 'layers.*.resid_out@-1' --prompt 'The cat' --from 'The dog'",
 )
+HEADS = {
+    "loss_nats": "loss",
+    "delta_nats": "Δ loss",
+    "kl_nats": "KL",
+    "restored_frac": "restored",
+}
 Targets = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         metavar="TARGET...",
         help=(
             "POINT[@POSITION]: layers.3.attention_out, layers.*.ffn.out, layers.3 for a whole "
@@ -47,20 +54,16 @@ def ablate(
     model: Model,
     targets: Targets,
     ablate_with: Annotated[
-        Literal["zero", "mean"],
-        typer.Option("--ablate-with", help="Replace by zeros, or by the mean over the text."),
+        Literal["zero", "mean"], Option(help="Replace by zeros, or by the mean over the text.")
     ] = "zero",
     source: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--from", help="With --ablate-with mean: the text of the mean. Default: the prompt."
         ),
     ] = None,
     sample: Annotated[
-        int,
-        typer.Option(
-            "--sample", min=0, help="Also generate this many tokens, with and without each target."
-        ),
+        int, Option(min=0, help="Also generate this many tokens, with and without each target.")
     ] = 0,
 ) -> None:
     """Replace each target by zeros or its mean, and measure the effect on loss and next token."""
@@ -75,16 +78,11 @@ def ablate(
         over = ids if source_ids is None else source_ids
         found = ablated(one.model, ids, chosen, by=ablate_with, source_ids_BT=over, where=one.where)
         text = "the prompt" if source_ids is None else "the --from text"
-        baseline = (
-            "zeros" if ablate_with == "zero" else f"the mean over {over.numel()} tokens of {text}"
-        )
-        return (
-            baseline,
-            found,
-            {"samples": _samples(loaded, one, ids, chosen, ablate_with, over, sample)}
-            if sample
-            else {},
-        )
+        mean = f"the mean over {over.numel()} tokens of {text}"
+        more = {}
+        if sample:
+            more["samples"] = _samples(loaded, one, ids, chosen, ablate_with, over, sample)
+        return "zeros" if ablate_with == "zero" else mean, found, more
 
     options = {
         "ablate": targets,
@@ -100,7 +98,7 @@ def patch(
     request: Request,
     model: Model,
     targets: Targets,
-    source: Annotated[str, typer.Option("--from", help="The text that supplies the values.")],
+    source: Annotated[str, Option("--from", help="The text that supplies the values.")],
 ) -> None:
     """Replace each target by its value in a run of another text,
     and measure the effect on loss and next token.
@@ -110,11 +108,8 @@ def patch(
     def measure(
         loaded: TraceModel, one: Any, ids: Any, chosen: list[Any], source_ids: Any
     ) -> tuple[str, list[Any], dict[str, Any]]:
-        return (
-            "the values of the --from text",
-            patched(one.model, ids, source_ids, chosen, where=one.where),
-            {},
-        )
+        found = patched(one.model, ids, source_ids, chosen, where=one.where)
+        return "the values of the --from text", found, {}
 
     _replace(request, model, targets, {"patch": targets, "source": source}, measure)
 
@@ -129,23 +124,17 @@ def _replace(
     from stackproof.trace import variant
 
     loaded = load_model(model)
-    one, ids, source = (
-        variant(loaded.model, loaded.mode),
-        torch.tensor([request.ids(loaded)]),
-        options["source"],
-    )
+    one, source = variant(loaded.model, loaded.mode), options["source"]
+    ids = torch.tensor([request.ids(loaded)])
     source_ids = None if source is None else torch.tensor([checked(encode(source, loaded), loaded)])
     record = request.open(
-        "trace",
         CLAIM,
-        NOT_COVERED,
         [loaded],
         **{name: value for name, value in options.items() if value},
     )
     with one.around():
-        baseline, effects, more = measure(
-            loaded, one, ids, parsed(one.model, targets, ids.shape[1], one.where), source_ids
-        )
+        chosen = parsed(one.model, targets, ids.shape[1], one.where)
+        baseline, effects, more = measure(loaded, one, ids, chosen, source_ids)
     document = {"baseline": baseline, "effects": [_effect(loaded, e) for e in effects]} | more
     for key, unit in (("delta_nats", "nats per token"), ("restored_frac", "1")):
         known = [e[key] for e in document["effects"] if e[key] is not None]
@@ -160,13 +149,10 @@ def _replace(
 
 def _effect(loaded: TraceModel, effect: Any) -> dict[str, Any]:
     top = lambda at: {"id": at[0], "token": loaded.decode([at[0]]), "prob": at[1]}  # noqa: E731
-    figures = {
-        k: getattr(effect, k) for k in ("loss_nats", "delta_nats", "kl_nats", "restored_frac")
-    }
+    figures = {k: getattr(effect, k) for k in HEADS}
     named = {"target": effect.target.text, "points": list(effect.target.points)}
-    return (
-        named | figures | {"top_before": top(effect.top_before), "top_after": top(effect.top_after)}
-    )
+    tops = {"top_before": top(effect.top_before), "top_after": top(effect.top_after)}
+    return named | figures | tops
 
 
 def _samples(
@@ -202,31 +188,19 @@ def _samples(
 
 
 def _show(document: dict[str, Any]) -> None:
-    shown = {
-        "loss_nats": "loss",
-        "delta_nats": "Δ loss",
-        "kl_nats": "KL",
-        "restored_frac": "restored",
-    }
-    shown = {
-        k: head for k, head in shown.items() if any(e[k] is not None for e in document["effects"])
-    }
+    effects = document["effects"]
+    shown = {k: head for k, head in HEADS.items() if any(e[k] is not None for e in effects)}
     word = lambda t: f"{t['token']!r} {t['prob']:.2f}"  # noqa: E731
     rows = [
         [e["target"], *(precise(e[k]) for k in shown), word(e["top_before"]), word(e["top_after"])]
-        for e in document["effects"]
+        for e in effects
     ]
     columns = ["target", *shown.values(), "next token before", "after"]
-    stdout.print(table(f"Replaced by {document['baseline']}; nats per token", columns, rows))
-    if any(e["delta_nats"] == 0 and e["kl_nats"] for e in document["effects"]):
-        stdout.print(
-            "a change at the last token alone affects KL and not the loss",
-            style="dim",
-        )
+    print_table(f"Replaced by {document['baseline']}; nats per token", columns, rows)
+    if any(e["delta_nats"] == 0 and e["kl_nats"] for e in effects):
+        print_line("a change at the last token alone affects KL and not the loss", style="dim")
     for written in document.get("samples", []):
-        stdout.print(
-            f"without {written['without']}:" if written["without"] else "whole:",
-            style="bold",
-            markup=False,
+        print_line(
+            f"without {written['without']}:" if written["without"] else "whole:", style="bold"
         )
-        stdout.print(written["text"], markup=False)
+        print_line(written["text"])

@@ -4,27 +4,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from stackproof.cli.load_model import TraceModel, load_model
-from stackproof.cli.output import stderr, stdout, table
+from stackproof.cli.output import note, print_table
 from stackproof.cli.paths import refuse_unused
-from stackproof.cli.recording import OpenRecord
+from stackproof.cli.recording import Claim, OpenRecord
 from stackproof.cli.trace.common import Model, Request, encode, precise, takes
 from stackproof.spec.errors import DataError, UsageError
 
 FILE = "lens.safetensors"
-CLAIM = "Final norm and head map the residual stream after each layer to these predictions."
-NOT_COVERED = (
-    "other texts",
-    "a model trained with such a value",
+CLAIM = Claim(
+    "trace",
+    "Final norm and head map the residual stream after each layer to these predictions.",
+    ("other texts", "a model trained with such a value"),
 )
 EXAMPLES = (
     "stack trace lens runs/pocket-1 logit --prompt 'The function'",
     "stack trace lens runs/pocket-1 tuned --run-dir runs/lens-1",
     "stack trace lens runs/pocket-1 tuned --lens-file runs/lens-1/lens.safetensors",
 )
-STEPS, FIT_ROWS, HELD_OUT_ROWS = 200, 8, 16
+STEPS, FIT_ROWS, HELD_OUT_ROWS, SEED = 200, 8, 16, 0
 MAX_ROW_TOKENS = 512  # per row of --text
 
 
@@ -33,25 +33,17 @@ def lens(
     request: Request,
     model: Model,
     kind: Annotated[
-        Literal["logit", "tuned"], typer.Argument(metavar="[logit|tuned]", help="The kind of lens.")
+        Literal["logit", "tuned"], Argument(metavar="[logit|tuned]", help="The kind of lens.")
     ] = "logit",
     lens_file: Annotated[
-        Path | None,
-        typer.Option("--lens-file", help="Tuned: use this lens instead of fitting one."),
+        Path | None, Option(help="Tuned: use this lens instead of fitting one.")
     ] = None,
     lens_steps: Annotated[
         int | None,
-        typer.Option(
-            "--lens-steps",
-            min=1,
-            help=f"Tuned: fit for this many steps of {FIT_ROWS} rows. Default: {STEPS}.",
-        ),
+        Option(min=1, help=f"Tuned: fit for this many steps of {FIT_ROWS} rows. Default: {STEPS}."),
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text", help="Tuned: fit to this UTF-8 file. Default: the corpus of the run."
-        ),
+        Path | None, Option(help="Tuned: fit to this UTF-8 file. Default: the corpus of the run.")
     ] = None,
 ) -> None:
     """Read the residual stream after each layer through the final norm and head of the model."""
@@ -66,13 +58,10 @@ def lens(
         refuse_unused("--lens-file", fitting)
     loaded = load_model(model)
     one, ids = variant(loaded.model, loaded.mode), request.ids(loaded)
-    options = {
-        "lens_file": lens_file,
-        "text": text,
-        "lens_steps": None if lens_steps == STEPS else lens_steps,
-    }
+    options = {"lens_file": lens_file, "text": text}
+    options |= {"lens_steps": None if lens_steps == STEPS else lens_steps}
     options = {name: value for name, value in options.items() if value is not None}
-    record = request.open("trace", CLAIM, NOT_COVERED, [loaded], lens=kind, **options)
+    record = request.open(CLAIM, [loaded], lens=kind, **options)
     with one.around():
         fitted, held_out = None, []
         if lens_file is not None:
@@ -82,12 +71,8 @@ def lens(
             fitted, held_out = _fit(one, *rows, lens_steps or STEPS, record)
         found, _ = read_lens(one.model, torch.tensor([ids]), lens=fitted, where=one.where)
     points = [_point(row, loaded) for row in found]
-    document = {
-        "lens": kind,
-        "tokens": [loaded.decode([i]) for i in ids],
-        "points": points,
-        "held_out": held_out,
-    }
+    document = {"lens": kind, "tokens": [loaded.decode([i]) for i in ids]}
+    document |= {"points": points, "held_out": held_out}
     document |= {"model": loaded.title, **loaded.facts, "input_ids": ids}
     record.write_series("lens.jsonl", [document])
     record.close(f"{kind} lens of {len(points)} points", document, _show)
@@ -109,9 +94,7 @@ def _fit(
 
     def tell(step: int, kl_nats: float) -> None:
         if step % max(1, steps // 10) == 0 or step == steps:
-            stderr.print(
-                f"  lens, step {step}/{steps}: {kl_nats:.4f} nats from the model", markup=False
-            )
+            note(f"  lens, step {step}/{steps}: {kl_nats:.4f} nats from the model")
 
     lens = train_lens(
         one.model, (draw() for _ in range(steps)), steps=steps, where=one.where, tell=tell
@@ -163,22 +146,22 @@ def _show(document: dict[str, Any]) -> None:
         + [f"{at[0]['token']!r} {at[0]['prob']:.2f}" for at in p["top"][-last:]]
         for p in document["points"]
     ]
-    stdout.print(
-        table(f"{document['lens']} lens, nats per token; the last row is the model", columns, rows)
+    print_table(
+        f"{document['lens']} lens, nats per token; the last row is the model", columns, rows
     )
     if document["held_out"]:
         rows = [
             [r["point"], *(precise(r[k]) for k in r if k != "point")] for r in document["held_out"]
         ]
-        stdout.print(
-            table("Held-out text", ["point", "raw loss", "raw KL", "tuned loss", "tuned KL"], rows)
+        print_table(
+            "Held-out text", ["point", "raw loss", "raw KL", "tuned loss", "tuned KL"], rows
         )
 
 
 # ---- text for fitting a lens: a function that draws a batch of ids, and held-out ids
 
 
-def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], Any]:
+def _corpus_rows(loaded: TraceModel) -> tuple[Callable[[], Any], Any]:
     """Rows of the corpus of a run: batches of its training split, and held-out ids."""
     import torch
 
@@ -198,7 +181,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
             "the corpus of the run has changed, so its tokens are not available",
             next_step="give --text FILE",
         )
-    chance, n = torch.Generator().manual_seed(seed), dataset.train.n_windows(length)
+    chance, n = torch.Generator().manual_seed(SEED), dataset.train.n_windows(length)
     draw = lambda: (  # noqa: E731
         rows_batch(
             dataset.train, torch.randint(0, n, (FIT_ROWS,), generator=chance).numpy(), length
@@ -211,7 +194,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
     return draw, rows_batch(dataset.validation, chosen.numpy(), length).input_ids
 
 
-def _text_rows(loaded: TraceModel, file: Path, seed: int = 0) -> tuple[Callable[[], Any], Any]:
+def _text_rows(loaded: TraceModel, file: Path) -> tuple[Callable[[], Any], Any]:
     """Rows of a text; its last tenth is held out.
     Raises DataError for a text of fewer than 20 rows.
     """
@@ -229,7 +212,7 @@ def _text_rows(loaded: TraceModel, file: Path, seed: int = 0) -> tuple[Callable[
             value=f"{len(rows)} rows of {length} tokens",
             allowed="at least 20",
         )
-    kept, chance = len(rows) - max(2, len(rows) // 10), torch.Generator().manual_seed(seed)
+    kept, chance = len(rows) - max(2, len(rows) // 10), torch.Generator().manual_seed(SEED)
     return lambda: rows[torch.randint(0, kept, (FIT_ROWS,), generator=chance)], rows[kept:][
         :HELD_OUT_ROWS
     ]

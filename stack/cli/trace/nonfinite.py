@@ -4,26 +4,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from stackproof.cli.load_model import load_model
-from stackproof.cli.output import stdout, table
+from stackproof.cli.output import print_line, print_table
 from stackproof.cli.paths import bundle_at, refuse_unused
-from stackproof.cli.recording import OpenRecord, open_record
+from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.cli.trace.common import Request, takes
 from stackproof.spec.errors import UsageError
 
 FILE = "nonfinite.jsonl"
-CLAIM = (
+COLUMNS = (*"tensor is shape dtype finite min max mean std NaN +Inf −Inf".split(), "first at")
+CLAIM = Claim(
+    "trace",
     "With these inputs, code and machine, this operation was the first to create a non-finite "
-    "value, or no operation did."
-)
-NOT_COVERED = (
+    "value, or no operation did.",
     (
         "kernels of other devices, and compiled graphs: the model ran uncompiled, on the device "
-        "named here"
+        "named here",
+        "operations inside one fused kernel",
     ),
-    "operations inside one fused kernel",
 )
 EXAMPLES = (
     "stack trace nonfinite runs/pocket-1",
@@ -36,7 +36,7 @@ def nonfinite(
     request: Request,
     model: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="[MODEL]",
             help=(
                 "A run: its newest repro bundle is replayed. Without one, a forward of the model "
@@ -45,17 +45,14 @@ def nonfinite(
         ),
     ] = None,
     repro: Annotated[
-        Path | None, typer.Option("--repro", help="Replay this repro bundle, in place of a MODEL.")
+        Path | None, Option(help="Replay this repro bundle, in place of a MODEL.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="With a repro bundle: cpu or cuda. Default: cpu.")
+        str | None, Option(help="With a repro bundle: cpu or cuda. Default: cpu.")
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(
-            "--base",
-            help="With a repro bundle that only names its first checkpoint: that step folder.",
-        ),
+        Option(help="With a repro bundle that only names its first checkpoint: that step folder."),
     ] = None,
 ) -> None:
     """Find the first operation that created a NaN or an infinity, in a repro bundle or in a
@@ -97,31 +94,16 @@ def _replay(request: Request, bundle: Path, device: str | None, base: Path | Non
     from stackproof.replay.locate import locate
 
     held = repro.read_bundle(bundle_at(bundle, "--repro"))
-    record = open_record(
-        "trace",
-        held.config,
-        CLAIM,
-        NOT_COVERED,
-        run_dir=request.run_dir,
-        json=request.json,
-        parents=(held.record,),
-    )
+    written = {"run_dir": request.run_dir, "json": request.json}
+    record = open_record(CLAIM, held.config, parents=(held.record,), **written)
     _, found = locate(bundle, device=device or "cpu", base=base)
     record.input(bundle / repro.DOCUMENT, name="repro bundle")
-    document = {
-        "step": found.step,
-        "steps_replayed": list(found.steps),
-        "bundle": str(bundle),
-        "gate": held.gate,
-        "gate_step": held.step,
-    }
+    document = {"step": found.step, "steps_replayed": list(found.steps), "bundle": str(bundle)}
+    document |= {"gate": held.gate, "gate_step": held.step}
     document |= {"first_nonfinite": None, "others": [], "already": [], "ended_by": ""}
     document |= _report(found.report) if found.report else {}
-    document |= {
-        "operations": found.operations,
-        "seconds": round(found.seconds, 3),
-        "left_by_run": _left_by_run(bundle, held),
-    }
+    document |= {"operations": found.operations, "seconds": round(found.seconds, 3)}
+    document["left_by_run"] = _left_by_run(bundle, held)
     steps = f"{found.steps[0]} to {found.steps[-1]}" if found.steps else "none"
     _close(record, document, clean=f"every value of steps {steps} is finite on this code")
 
@@ -129,23 +111,14 @@ def _replay(request: Request, bundle: Path, device: str | None, base: Path | Non
 def _left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
     """The points in the bundle, recorded when the gate turned red."""
     from stackproof.evidence import repro
-    from stackproof.spec.canonical import parse_strict
+    from stackproof.spec.canonical import parse_lines
 
-    if not (bundle / repro.POINTS).is_file():
-        return {
-            "points": 0,
-            "why_none": held.no_points or "the bundle was written before points were",
-            "first_nonfinite": None,
-        }
-    lines = [
-        parse_strict(line, origin=repro.POINTS)
-        for line in (bundle / repro.POINTS).read_bytes().splitlines()
-    ]
-    broken = (
-        line["point"]
-        for line in lines
-        if line["stats"]["n"] and line["stats"]["frac_nonfinite"] > 0
-    )
+    file = bundle / repro.POINTS
+    if not file.is_file():
+        why = held.no_points or "the bundle was written before points were"
+        return {"points": 0, "why_none": why, "first_nonfinite": None}
+    lines = parse_lines(file.read_bytes(), origin=repro.POINTS)
+    broken = (x["point"] for x in lines if x["stats"]["n"] and x["stats"]["frac_nonfinite"] > 0)
     return {"points": len(lines), "why_none": "", "first_nonfinite": next(broken, None)}
 
 
@@ -160,29 +133,19 @@ def _watch(request: Request, model: str) -> None:
     loaded, backward = load_model(model), request.backward
     one, ids = variant(loaded.model, loaded.mode), request.ids(loaded)
     input_ids = torch.tensor([ids])
-    record = request.open(
-        "trace",
-        CLAIM,
-        NOT_COVERED,
-        [loaded],
-        nonfinite=True,
-        **({"backward": True} if backward else {}),
-    )
+    options = {"backward": True} if backward else {}
+    record = request.open(CLAIM, [loaded], nonfinite=True, **options)
 
-    def loss() -> Any:
-        return cross_entropy(
-            run(one.model, input_ids)[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten()
-        )
+    def computed() -> Any:
+        logits_BTV = run(one.model, input_ids)
+        if not backward:
+            return logits_BTV
+        return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
     with one.around():
-        report = first_nonfinite(
-            loss if backward else lambda: run(one.model, input_ids),
-            models=one.model,
-            backward=backward,
-        )
-    document = {"model": loaded.title, **loaded.facts, "input_ids": ids, "step": None} | _report(
-        report
-    )
+        report = first_nonfinite(computed, models=one.model, backward=backward)
+    document = {"model": loaded.title, **loaded.facts, "input_ids": ids, "step": None}
+    document |= _report(report)
     _close(record, document, clean=f"every value of {report.operations} operations is finite")
 
 
@@ -202,10 +165,7 @@ def _report(report: Any) -> dict[str, Any]:
 def _event(event: Any) -> dict[str, Any]:
     """An event as JSON."""
     where, lines = event.where, [asdict(line) for line in event.where.lines]
-    return {
-        "kind": event.kind,
-        "what": event.what,
-        "op": event.op,
+    return {k: getattr(event, k) for k in ("kind", "what", "op", "carrier", "number")} | {
         "module": where.module,
         "layer": where.layer,
         "phase": where.phase,
@@ -213,8 +173,6 @@ def _event(event: Any) -> dict[str, Any]:
         "forward_op": where.of,
         "source": lines[0] if lines else None,
         "called_from": lines[1:],
-        "carrier": event.carrier,
-        "number": event.number,
         "scalars": dict(event.scalars),
         "inputs": [asdict(v) for v in event.inputs],
         "outputs": [asdict(v) for v in event.outputs],
@@ -235,76 +193,42 @@ def sentence(first: dict[str, Any], step: int | None) -> str:
     """The finding in one line."""
     how = {
         "made": f"made the first {first['what']}",
-        "came in": (
-            f"was the first to read a {first['what']}, which came in with {first['carrier']}"
-        ),
+        "came in": f"was the first to read a {first['what']}, which came in with "
+        f"{first['carrier']}",
         "put in": f"put in a {first['what']} that the code names itself",
     }[first["kind"]]
     at = "" if step is None else f"step {step}: "
-    derivative = (
-        f", as {first['derivative']} of {first['forward_op'] or 'an operation before the trace'}"
-        if first["derivative"]
-        else ""
-    )
-    place = first["module"] or "no module"
-    return f"{at}{first['op']} in {place}, {first['phase']}{derivative}, {how}"
+    place = f"{first['module'] or 'no module'}, {first['phase']}"
+    if first["derivative"]:
+        before = first["forward_op"] or "an operation before the trace"
+        place += f", as {first['derivative']} of {before}"
+    return f"{at}{first['op']} in {place}, {how}"
 
 
 def _show(document: dict[str, Any], reason: str) -> None:
     """The finding as lines and tables."""
     first = document["first_nonfinite"]
-    stdout.print(reason, style="bold green" if first is None else "bold red", markup=False)
+    print_line(reason, style="bold green" if first is None else "bold red")
     if first is not None:
-        source = first["source"]
-        rows = [
-            ["layer", "–" if first["layer"] is None else first["layer"]],
-            ["point", first["point"] or "–"],
-        ]
-        rows += (
-            [
-                ["line", f"{source['file']}:{source['number']} in {source['function']}"],
-                ["", source["text"]],
-            ]
-            if source
-            else []
-        )
-        rows += [
-            ["called from", f"{c['file']}:{c['number']} in {c['function']}"]
-            for c in first["called_from"]
-        ]
-        rows += [[name, value] for name, value in first["scalars"].items()]
-        stdout.print(table("Where", ["what", "value"], rows))
-        columns = [
-            "tensor",
-            "is",
-            "shape",
-            "dtype",
-            "finite",
-            "min",
-            "max",
-            "mean",
-            "std",
-            "NaN",
-            "+Inf",
-            "−Inf",
-            "first at",
-        ]
-        rows = [_values("in", v) for v in first["inputs"]] + [
-            _values("out", v) for v in first["outputs"]
-        ]
-        stdout.print(table("Last good values, and what became of them", columns, rows))
+        at = lambda c: f"{c['file']}:{c['number']} in {c['function']}"  # noqa: E731
+        rows = [["layer", "–" if first["layer"] is None else first["layer"]]]
+        rows += [["point", first["point"] or "–"]]
+        if source := first["source"]:
+            rows += [["line", at(source)], ["", source["text"]]]
+        rows += [["called from", at(c)] for c in first["called_from"]]
+        print_table("Where", ["what", "value"], [*rows, *first["scalars"].items()])
+        rows = [_values(way, v) for way in ("in", "out") for v in first[f"{way}puts"]]
+        print_table("Last good values, and what became of them", COLUMNS, rows)
     if document["already"]:
-        stdout.print(f"not finite before: {', '.join(document['already'][:8])}", markup=False)
+        print_line(f"not finite before: {', '.join(document['already'][:8])}")
     if (left := document.get("left_by_run")) and left["first_nonfinite"]:
-        text = (
+        print_line(
             f"when the gate turned red, {left['first_nonfinite']} was the first point that was "
             "not finite; see points.jsonl of the bundle"
         )
-        stdout.print(text, markup=False)
     if strong := [e for e in document["others"] if e["kind"] != "put in"]:
-        stdout.print(
-            f"{len(strong)} other operation(s) created values without effect, or later; see {FILE}",
-            markup=False,
+        print_line(
+            f"{len(strong)} other operation(s) created values without effect, or later; see {FILE}"
         )
 
 
@@ -313,13 +237,7 @@ def _values(way: str, v: dict[str, Any]) -> list[Any]:
     good = v["n"] - v["n_nan"] - v["n_posinf"] - v["n_neginf"]
     first = "" if v["first_bad"] is None else ",".join(map(str, v["first_bad"]))
     figures = [number(v[k]) for k in ("min", "max", "mean", "std")]
+    shape = "×".join(map(str, v["shape"]))
     counts = [v["n_nan"], v["n_posinf"], v["n_neginf"], first]
-    return [
-        f"{way} {v['name']}",
-        v["held"],
-        "×".join(map(str, v["shape"])),
-        v["dtype"],
-        f"{good}/{v['n']}",
-        *figures,
-        *counts,
-    ]
+    kind = [f"{way} {v['name']}", v["held"], shape, v["dtype"], f"{good}/{v['n']}"]
+    return [*kind, *figures, *counts]

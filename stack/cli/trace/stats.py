@@ -5,19 +5,25 @@ from dataclasses import asdict
 from typing import Any
 
 from stackproof.cli.load_model import load_model
-from stackproof.cli.output import stdout, table
+from stackproof.cli.output import print_line, print_table
+from stackproof.cli.recording import Claim
 from stackproof.cli.trace.common import (
     Model,
     Request,
+    judgement,
     number,
     show_expectations,
     show_heat_map,
+    statistics_of,
     takes,
 )
 from stackproof.spec.errors import UsageError
 
-CLAIM = "Given these tokens, this model computes values with these statistics at these points."
-NOT_COVERED = ("other tokens", "points listed as unseen")
+CLAIM = Claim(
+    "trace",
+    "Given these tokens, this model computes values with these statistics at these points.",
+    ("other tokens", "points listed as unseen"),
+)
 EXAMPLES = (
     "stack trace stats runs/pocket-1",
     "stack trace stats hf/llama --prompt 'What is 2+2?' --expect 'layers.3.ffn.swiglu.std < 0.1'",
@@ -26,11 +32,10 @@ SHOWN = ("std", "rms", "absmax", "kurtosis", "top_token_energy_frac", "frac_zero
 
 
 @takes("prompt", "input_ids", "points", "tokens", "backward", "expect", "csv")
-def stats(
-    request: Request,
-    model: Model,
-) -> None:
+def stats(request: Request, model: Model) -> None:
     """Statistics and anomalies of every point of one forward."""
+    import torch
+
     from stackproof.trace import expect as predictions
     from stackproof.trace import trace, variant
     from stackproof.trace.profile import profile
@@ -44,65 +49,29 @@ def stats(
     expected = request.expected([*predictions.FIGURES, *predictions.OF_LAYERS])
     loaded = load_model(model)
     ids, one = request.ids(loaded), variant(loaded.model, loaded.mode)
-    record = request.open("trace", CLAIM, NOT_COVERED, [loaded], ids=ids, backward=request.backward)
+    record = request.open(CLAIM, [loaded], ids=ids, backward=request.backward)
+    options = {"backward": request.backward, "tokens": request.tokens}
     with one.around():
-        names, options = (
-            request.points or one.names,
-            {"backward": request.backward, "tokens": request.tokens},
-        )
-        found = trace(one.model, _batch(ids), names, **options, where=one.where)
+        names = request.points or one.names
+        found = trace(one.model, torch.tensor([ids]), names, **options, where=one.where)
     judged = profile(found)
     rows = {r.point: r for r in judged.rows}
     lines = [_line(t, rows.get(t.point.name)) for t in found.points]
-    figures = {
-        line["point"]: line["stats"] | {k: line[k] for k in predictions.OF_LAYERS} for line in lines
-    }
-    document = {
-        "model": loaded.title,
-        **loaded.facts,
-        "input_ids": ids,
-        "points": lines,
-        "first_anomaly": judged.first_anomaly and asdict(judged.first_anomaly),
-        "gains": [asdict(g) for g in judged.gains],
-        "verdict": judged.verdict,
-        "unseen": list(found.unseen),
-        "loss_nats": found.loss_nats,
-        "expectations": [
-            asdict(j) for j in predictions.judge(expected, figures, [*figures, *found.unseen])
-        ],
-    }
-    metric = record.builder.metric
-    metric("points", len(lines), "points")
-    metric(
-        "anomalous_points",
-        sum(r.anomalous and not r.massive for r in judged.rows),
-        "points",
-        n=len(lines),
-        better="lower",
-    )
-    metric("massive_points", sum(bool(r.massive) for r in judged.rows), "points", n=len(lines))
+    document = {"model": loaded.title, **loaded.facts, "input_ids": ids}
+    document |= judgement(lines, judged, expected, found.unseen)
+    document["gains"] = [asdict(g) for g in judged.gains]
+    document |= {"unseen": list(found.unseen), "loss_nats": found.loss_nats}
+    metric, n = record.builder.metric, len(lines)
+    anomalous = sum(r.anomalous and not r.massive for r in judged.rows)
+    metric("points", n, "points")
+    metric("anomalous_points", anomalous, "points", n=n, better="lower")
+    metric("massive_points", sum(bool(r.massive) for r in judged.rows), "points", n=n)
     request.close(record, document, lambda document: _show(document, judged.rows))
-
-
-def _batch(ids: list[int]) -> Any:
-    import torch
-
-    return torch.tensor([ids])
 
 
 def _line(t: Any, row: Any) -> dict[str, Any]:
     """One point of the document."""
-    judged = {
-        k: getattr(row, k, None)
-        for k in ("ratio_to_previous", "robust_z", "baseline", "anomalous", "massive", "cascade")
-    }
-    line = {
-        "point": t.point.name,
-        "layer": t.point.layer,
-        "slot": t.point.slot,
-        "operation": t.point.operation,
-    }
-    line |= {"stats": t.stat.as_dict(), "support": asdict(t.stat.support), **judged}
+    line = statistics_of(t, row, "massive")
     return line if t.grad is None else line | {"grad": t.grad.as_dict()}
 
 
@@ -111,16 +80,10 @@ def _show(document: dict[str, Any], judged: Any) -> None:
     from stackproof.trace.profile import RATIO, ROBUST_Z
 
     lines, loss = document["points"], document["loss_nats"]
+    mark = lambda line: " massive" if line["massive"] else " ◀" if line["anomalous"] else ""  # noqa: E731
     rows = [
         [
-            line["point"]
-            + (
-                " ◀"
-                if line["anomalous"] and not line["massive"]
-                else " massive"
-                if line["massive"]
-                else ""
-            ),
+            line["point"] + mark(line),
             *(f"{line['stats'][f]:.4g}" for f in SHOWN),
             ":".join(map(str, line["stats"]["argmax"] or ())),
             number(line["ratio_to_previous"]),
@@ -133,10 +96,9 @@ def _show(document: dict[str, Any], judged: Any) -> None:
         columns += ["gradient rms", "gradient absmax"]
         for row, line in zip(rows, lines):
             row += [f"{line['grad'][k]:.4g}" if line.get("grad") else "" for k in ("rms", "absmax")]
-    title = f"{document['model']}, {len(document['input_ids'])} tokens" + (
-        "" if loss is None else f", loss {loss:.4f} nats"
-    )
-    stdout.print(table(title, columns, rows))
+    title = f"{document['model']}, {len(document['input_ids'])} tokens"
+    title += "" if loss is None else f", loss {loss:.4f} nats"
+    print_table(title, columns, rows)
     if any(r.robust_z is not None for r in judged):
         cells = {
             (r.layer, r.slot): r.robust_z if math.isfinite(r.std) else math.nan for r in judged
@@ -146,7 +108,7 @@ def _show(document: dict[str, Any], judged: Any) -> None:
         cells = {(r.layer, r.slot): _log_ratio(r.ratio_to_previous) for r in judged}
         show_heat_map(cells, "std over that of the layer before, powers of two", math.log2(RATIO))
     show_expectations(document)
-    stdout.print(document["verdict"], markup=False)
+    print_line(document["verdict"])
 
 
 def _log_ratio(ratio: float | None) -> float | None:

@@ -2,18 +2,25 @@
 checkpoint.
 """
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from stackproof.cli.load_model import load_model
-from stackproof.cli.output import stdout, table
-from stackproof.cli.trace.common import Model, Request, number, show_expectations, takes
+from stackproof.cli.output import print_line, print_table
+from stackproof.cli.recording import Claim
+from stackproof.cli.trace.common import (
+    Model,
+    Request,
+    judgement,
+    number,
+    show_expectations,
+    statistics_of,
+    takes,
+)
 from stackproof.spec.errors import UsageError
 
-CLAIM = "These parameters have these statistics."
-NOT_COVERED = ("the computation of the model",)
+CLAIM = Claim("trace", "These parameters have these statistics.", ("the computation of the model",))
 EXAMPLES = ("stack trace weights runs/pocket-1 --against runs/pocket-1/checkpoints/step-00000200",)
 SHOWN = ("std", "rms", "absmax", "kurtosis", "frac_zero")
 
@@ -23,8 +30,7 @@ def weights(
     request: Request,
     model: Model,
     against: Annotated[
-        str | None,
-        typer.Option("--against", help="An earlier checkpoint: adds the change since then."),
+        str | None, Option(help="An earlier checkpoint: adds the change since then.")
     ] = None,
 ) -> None:
     """Statistics of every parameter; no forward runs."""
@@ -40,31 +46,16 @@ def weights(
         raise UsageError(
             "parameters have no compute mode", value=modes[0], next_step="leave out @MODE"
         )
-    record = request.open("trace", CLAIM, NOT_COVERED, models, weights=True)
+    record = request.open(CLAIM, models, weights=True)
     found = traced(loaded.model, earlier and earlier.model)
     judged = of_spreads(sizes(found))
     rows = {(r.layer, r.slot): r for r in judged.rows}
     lines = [_line(w, rows.get((w.point.layer, w.point.slot))) for w in found]
-    figures = {
-        line["point"]: line["stats"] | {k: line[k] for k in predictions.OF_LAYERS} for line in lines
-    }
-    document = {
-        "model": loaded.title,
-        "against": earlier and earlier.title,
-        **loaded.facts,
-        "points": lines,
-        "first_anomaly": judged.first_anomaly and asdict(judged.first_anomaly),
-        "verdict": judged.verdict,
-        "expectations": [asdict(j) for j in predictions.judge(expected, figures, list(figures))],
-    }
-    record.builder.metric("points", len(lines), "parameters")
-    record.builder.metric(
-        "anomalous_points",
-        sum(r.anomalous for r in judged.rows),
-        "parameters",
-        n=len(lines),
-        better="lower",
-    )
+    document = {"model": loaded.title, "against": earlier and earlier.title, **loaded.facts}
+    document |= judgement(lines, judged, expected)
+    metric, n, anomalous = record.builder.metric, len(lines), sum(r.anomalous for r in judged.rows)
+    metric("points", n, "parameters")
+    metric("anomalous_points", anomalous, "parameters", n=n, better="lower")
     request.close(record, document, _show)
 
 
@@ -82,33 +73,16 @@ def sizes(found: Any) -> dict[tuple[int, str], float]:
 
 
 def _line(w: Any, row: Any) -> dict[str, Any]:
-    judged = {
-        k: getattr(row, k, None)
-        for k in ("ratio_to_previous", "robust_z", "baseline", "anomalous", "cascade")
-    }
-    line = {
-        "point": w.point.name,
-        "layer": w.point.layer,
-        "slot": w.point.slot,
-        "operation": "parameter",
-    }
-    line |= {"stats": w.stat.as_dict(), "support": asdict(w.stat.support), **judged}
-    return (
-        line
-        if w.update is None
-        else line | {"update": w.update.as_dict(), "update_ratio": w.update_ratio}
-    )
+    line = statistics_of(w, row) | {"operation": "parameter"}
+    if w.update is not None:
+        line |= {"update": w.update.as_dict(), "update_ratio": w.update_ratio}
+    return line
 
 
 def _show(document: dict[str, Any]) -> None:
     moved = document["against"] is not None
-    columns = [
-        "parameter",
-        *SHOWN,
-        *(["rms of change", "÷ rms before"] if moved else []),
-        "÷ layer before",
-        "robust z",
-    ]
+    change = ["rms of change", "÷ rms before"] if moved else []
+    columns = ["parameter", *SHOWN, *change, "÷ layer before", "robust z"]
     rows = [
         [
             line["point"],
@@ -119,12 +93,7 @@ def _show(document: dict[str, Any]) -> None:
         ]
         for line in document["points"]
     ]
-    stdout.print(
-        table(
-            document["model"] + (f", changed since {document['against']}" if moved else ""),
-            columns,
-            rows,
-        )
-    )
+    title = document["model"] + (f", changed since {document['against']}" if moved else "")
+    print_table(title, columns, rows)
     show_expectations(document)
-    stdout.print(document["verdict"], markup=False)
+    print_line(document["verdict"])
