@@ -441,8 +441,8 @@ def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[di
     return {
         "name": name,
         "kind": source.kind,
-        "languages": list(corpus.languages_of(source)),
-        "license": corpus.license_of(source),
+        "languages": list(source.languages),
+        "license": source.license,
         **{
             k: float(getattr(source, k, default))
             for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))
@@ -478,7 +478,7 @@ def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
             value=", ".join(cfg.decontaminate),
             next_step="check decontaminate and decontaminate_fields",
         )
-    if not dedup.shares_gram(f"before it {canary} after it", grams):
+    if not dedup.finds_hidden(canary, grams):
         raise DataError(
             "the scanner does not find an evaluation text hidden in another, so its zeros mean "
             "nothing"

@@ -258,6 +258,12 @@ class TokenStream:
         """Position of every document's first token in its shard, int64, per shard."""
         return [np.asarray(self._map(p, "document_starts")) for p in self.paths]
 
+    def documents(self) -> Iterator[tuple[str, int, int]]:
+        """(source, start, stop) of every document in the split, in order."""
+        counts = [len(starts) for starts in self.shard_document_starts()]
+        bounds = [*self.document_starts.tolist(), self.n_tokens]
+        yield from zip(np.repeat(self.shard_sources, counts).tolist(), bounds, bounds[1:])
+
     @property
     def document_starts(self) -> np.ndarray:
         """Position of every document's first token in the split, int64 (n_documents,)."""

@@ -86,7 +86,7 @@ def filter_part(job: FilterJob) -> dict:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     receipt = receipts.empty() | {"chunks": 0}
-    languages, plugins = corpus.languages_of(job.cfg), filters.load_plugins(job.plugins)
+    languages, plugins = job.cfg.languages, filters.load_plugins(job.plugins)
     grams = tensorfile.memmap(job.grams, "grams") if job.grams else None
     judged = (
         receipts.judge(receipt, item, languages, plugins, grams)
