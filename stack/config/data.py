@@ -2,46 +2,31 @@
 sources.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from stackproof.config.base import Frozen
 
 Language = Literal[
-    "en",
-    "de",
-    "fr",
-    "es",
-    "it",
-    "pt",
-    "nl",
-    "pl",
-    "tr",
-    "vi",
-    "el",
-    "ru",
-    "uk",
-    "zh",
-    "ja",
-    "ko",
-    "ar",
-    "fa",
-    "he",
-    "hi",
-    "code",
-]
+    "en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi", "el", "ru", "uk", "zh", "ja", "ko",
+    "ar", "fa", "he", "hi", "code",
+]  # fmt: skip
 
 
 class StdlibDocs(Frozen):
     """Docstrings and `pydoc_data.topics` of the running interpreter."""
 
+    languages: ClassVar = ("en",)
+    license: ClassVar = "PSF-2.0"
     kind: Literal["stdlib-docs"] = "stdlib-docs"
 
 
 class StdlibCode(Frozen):
     """Source files of the running interpreter's standard library."""
 
+    languages: ClassVar = ("code",)
+    license: ClassVar = "PSF-2.0"
     kind: Literal["stdlib-code"] = "stdlib-code"
 
 
@@ -50,6 +35,9 @@ class Pangram(Frozen):
     text is part of the code.
     """
 
+    # of text that the code itself makes; filters keep it, and a source of files cannot declare it
+    languages: ClassVar = ("synthetic",)
+    license: ClassVar = "CC0-1.0"
     kind: Literal["pangram"] = "pangram"
     repeats: int = Field(200, ge=1, description="number of repetitions of the sentence")
 

@@ -71,37 +71,35 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as e:
-        error = e.errors()[0]
-        key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
-        origin = next(
-            (
-                o
-                for k, o in (origins or {}).items()
-                if key.startswith(k) or (key and k.startswith(f"{key}."))
-            ),
-            "the recipe",
-        )
-        message = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "extra_forbidden":
-            raise unknown_key(key, origin) from e
-        if error["type"] == "missing":
-            raise _missing(key, origin, origins or {}) from e
-        whole = not key or message.startswith(f"{key}.")
-        shown = (
-            f"from {_named_in(message, origins or {})}"
-            if whole
-            else f"{error.get('input')!r} from {origin}"
-        )
-        if error["type"] == "union_tag_invalid":
-            key, shown = f"{key}.kind", f"{error['ctx']['tag']!r} from {origin}"
-            message = "unknown kind"
-        raise ConfigError(
-            message if whole else f"{key}: {message}",
-            value=shown,
-            allowed=_allowed(error),
-            next_step=_set_the_other(message, origins or {})
-            or "stack train --dry-run without the change shows every value",
-        ) from e
+        raise _refused(*_first_error(e), origins or {}) from e
+
+
+def _first_error(e: ValidationError) -> tuple[str, str, Any]:
+    """Dotted key and message of the first error, and the error itself."""
+    error = e.errors()[0]
+    key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
+    return key, error["msg"].removeprefix("Value error, "), error
+
+
+def _refused(key: str, message: str, error: Any, origins: dict[str, str]) -> ConfigError:
+    """The error for a configuration of a run that pydantic refuses."""
+    near = (o for k, o in origins.items() if key.startswith(k) or (key and k.startswith(f"{key}.")))
+    origin = next(near, "the recipe")
+    next_step = "stack train --dry-run without the change shows every value"
+    match error["type"]:
+        case "extra_forbidden":
+            return unknown_key(key, origin)
+        case "missing":
+            return _missing(key, origin, origins)
+        case "union_tag_invalid":
+            what, shown = f"{key}.kind: unknown kind", f"{error['ctx']['tag']!r} from {origin}"
+        case _ if not key or message.startswith(f"{key}."):
+            what, shown = message, f"from {_named_in(message, origins)}"
+            next_step = _set_the_other(message, origins) or next_step
+        case _:
+            what, shown = f"{key}: {message}", f"{error.get('input')!r} from {origin}"
+            next_step = _set_the_other(message, origins) or next_step
+    return ConfigError(what, value=shown, allowed=_allowed(error), next_step=next_step)
 
 
 def _missing(key: str, origin: str, origins: dict[str, str]) -> ConfigError:
@@ -245,9 +243,7 @@ def validate_data(tree: dict, *, origin: str) -> DataConfig:
     try:
         return DataConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as e:
-        error = e.errors()[0]
-        key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
-        message = error["msg"].removeprefix("Value error, ")
+        key, message, error = _first_error(e)
         shown = "" if isinstance(error.get("input"), dict | list) else f"{error.get('input')!r} "
         raise ConfigError(
             _readably(key, message, tree),

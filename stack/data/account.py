@@ -1,5 +1,5 @@
-"""What a built data set says about itself: its table of sources, the verdicts of its gates,
-its record and its page.
+"""The account of a built data set: its table of sources, the verdicts of its gates, its record and
+its page.
 """
 
 import html
@@ -21,7 +21,7 @@ from stackproof.spec.records import GateResult, Record, read_record
 
 SOURCES = "sources.jsonl"
 JUDGED_SEQ_LEN = 512
-LOST_BYTES_FRAC = 0.5  # of a source that lost more, the end of a build says so
+LOST_BYTES_FRAC = 0.5  # a build ends with a notice for each source that lost more
 MAX_INPUT_FILES = 1000
 GATES = (
     "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity "
@@ -56,9 +56,7 @@ def open_record(cfg: DataConfig) -> RecordBuilder:
 
 
 def judge(dataset: Dataset) -> tuple[list[GateResult], GateFailed | None]:
-    """(the result of every gate that can judge a data set without a run, the error of the first red
-    one that halts).
-    """
+    """The result of every gate that needs no run, and the error of the first red one that halts."""
     seq_len = min(JUDGED_SEQ_LEN, max(1, dataset.train.n_tokens // 4))
     keeper = Gatekeeper(load_spec(), only=GATES)
     try:
@@ -76,7 +74,7 @@ def require_recorded(folder: Path) -> None:
         if sha256_file(folder / output.path) != output.sha256:
             raise DataError(
                 f"{folder / output.path} was changed since it was recorded",
-                next_step="build the data anew",
+                next_step="build the data again",
             )
 
 
@@ -104,7 +102,7 @@ def write_record(
     )
     builder.environment = environment()
     builder.inputs = [
-        artefact(path, root=Path.cwd(), name=name, license=corpus.license_of(source))
+        artefact(path, root=Path.cwd(), name=name, license=source.license)
         for name, source in corpus.sources_of(cfg.corpus).items()
         for path in corpus.source_paths(source)[:MAX_INPUT_FILES]
     ]
@@ -137,14 +135,15 @@ def overlap(dataset: Dataset, texts: list[str]) -> dict[str, Any]:
     """How many training documents share a run of words with an evaluation set, per source, and how
     many of its texts are touched.
 
-    The scanner must first find one of the texts hidden in a document; `canary_found` says so.
+    `canary_found`: the scanner found one of the texts hidden in a document.
     """
     grams = dedup.gram_set(texts)
     long = [t for t in texts if dedup.is_long(t)]
-    canary = bool(long) and dedup.shares_gram(f"before it {long[0]} after it", grams)
+    canary = bool(long) and dedup.finds_hidden(long[0], grams)
     rows = {name: {"documents": 0, "hits": 0} for name in dataset.sources}
     seen = []
-    for source, text in _all_documents(dataset):
+    for source, start, stop in dataset.train.documents():
+        text = dataset.text(dataset.train, start, stop)
         rows[source]["documents"] += 1
         if dedup.shares_gram(text, grams):
             rows[source]["hits"] += 1
@@ -161,16 +160,6 @@ def overlap(dataset: Dataset, texts: list[str]) -> dict[str, Any]:
         ),
         "sources": rows,
     }
-
-
-def _all_documents(dataset: Dataset) -> Iterable[tuple[str, str]]:
-    stream = dataset.train
-    sources = [
-        s for s, starts in zip(stream.shard_sources, stream.shard_document_starts()) for _ in starts
-    ]
-    bounds = [*stream.document_starts.tolist(), stream.n_tokens]
-    for source, start, stop in zip(sources, bounds, bounds[1:]):
-        yield source, dataset.text(stream, start, stop)
 
 
 def page(manifest: dict, results: list[GateResult]) -> str:
@@ -195,7 +184,7 @@ def page(manifest: dict, results: list[GateResult]) -> str:
             s["kind"],
             s["license"],
             ", ".join(s["languages"]),
-            *_shares(s),
+            *(f"{s[k]:g}" for k in ("weight", "cap", "floor")),
             *(f"{n:,}" for n in s["tokens"].values()),
         ]
         for s in manifest["sources"]
@@ -225,15 +214,8 @@ def page(manifest: dict, results: list[GateResult]) -> str:
         _table(
             "Sources",
             [
-                "source",
-                "kind",
-                "licence",
-                "languages",
-                "weight",
-                "cap",
-                "floor",
-                "train tokens",
-                "held-out tokens",
+                *"source kind licence languages weight cap floor".split(),
+                *("train tokens", "held-out tokens"),
             ],
             declared,
         ),
@@ -245,8 +227,8 @@ def page(manifest: dict, results: list[GateResult]) -> str:
 
 
 def notices(manifest: dict) -> list[str]:
-    """What a person should know who only reads the end: files not read, sources that lost most of
-    their text, what is kept out.
+    """Notices at the end of a build: files not read, sources that lost most of their text, what is
+    kept out.
     """
     lines = []
     for source in manifest["sources"]:
@@ -274,10 +256,6 @@ def notices(manifest: dict) -> list[str]:
             f"{dedup.GRAM_WORDS} words"
         )
     return lines
-
-
-def _shares(source: dict) -> list[str]:
-    return [f"{source[k]:g}" for k in ("weight", "cap", "floor")]
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:

@@ -9,9 +9,11 @@ Every stage processes one part at a time and can be interrupted anywhere.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from stackproof import tensorfile
 from stackproof.config import DataConfig, NearDedup
 from stackproof.contracts import subject
 from stackproof.contracts.gate import call_check
-from stackproof.data import corpus, dedup, filters, receipts
+from stackproof.data import corpus, dedup, filters, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import TextSource
 from stackproof.data.files import evaluation_texts
@@ -32,6 +34,7 @@ from stackproof.data.stages import (
     chunk_sides,
     encode_chunk,
     filter_part,
+    part_folder,
     write_json,
 )
 from stackproof.data.tokenizer import Tokenizer
@@ -83,35 +86,7 @@ def build(
             next_step="another --out",
         )
     with file_lock(folder, "build"):
-        return _build(cfg, folder, plan, jobs, workers, on_progress)
-
-
-def _build(
-    cfg: DataConfig,
-    folder: Path,
-    plan: dict,
-    jobs: list[FilterJob],
-    workers: int,
-    on_progress: Callable[[Progress], None],
-) -> dict:
-    work, manifest_path = _open_work(folder, plan), folder / "manifest.json"
-    grams = _evaluation_grams(cfg, work)
-    with Pool(workers if _total(jobs) > corpus.PART_BYTES else 1) as run:
-        filtered = _filter_all(run, jobs, on_progress)
-        chunks = _drop_repeats(cfg, jobs, filtered, on_progress)
-        by_source = _by_source(cfg, jobs, filtered)
-        tokenizer = _tokenizer(cfg, chunks, filtered, work, on_progress)
-        encoded = _encode_all(run, cfg, chunks, filtered, work, folder, on_progress)
-    if _plan(cfg, work)[0] != plan:
-        raise changed_meanwhile()
-    manifest = _manifest(cfg, by_source, chunks, tokenizer, encoded, grams)
-    shutil.copyfile(work / "tokenizer.json", folder / "tokenizer.json")
-    if grams is not None:
-        shutil.copyfile(work / "grams.safetensors", folder / "grams.safetensors")
-    write_json(folder / "plan.json", plan)
-    write_json(manifest_path, manifest)
-    shutil.rmtree(work, ignore_errors=True)
-    return manifest
+        return _Build(cfg, folder, plan, jobs, on_progress).run(workers)
 
 
 class GivenTokenizer(subject.Tokenizer):
@@ -195,10 +170,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _total(jobs: list[FilterJob]) -> int:
-    return sum(j.part.n_bytes for j in jobs)
-
-
 def _finished(path: Path, plan: dict) -> dict:
     """The manifest of a complete folder.
     Raises UsageError if it was built from other sources or another configuration.
@@ -215,8 +186,8 @@ def _finished(path: Path, plan: dict) -> dict:
     return parse_strict(path.read_bytes(), origin=str(path))
 
 
-def _open_work(folder: Path, plan: dict) -> Path:
-    """The work folder of this plan; files of another plan are removed."""
+def _open_work(folder: Path, plan: dict) -> None:
+    """Make the work folder of this plan; files of another plan are removed."""
     work = folder / ".work"
     path = work / "plan.json"
     if work.exists() and not (path.is_file() and path.read_bytes() == canonical_json(plan)):
@@ -225,25 +196,266 @@ def _open_work(folder: Path, plan: dict) -> Path:
             leftover.unlink()
     work.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
-    return work
 
 
-# --- read and filter ------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------------
 
 
-def _filter_all(
-    run: Pool, jobs: list[FilterJob], on_progress: Callable[[Progress], None]
-) -> list[dict]:
-    """Receipts of all parts in order."""
-    progress, results = Progress("filter", 0, _total(jobs)), [{}] * len(jobs)
-    on_progress(progress)
-    for job, receipt in run(filter_part, jobs):
-        results[job.number] = receipt
-        progress.done_bytes += job.part.n_bytes
-        progress.documents += receipt["documents_in"]
-        progress.dropped += receipt["documents_in"] - receipt["documents_out"]
-        on_progress(progress)
-    return results
+@dataclass
+class _Build:
+    """A build in progress: the receipts of its parts, and their chunks with the documents kept."""
+
+    cfg: DataConfig
+    folder: Path
+    plan: dict
+    jobs: list[FilterJob]
+    on_progress: Callable[[Progress], None]
+    receipts: list[dict] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        return self.folder / ".work"
+
+    def run(self, workers: int) -> dict:
+        """Every stage in order, then the manifest."""
+        cfg, folder, work = self.cfg, self.folder, self.work
+        _open_work(folder, self.plan)
+        grams = _evaluation_grams(cfg, work)
+        n_bytes = sum(j.part.n_bytes for j in self.jobs)
+        with Pool(workers if n_bytes > corpus.PART_BYTES else 1) as pool:
+            self.receipts = self._filter(pool, n_bytes)
+            self.chunks = self._drop_repeats()
+            by_source = self._by_source()
+            tokenizer = self._tokenizer()
+            encoded = self._encode(pool)
+        if _plan(cfg, work)[0] != self.plan:
+            raise changed_meanwhile()
+        manifest = self._manifest(by_source, tokenizer, encoded, grams)
+        shutil.copyfile(work / "tokenizer.json", folder / "tokenizer.json")
+        if grams is not None:
+            shutil.copyfile(work / "grams.safetensors", folder / "grams.safetensors")
+        write_json(folder / "plan.json", self.plan)
+        write_json(folder / "manifest.json", manifest)
+        shutil.rmtree(work, ignore_errors=True)
+        return manifest
+
+    def _results(
+        self,
+        results: Iterable[tuple[FilterJob | EncodeJob, dict]],
+        progress: Progress,
+        count: Callable[[Any, dict], tuple[int, int, int]],
+    ) -> list[dict]:
+        """The results in the order of the jobs. `count` gives bytes, documents and dropped
+        documents of one.
+        """
+        self.on_progress(progress)
+        found = {}
+        for job, result in results:
+            found[job.number] = result
+            n_bytes, documents, dropped = count(job, result)
+            progress.done_bytes += n_bytes
+            progress.documents += documents
+            progress.dropped += dropped
+            self.on_progress(progress)
+        return [found[number] for number in sorted(found)]
+
+    def _filter(self, pool: Pool, n_bytes: int) -> list[dict]:
+        """Receipts of all parts."""
+
+        def count(job: FilterJob, receipt: dict) -> tuple[int, int, int]:
+            dropped = receipt["documents_in"] - receipt["documents_out"]
+            return job.part.n_bytes, receipt["documents_in"], dropped
+
+        return self._results(
+            pool(filter_part, self.jobs), Progress("filter", total_bytes=n_bytes), count
+        )
+
+    def _drop_repeats(self) -> list[Chunk]:
+        """All chunks in order, each with its kept documents; duplicates are counted in the receipts
+        of their parts.
+        """
+        n_documents = sum(r["documents_out"] for r in self.receipts)
+        self.on_progress(Progress("deduplicate", documents=n_documents))
+        chunks = [
+            Chunk(job.source, job.number, part_folder(job) / f"chunk-{c:04d}.safetensors")
+            for job, receipt in zip(self.jobs, self.receipts)
+            for c in range(receipt["chunks"])
+        ]
+        exact = dedup.first_of_each([np.array(tensorfile.memmap(c.path, "hashes")) for c in chunks])
+        near = [np.zeros(len(k), bool) for k in exact]
+        if isinstance(self.cfg.dedup, NearDedup) and chunks:
+            signatures = Signatures([c.path for c in chunks])
+            near = dedup.near_repeats(signatures, exact, self.cfg.dedup.similarity_min)
+        for chunk, first, repeat in zip(chunks, exact, near):
+            sizes = np.diff(np.asarray(tensorfile.memmap(chunk.path, "offsets")))
+            receipt = self.receipts[chunk.part]
+            receipts.drop_many(receipt, "exact-repeat", sizes[~first])
+            receipts.drop_many(receipt, "near-repeat", sizes[repeat & first])
+            chunk.keep = first & ~repeat
+        return chunks
+
+    def _by_source(self) -> dict[str, dict]:
+        """The receipt of every source. Raises DataError for a source without kept documents, with
+        the reason that dropped most of them.
+        """
+        whole = {}
+        for name in corpus.sources_of(self.cfg.corpus):
+            whole[name] = receipts.total(
+                r for job, r in zip(self.jobs, self.receipts) if job.source == name
+            )
+            if not whole[name]["documents_out"]:
+                raise DataError(
+                    f"nothing is left of source {name}",
+                    value=receipts.worst(whole[name]) or "no document in its files",
+                    next_step=(
+                        "check its paths, documents, text_field and languages, or leave the source "
+                        "out"
+                    ),
+                )
+        return whole
+
+    @property
+    def _n_kept(self) -> int:
+        return sum(int(c.keep.sum()) for c in self.chunks)
+
+    def _tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained on the kept documents of the training side, or loaded. A finished
+        one is not trained again.
+        """
+        path, cfg = self.work / "tokenizer.json", self.cfg
+        if path.is_file():
+            return tokenizers.load_tokenizer(path)
+        self.on_progress(Progress(f"{cfg.tokenizer.kind} tokenizer", documents=self._n_kept))
+        texts = (
+            text
+            for chunk in self.chunks
+            for split, text, _ in chunk_sides(cfg.split, chunk)
+            if split == "train"
+        )
+        first = next(texts, None)
+        if first is None:
+            raise self._empty_split("train")
+        tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, chain([first], texts))
+        temporary = path.with_name(f".tokenizer-{os.getpid()}")
+        tokenizer.save(temporary)
+        os.replace(temporary, path)
+        return tokenizer
+
+    def _empty_split(self, split: str) -> DataError:
+        """The error for a split without documents, with the reason that dropped most of them."""
+        lost = receipts.worst(receipts.total(self.receipts))
+        return DataError(
+            f"the {split} split is empty",
+            value=(
+                f"{self._n_kept} document(s) after filtering, data.split.kind = "
+                f"{self.cfg.split.kind}"
+            )
+            + (f"; {lost}" if lost else ""),
+            allowed="at least one document on each side",
+            next_step=(
+                "more documents (documents = paragraph or line cuts files), a larger "
+                "split.validation_frac, or split.kind = tail, which cuts each document in two"
+            ),
+        )
+
+    def _encode(self, pool: Pool) -> list[dict]:
+        """The encoded chunks."""
+        jobs = [
+            EncodeJob(i, chunk, self.cfg.split, self.work, self.folder)
+            for i, chunk in enumerate(self.chunks)
+        ]
+        sizes = [c.path.stat().st_size for c in self.chunks]
+        encoded = self._results(
+            pool(encode_chunk, jobs),
+            Progress("tokenise", total_bytes=sum(sizes)),
+            lambda job, _: (sizes[job.number], int(job.chunk.keep.sum()), 0),
+        )
+        for split in SPLITS:
+            if not any(r[split]["documents"] for r in encoded):
+                raise self._empty_split(split)
+        return encoded
+
+    def _manifest(
+        self,
+        by_source: dict[str, dict],
+        tokenizer: Tokenizer,
+        encoded: list[dict],
+        grams: dict | None,
+    ) -> dict:
+        built = self.cfg.model_dump(
+            mode="json",
+            include={
+                "split",
+                "tokenizer",
+                "filters",
+                "dedup",
+                "decontaminate",
+                "decontaminate_fields",
+            },
+        )
+        sources = [
+            _source_entry(
+                name,
+                source,
+                by_source[name],
+                [e for c, e in zip(self.chunks, encoded) if c.source == name],
+            )
+            for name, source in corpus.sources_of(self.cfg.corpus).items()
+        ]
+        splits = {
+            split: {k: sum(r[split][k] for r in encoded) for k in shards.COUNTS}
+            | {"shards": [s for r in encoded for s in r[split]["shards"]]}
+            for split in SPLITS
+        }
+        whole = receipts.total(s["receipt"] for s in sources)
+        return {
+            "schema": FORMAT,
+            "config": built,
+            "corpus": {
+                "kind": self.cfg.corpus.kind,
+                "sha256": corpus.corpus_sha256(self.cfg.corpus),
+                "license": " AND ".join(dict.fromkeys(s["license"] for s in sources)),
+                "documents": whole["documents_out"],
+                "bytes": whole["bytes_out"],
+            },
+            "sources": sources,
+            "filters": {
+                "rules": list(filters.RULES),
+                "plugins": list(self.cfg.filters),
+                "limits": vars(filters.limits()),
+            },
+            "decontamination": grams,
+            "tokenizer": {
+                "kind": tokenizer.kind,
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "encoder": getattr(tokenizer, "encoder", "stackproof"),
+            },
+            "splits": splits,
+        }
+
+
+def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[dict]) -> dict:
+    passed_over = corpus.passed_over(source)
+    return {
+        "name": name,
+        "kind": source.kind,
+        "languages": list(source.languages),
+        "license": source.license,
+        **{
+            k: float(getattr(source, k, default))
+            for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))
+        },
+        "files": len(corpus.source_paths(source)),
+        "files_passed_over": {
+            "number": len(passed_over),
+            "example": str(passed_over[0]) if passed_over else "",
+        },
+        "sha256": corpus.corpus_sha256(source),
+        "receipt": receipt,
+        "tokens": {split: sum(r[split]["tokens"] for r in encoded) for split in SPLITS},
+    }
 
 
 def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
@@ -266,7 +478,7 @@ def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
             value=", ".join(cfg.decontaminate),
             next_step="check decontaminate and decontaminate_fields",
         )
-    if not dedup.shares_gram(f"before it {canary} after it", grams):
+    if not dedup.finds_hidden(canary, grams):
         raise DataError(
             "the scanner does not find an evaluation text hidden in another, so its zeros mean "
             "nothing"
@@ -288,217 +500,3 @@ def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
         "canary": canary[:400],
         "canary_found": True,
     }
-
-
-# --- repeats, split, tokenizer --------------------------------------------------------------------
-
-
-def _drop_repeats(
-    cfg: DataConfig,
-    jobs: list[FilterJob],
-    filtered: list[dict],
-    on_progress: Callable[[Progress], None],
-) -> list[Chunk]:
-    """All chunks in order, each with its kept documents; duplicates are counted in the receipts of
-    their parts.
-    """
-    on_progress(Progress("deduplicate", documents=sum(r["documents_out"] for r in filtered)))
-    places = [(job, c) for job, receipt in zip(jobs, filtered) for c in range(receipt["chunks"])]
-    chunks = [
-        Chunk(job.source, job.work / f"part-{job.number:05d}" / f"chunk-{c:04d}.safetensors")
-        for job, c in places
-    ]
-    exact = dedup.first_of_each([np.array(tensorfile.memmap(c.path, "hashes")) for c in chunks])
-    near = [np.zeros(len(k), bool) for k in exact]
-    if isinstance(cfg.dedup, NearDedup) and chunks:
-        near = dedup.near_repeats(
-            Signatures([c.path for c in chunks]), exact, cfg.dedup.similarity_min
-        )
-    for chunk, (job, _), first, repeat in zip(chunks, places, exact, near):
-        sizes = np.diff(np.asarray(tensorfile.memmap(chunk.path, "offsets")))
-        receipts.drop_many(filtered[job.number], "exact-repeat", sizes[~first])
-        receipts.drop_many(filtered[job.number], "near-repeat", sizes[repeat & first])
-        chunk.keep = first & ~repeat
-    return chunks
-
-
-def _by_source(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict]) -> dict[str, dict]:
-    """The receipt of every source. Raises DataError for a source without kept documents, with the
-    reason that dropped most of them.
-    """
-    whole = {}
-    for name in corpus.sources_of(cfg.corpus):
-        whole[name] = receipts.total(r for job, r in zip(jobs, filtered) if job.source == name)
-        if not whole[name]["documents_out"]:
-            raise DataError(
-                f"nothing is left of source {name}",
-                value=receipts.worst(whole[name]) or "no document in its files",
-                next_step=(
-                    "check its paths, documents, text_field and languages, or leave the source out"
-                ),
-            )
-    return whole
-
-
-def _tokenizer(
-    cfg: DataConfig,
-    chunks: list[Chunk],
-    filtered: list[dict],
-    work: Path,
-    on_progress: Callable[[Progress], None],
-) -> Tokenizer:
-    """The tokenizer, trained on the kept documents of the training side, or loaded. A finished one
-    is not trained again.
-    """
-    path = work / "tokenizer.json"
-    if path.is_file():
-        return tokenizers.load_tokenizer(path)
-    on_progress(
-        Progress(
-            f"{cfg.tokenizer.kind} tokenizer", documents=sum(int(c.keep.sum()) for c in chunks)
-        )
-    )
-    texts = (
-        text
-        for chunk in chunks
-        for split, text, _ in chunk_sides(cfg.split, chunk)
-        if split == "train"
-    )
-    first = next(texts, None)
-    if first is None:
-        raise _empty_split(cfg, "train", chunks, filtered)
-    tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, _chained(first, texts))
-    temporary = path.with_name(f".tokenizer-{os.getpid()}")
-    tokenizer.save(temporary)
-    os.replace(temporary, path)
-    return tokenizer
-
-
-def _chained(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _empty_split(
-    cfg: DataConfig, split: str, chunks: list[Chunk], filtered: list[dict]
-) -> DataError:
-    """The error for a split without documents, with the reason that dropped most of them."""
-    kept, lost = sum(int(c.keep.sum()) for c in chunks), receipts.worst(receipts.total(filtered))
-    return DataError(
-        f"the {split} split is empty",
-        value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}"
-        + (f"; {lost}" if lost else ""),
-        allowed="at least one document on each side",
-        next_step=(
-            "more documents (documents = paragraph or line cuts files), a larger "
-            "split.validation_frac, or split.kind = tail, which cuts each document in two"
-        ),
-    )
-
-
-# --- tokenise -------------------------------------------------------------------------------------
-
-
-def _encode_all(
-    run: Pool,
-    cfg: DataConfig,
-    chunks: list[Chunk],
-    filtered: list[dict],
-    work: Path,
-    folder: Path,
-    on_progress: Callable[[Progress], None],
-) -> list[dict]:
-    """The encoded chunks, in order."""
-    jobs = [
-        EncodeJob(i, c.source, c.path, c.keep, cfg.split, work / "tokenizer.json", work, folder)
-        for i, c in enumerate(chunks)
-    ]
-    progress = Progress("tokenise", 0, sum(j.chunk.stat().st_size for j in jobs))
-    on_progress(progress)
-    results: list[dict] = [{}] * len(jobs)
-    for job, result in run(encode_chunk, jobs):
-        results[job.number] = result
-        progress.done_bytes += job.chunk.stat().st_size
-        progress.documents += int(job.keep.sum())
-        on_progress(progress)
-    for split in SPLITS:
-        if not any(r[split]["documents"] for r in results):
-            raise _empty_split(cfg, split, chunks, filtered)
-    return results
-
-
-# --- manifest -------------------------------------------------------------------------------------
-
-
-def _manifest(
-    cfg: DataConfig,
-    by_source: dict[str, dict],
-    chunks: list[Chunk],
-    tokenizer: Tokenizer,
-    encoded: list[dict],
-    grams: dict | None,
-) -> dict:
-    built = cfg.model_dump(
-        mode="json",
-        include={"split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields"},
-    )
-    sources = [
-        _source_entry(
-            name, source, by_source[name], [e for c, e in zip(chunks, encoded) if c.source == name]
-        )
-        for name, source in corpus.sources_of(cfg.corpus).items()
-    ]
-    splits = {split: _split_entry([r[split] for r in encoded]) for split in SPLITS}
-    whole = receipts.total(s["receipt"] for s in sources)
-    return {
-        "schema": FORMAT,
-        "config": built,
-        "corpus": {
-            "kind": cfg.corpus.kind,
-            "sha256": corpus.corpus_sha256(cfg.corpus),
-            "license": " AND ".join(dict.fromkeys(s["license"] for s in sources)),
-            "documents": whole["documents_out"],
-            "bytes": whole["bytes_out"],
-        },
-        "sources": sources,
-        "filters": {
-            "rules": list(filters.RULES),
-            "plugins": list(cfg.filters),
-            "limits": vars(filters.limits()),
-        },
-        "decontamination": grams,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "encoder": getattr(tokenizer, "encoder", "stackproof"),
-        },
-        "splits": splits,
-    }
-
-
-def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[dict]) -> dict:
-    passed_over = corpus.passed_over(source)
-    return {
-        "name": name,
-        "kind": source.kind,
-        "languages": list(corpus.languages_of(source)),
-        "license": corpus.license_of(source),
-        **{
-            k: float(getattr(source, k, default))
-            for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))
-        },
-        "files": len(corpus.source_paths(source)),
-        "files_passed_over": {
-            "number": len(passed_over),
-            "example": str(passed_over[0]) if passed_over else "",
-        },
-        "sha256": corpus.corpus_sha256(source),
-        "receipt": receipt,
-        "tokens": {split: sum(r[split]["tokens"] for r in encoded) for split in SPLITS},
-    }
-
-
-def _split_entry(parts: list[dict]) -> dict:
-    sums = {k: sum(p[k] for p in parts) for k in ("tokens", "bytes", "documents", "dropped_chars")}
-    return {**sums, "shards": [s for p in parts for s in p["shards"]]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import assert_never
 
 from stackproof.config import Files, Mixture, Pangram, StdlibCode, StdlibDocs
-from stackproof.data import filters, stdlib
+from stackproof.data import stdlib
 from stackproof.data.files import (
     COMPRESSED,
     Document,
@@ -44,34 +44,6 @@ def read_documents(cfg: TextSource) -> Iterator[Document]:
     """
     for part in parts(cfg):
         yield from (d for d in read_part(cfg, part) if isinstance(d, Document))
-
-
-def languages_of(cfg: TextSource) -> tuple[str, ...]:
-    """The declared languages of a source, as arguments of the filters."""
-    match cfg:
-        case StdlibDocs():
-            return ("en",)
-        case StdlibCode():
-            return ("code",)
-        case Pangram():
-            return (filters.SYNTHETIC,)
-        case Files():
-            return cfg.languages
-        case _:
-            assert_never(cfg)
-
-
-def license_of(cfg: TextSource) -> str:
-    """Licence of the text; that of Python for the standard library."""
-    match cfg:
-        case StdlibDocs() | StdlibCode():
-            return "PSF-2.0"
-        case Pangram():
-            return "CC0-1.0"
-        case Files():
-            return cfg.license
-        case _:
-            assert_never(cfg)
 
 
 def sources_of(cfg: TextSource | Mixture) -> dict[str, TextSource]:

@@ -238,3 +238,8 @@ def shares_gram(text: str, grams: np.ndarray) -> bool:
         return False
     places = np.minimum(np.searchsorted(grams, own), len(grams) - 1)
     return bool((grams[places] == own).any())
+
+
+def finds_hidden(text: str, grams: np.ndarray) -> bool:
+    """Whether the scanner finds a text of the set inside another."""
+    return shares_gram(f"before it {text} after it", grams)

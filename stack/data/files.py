@@ -95,56 +95,15 @@ def _open(path: Path) -> BinaryIO:
             return gzip.open(path, "rb")
         case ".zst":
             try:
-                import zstandard
+                import pyarrow
             except ImportError as e:
                 raise EnvironmentUnfit(
                     f"{path} is compressed by zstandard", next_step="pip install 'stackproof[data]'"
                 ) from e
-            return io.BufferedReader(_Zst(zstandard, path))
+            # raises for a file that ends within a frame; zstandard's own reader returns less text
+            stream = pyarrow.input_stream(str(path), compression="zstd")
+            return io.BufferedReader(stream, 2**17)
     return open(path, "rb")
-
-
-class _Zst(io.RawIOBase):
-    """Raw bytes of a .zst file, over all of its frames.
-    A file that ends within a frame raises EOFError, a damaged one OSError.
-    """
-
-    def __init__(self, zstandard: Any, path: Path):
-        self._library = zstandard
-        self._file = open(path, "rb")  # noqa: SIM115 - closed with the stream
-        self._frame, self._ready = None, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if not self._advance():
-                return 0
-        n = min(len(buffer), len(self._ready))
-        buffer[:n] = self._ready[:n]
-        self._ready = self._ready[n:]
-        return n
-
-    def _advance(self) -> bool:
-        """Decompress the next block of the file. Returns False at its end."""
-        unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-        block = unused or self._file.read(2**17)
-        if not block:
-            if self._frame is not None and not self._frame.eof:
-                raise EOFError("the file ends within a frame")
-            return False
-        if self._frame is None or self._frame.eof:
-            self._frame = self._library.ZstdDecompressor().decompressobj()
-        try:
-            self._ready = self._frame.decompress(block)
-        except self._library.ZstdError as e:
-            raise OSError(str(e)) from e
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def read_whole(path: Path, name: str) -> Iterator[Document | Unreadable]:
@@ -280,10 +239,12 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
             for value in _rows(batch, column, pyarrow):
                 number += 1
                 place = f"{path} row {number}"
-                if isinstance(value, bytes):
-                    yield from _bytes_record(value, place)
-                else:
+                if not isinstance(value, bytes):
                     yield from _record({column: value}, place, field, 0)
+                elif len(value) > MAX_DOCUMENT_BYTES:
+                    yield Unreadable(place, "too-long", len(value))
+                else:
+                    yield from _decoded(value, place, empty_counts=True)
     except pyarrow.ArrowInvalid as e:
         raise DataError(
             f"cannot read {path}: {e}", next_step="check that it is a whole parquet file"
@@ -295,13 +256,6 @@ def _rows(batch: Any, column: str, pyarrow: Any) -> list:
     values = batch.column(column)
     text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
     return values.cast(pyarrow.large_binary()).to_pylist() if text else values.to_pylist()
-
-
-def _bytes_record(value: bytes, place: str) -> Iterator[Document | Unreadable]:
-    if len(value) > MAX_DOCUMENT_BYTES:
-        yield Unreadable(place, "too-long", len(value))
-    else:
-        yield from _decoded(value, place, empty_counts=True)
 
 
 def _record(value: Any, place: str, field: str, n_bytes: int) -> Iterator[Document | Unreadable]:

@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+from stackproof.config import Pangram
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import ConfigError
 from stackproof.spec.gates import load_spec
@@ -57,7 +58,6 @@ PIECES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 STRIDE = 100
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 NO_LETTERS = bytes(b for b in range(128) if not chr(b).isalpha())
-SYNTHETIC = "synthetic"  # the language of text that the code itself makes; no source can declare it
 
 
 @cache
@@ -73,7 +73,7 @@ def rejection(text: str, languages: str | tuple[str, ...]) -> str | None:
     Pure: the same text always gives the same answer.
     """
     languages = (languages,) if isinstance(languages, str) else languages
-    if languages == (SYNTHETIC,):
+    if languages == Pangram.languages:
         return None
     return next(
         (reason for reason, unfit in RULES.items() if unfit(text, languages, limits())), None
@@ -85,7 +85,7 @@ def _too_short(text: str, languages: tuple[str, ...], limit: SimpleNamespace) ->
 
 
 def _broken_text(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
-    """NUL bytes, or characters that stand for bytes somebody could not decode."""
+    """NUL bytes, or replacement characters of bytes that could not be decoded."""
     return "\0" in text or "\ufffd" in text
 
 
@@ -113,41 +113,30 @@ def _long_paragraph(text: str, languages: tuple[str, ...], limit: SimpleNamespac
 
 
 @cache
-def _letters_of(languages: tuple[str, ...]) -> re.Pattern:
-    """Letters of the declared languages.
-    Latin is always among them: names, units and formulas are written in it.
-    """
-    scripts = dict.fromkeys(("latin", *(s for language in languages for s in SCRIPTS_OF[language])))
+def _letters_of(scripts: tuple[str, ...]) -> re.Pattern:
+    """Letters of scripts."""
     return re.compile(f"(?=[^\\W\\d_])[{''.join(SCRIPTS[s] for s in scripts)}]")
-
-
-@cache
-def _own_letters_of(languages: tuple[str, ...]) -> re.Pattern:
-    """Letters of the scripts that the declared languages are written in."""
-    return re.compile(
-        "(?=[^\\W\\d_])"
-        f"[{''.join(SCRIPTS[s] for language in languages for s in SCRIPTS_OF[language])}]"
-    )
 
 
 def _foreign_script(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
     """Too many letters of other scripts, or hardly any of the declared ones."""
     if any(SCRIPTS_OF[language] == ("latin",) for language in languages) and text.isascii():
         return False
-    latin_is_own = any("latin" in SCRIPTS_OF[language] for language in languages)
+    scripts = tuple(s for language in languages for s in SCRIPTS_OF[language])
     n_ascii = len(text.encode("ascii", "ignore").translate(None, NO_LETTERS))
     other = "".join(NOT_ASCII.findall(text))
     letters = n_ascii + sum(map(str.isalpha, other))
     if not letters:
         return False
-    foreign = letters - n_ascii - len(_letters_of(languages).findall(other))
-    own = len(_own_letters_of(languages).findall(other)) + (n_ascii if latin_is_own else 0)
+    # Latin is never foreign: names, units and formulas are written in it.
+    foreign = letters - n_ascii - len(_letters_of(("latin", *scripts)).findall(other))
+    own = len(_letters_of(scripts).findall(other)) + (n_ascii if "latin" in scripts else 0)
     return foreign > limit.foreign_letters_max * letters or own < limit.own_letters_min * letters
 
 
 def first_user_turn(text: str) -> str | None:
     """The first user turn of a chat (`> user / < assistant / > …`),
-    or None for a text that is no chat.
+    or None for a text of another form.
 
     Turns end at " / " with spaces before the mark of the next speaker;
     a bare "/" is part of an address or a path.
@@ -184,8 +173,8 @@ def _chat_turns(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -
 
 
 def takes_turns(turns: list[str]) -> bool:
-    """Whether user and assistant speak in turn, the user first, the assistant at least once,
-    and nobody says nothing.
+    """Whether turns of user and assistant alternate, the user's first, at least one of each, none
+    of them empty.
     """
     return len(turns) > 1 and all(
         t[2:].strip() and t[:2] == (USER, ASSISTANT)[i % 2] for i, t in enumerate(turns)
@@ -289,7 +278,7 @@ def _import(name: str) -> Callable:
         ) from e
     if not callable(function):
         raise ConfigError(
-            f"the filter {name} is no function",
+            f"the filter {name} is not a function",
             value=type(function).__name__,
             next_step="check data.filters",
         )

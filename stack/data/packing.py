@@ -8,6 +8,7 @@ a window; best fit drops none and pads.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import assert_never
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from stackproof.config import BestFit, Concatenated
 from stackproof.contracts.conditions import require
-from stackproof.data.shards import TokenStream
+from stackproof.data.shards import TokenStream, within
 
 Packing = Concatenated | BestFit
 IGNORE_INDEX = -100
@@ -73,35 +74,24 @@ class PackedStream(TokenStream):
     document. Rows never cross shards, so they never mix sources.
     """
 
+    def __init__(self, folder: Path, split: dict, vocab_size: int):
+        super().__init__(folder, split, vocab_size)
+        self._plan = cache(self._make_plan)
+
+    def _make_plan(self, shard: int, seq_len: int) -> "Plan":
+        starts = np.asarray(self._map(self.paths[shard], "document_starts"))
+        return plan(starts, int(self._tokens.lengths[shard]), seq_len)
+
     def shard_windows(self, seq_len: int) -> list[int]:
         return [self._plan(i, seq_len).n_rows for i in range(len(self._tokens))]
 
-    def n_windows(self, seq_len: int) -> int:
-        return int(self._row_ends(seq_len)[-1])
-
-    def _row_ends(self, seq_len: int) -> np.ndarray:
-        if seq_len not in self._ends:
-            self._ends[seq_len] = np.cumsum(self.shard_windows(seq_len))
-        return self._ends[seq_len]
-
-    def _plan(self, shard: int, seq_len: int) -> "Plan":
-        if (shard, seq_len) not in self._plans:
-            starts = np.asarray(self._map(self.paths[shard], "document_starts"))
-            self._plans[shard, seq_len] = plan(starts, int(self._tokens.lengths[shard]), seq_len)
-        return self._plans[shard, seq_len]
-
-    def __init__(self, folder: Path, split: dict, vocab_size: int):
-        super().__init__(folder, split, vocab_size)
-        self._plans: dict[tuple[int, int], Plan] = {}
-        self._ends: dict[int, np.ndarray] = {}
-
     @require(
-        lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)),
+        lambda self, numbers, seq_len: within(numbers, self.n_windows(seq_len)),
         "row numbers are 0 … n_windows-1",
     )
     def rows(self, numbers: np.ndarray, seq_len: int) -> Rows:
         """Rows by number. Raises DataError for an id outside the vocabulary."""
-        ends, shape = self._row_ends(seq_len), (len(numbers), seq_len)
+        ends, shape = self._window_ends(seq_len), (len(numbers), seq_len)
         rows = Rows(
             np.zeros(shape, np.int64),
             np.full(shape, IGNORE_INDEX, np.int64),
@@ -205,7 +195,3 @@ def _best_fit(lengths: list[int], capacity: int) -> list[int]:
             rows_with[room - length].append(row)
             rooms |= 1 << (room - length)
     return chosen
-
-
-def _within(numbers: np.ndarray, n: int) -> bool:
-    return len(numbers) == 0 or (int(np.min(numbers)) >= 0 and int(np.max(numbers)) < n)

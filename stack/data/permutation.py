@@ -72,16 +72,3 @@ def order_key(seed: int, epoch: int, source: str = "") -> int:
     """64-bit key of the order of one epoch, and of one source in a mixture."""
     named = f"/{source}" if source else ""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}{named}".encode()).digest()[:8], "big")
-
-
-def window_order(
-    indices: np.ndarray, n_windows: int, seed: int, shuffle: Shuffle | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(epoch, window) of global sample numbers; epochs follow each other without a gap."""
-    permuted = shuffle.permute if shuffle else permute
-    epochs, positions = np.divmod(indices, n_windows)
-    windows = np.empty_like(positions)
-    for epoch in set(epochs.tolist()):
-        chosen = epochs == epoch
-        windows[chosen] = permuted(positions[chosen], n_windows, order_key(seed, epoch))
-    return epochs, windows

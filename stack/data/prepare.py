@@ -80,13 +80,9 @@ class Dataset:
         """Held-out documents as text, decoded from the shards; at most `max_tokens` of each.
         Documents without tokens are skipped.
         """
-        starts = [*self.validation.document_starts.tolist(), self.validation.n_tokens]
-        for start, stop in zip(starts, starts[1:]):
-            if text := self.text(
-                self.validation,
-                start,
-                stop if max_tokens is None else min(stop, start + max_tokens),
-            ):
+        for _, start, stop in self.validation.documents():
+            cut = stop if max_tokens is None else min(stop, start + max_tokens)
+            if text := self.text(self.validation, start, cut):
                 yield text
 
     def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
@@ -145,7 +141,7 @@ def _cache_key(cfg: DataConfig, corpus_sha256: str) -> str:
     that a build reads.
     """
     sources = [
-        [n, corpus.license_of(s), *(getattr(s, k, None) for k in ("weight", "cap", "floor"))]
+        [n, s.license, *(getattr(s, k, None) for k in ("weight", "cap", "floor"))]
         for n, s in corpus.sources_of(cfg.corpus).items()
     ]
     read = cfg.model_dump(mode="json", exclude={"corpus", "packing", "on_exhausted", "verify"})

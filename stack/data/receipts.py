@@ -43,6 +43,10 @@ def _enter(receipt: dict, reason: str | None, documents: int, n_bytes: int, exam
         receipt["documents_out"] += documents
         receipt["bytes_out"] += n_bytes
         return
+    _drop(receipt, reason, documents, n_bytes, example)
+
+
+def _drop(receipt: dict, reason: str, documents: int, n_bytes: int, example: str) -> None:
     row = receipt["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": example})
     row["documents"] += documents
     row["bytes"] += n_bytes
@@ -52,9 +56,7 @@ def drop_many(receipt: dict, reason: str, sizes: np.ndarray) -> None:
     """Move kept documents with these sizes in bytes to the dropped ones."""
     if not len(sizes):
         return
-    row = receipt["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": ""})
-    row["documents"] += len(sizes)
-    row["bytes"] += int(sizes.sum())
+    _drop(receipt, reason, len(sizes), int(sizes.sum()), "")
     receipt["documents_out"] -= len(sizes)
     receipt["bytes_out"] -= int(sizes.sum())
 
@@ -66,31 +68,18 @@ def total(receipts: Iterable[dict]) -> dict:
         for key in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
             whole[key] += receipt[key]
         for reason, row in receipt["dropped"].items():
-            into = whole["dropped"].setdefault(
-                reason, {"documents": 0, "bytes": 0, "example": row["example"]}
-            )
-            into["documents"] += row["documents"]
-            into["bytes"] += row["bytes"]
+            _drop(whole, reason, row["documents"], row["bytes"], row["example"])
     return whole
 
 
 def worst(receipt: dict) -> str:
     """Text with the reason that dropped most documents; empty without drops."""
     dropped = receipt["dropped"]
-    reason = max(dropped, key=lambda r: dropped[r]["documents"], default="")
-    where = (
-        f", the first at {dropped[reason]['example']}"
-        if reason and dropped[reason]["example"]
-        else ""
-    )
-    return (
-        (
-            f"{dropped[reason]['documents']:,} of {receipt['documents_in']:,} dropped as "
-            f"{reason}{where}"
-        )
-        if reason
-        else ""
-    )
+    if not dropped:
+        return ""
+    reason, row = max(dropped.items(), key=lambda item: item[1]["documents"])
+    where = f", the first at {row['example']}" if row["example"] else ""
+    return f"{row['documents']:,} of {receipt['documents_in']:,} dropped as {reason}{where}"
 
 
 def table(sources: Iterable[dict]) -> list[dict[str, Any]]:

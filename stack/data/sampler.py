@@ -24,7 +24,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Source:
-    """One arm: its windows in the stream, and its shares of the rows (0-1)."""
+    """One source: its windows in the stream, and its shares of the rows (0-1)."""
 
     name: str
     first: int
@@ -76,11 +76,9 @@ class ShuffledSampler:
         return None
 
     def at(self, numbers: np.ndarray) -> SampleIndices:
-        numbers = numbers - self._start + self._base
-        epochs, windows = permutation.window_order(
-            numbers, self.sources[0].n_windows, self.seed, self._shuffle
-        )
-        return SampleIndices(epochs, windows, np.zeros(len(numbers), np.int64))
+        source = np.zeros(len(numbers), np.int64)
+        k = numbers - self._start + self._base
+        return SampleIndices(*locate(self.sources, source, k, self.seed, self._shuffle), source)
 
     def counts(self, after: int) -> np.ndarray:
         return np.array([after - self._start + self._base])
@@ -279,14 +277,14 @@ def locate(
     """(epoch, window of the stream) of the k-th sample of each source."""
     epochs, windows = np.empty(len(k), np.int64), np.empty(len(k), np.int64)
     for s in set(source.tolist()):
-        mine, arm = source == s, sources[s]
-        name = arm.name if len(sources) > 1 else ""
-        epochs[mine], position = np.divmod(k[mine], arm.n_windows)
+        mine, drawn = source == s, sources[s]
+        name = drawn.name if len(sources) > 1 else ""
+        epochs[mine], position = np.divmod(k[mine], drawn.n_windows)
         placed = np.empty(len(position), np.int64)
         for epoch in set(epochs[mine].tolist()):
             now = epochs[mine] == epoch
             placed[now] = shuffle.permute(
-                position[now], arm.n_windows, permutation.order_key(seed, epoch, name)
+                position[now], drawn.n_windows, permutation.order_key(seed, epoch, name)
             )
-        windows[mine] = arm.first + placed
+        windows[mine] = drawn.first + placed
     return epochs, windows

@@ -47,7 +47,6 @@ try:
     from datatrove.pipeline.base import PipelineStep
     from datatrove.pipeline.filters.base_filter import BaseFilter
     from datatrove.pipeline.writers.disk_base import DiskWriter
-    from datatrove.utils.batching import batched
 except ModuleNotFoundError as e:
     raise EnvironmentUnfit(
         f"processing a corpus in blocks needs {e.name}, which is not installed",
@@ -57,7 +56,6 @@ except ModuleNotFoundError as e:
 
 FORMAT = "stackproof/part/1"
 LANGUAGES, DROPPED = get_args(Language), "dropped_"
-COUNTS = ("tokens", "bytes", "documents", "dropped_chars")
 
 
 class ReadBlock(PipelineStep):
@@ -154,12 +152,8 @@ class TokenizeBlock(PipelineStep):
         max_tokens: int = shards.MAX_SHARD_TOKENS,
     ):
         super().__init__()
-        self.tokenizer_path, self.output, self.split, self.source = (
-            Path(tokenizer_path),
-            Path(output),
-            split,
-            source,
-        )
+        self.tokenizer_path, self.output = Path(tokenizer_path), Path(output)
+        self.split, self.source = split, source
         self.batch_size, self.max_tokens = batch_size, max_tokens
 
     def run(
@@ -175,8 +169,7 @@ class TokenizeBlock(PipelineStep):
             shutil.rmtree(abandoned, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            description = self._write(temporary, data or (), tokenizer)
-            description |= {
+            description = self._write(temporary, data or (), tokenizer) | {
                 "schema": FORMAT,
                 "rank": rank,
                 "n_tasks": world_size,
@@ -195,37 +188,25 @@ class TokenizeBlock(PipelineStep):
 
     def _write(self, folder: Path, data: Iterable[Document], tokenizer: Tokenizer) -> dict:
         """Write shards to a folder. Returns their description in the format of a manifest."""
-        counts: Counter = Counter()
-        entries = shards.write_split(
+
+        def encode(texts: list[str]) -> list[Encoding]:
+            with self.track_time("batch"):
+                encodings = tokenizer.encode_batch(texts)
+            for encoding in encodings:
+                self.stat_update("total")
+                self.stat_update("tokens", value=len(encoding.ids) + 1)
+            return encodings
+
+        return shards.write_documents(
             folder,
             self.split,
-            self._encoded(data, tokenizer, counts),
+            ((d.text, shards.document_hash(d.text)) for d in data),
             tokenizer,
+            source=self.source,
+            encode=encode,
+            at_once=self.batch_size,
             max_tokens=self.max_tokens,
         )
-        counts["tokens"] = sum(e["tokens"] for e in entries)
-        return {
-            **{name: counts[name] for name in COUNTS},
-            "shards": [e | {"source": self.source} for e in entries],
-        }
-
-    def _encoded(
-        self, data: Iterable[Document], tokenizer: Tokenizer, counts: Counter
-    ) -> Iterator[tuple[list[int], int]]:
-        """(ids, document hash) of every document. The writer appends the end-of-text id."""
-        for batch in batched(data, self.batch_size):
-            with self.track_time("batch"):
-                encodings = tokenizer.encode_batch([d.text for d in batch])
-            for document, encoding in zip(batch, encodings, strict=True):
-                self._count(encoding, tokenizer, counts)
-                yield encoding.ids, shards.document_hash(document.text)
-
-    def _count(self, encoding: Encoding, tokenizer: Tokenizer, counts: Counter) -> None:
-        counts["documents"] += 1
-        counts["bytes"] += int(tokenizer.token_bytes[encoding.ids].sum()) if encoding.ids else 0
-        counts["dropped_chars"] += encoding.dropped_chars
-        self.stat_update("total")
-        self.stat_update("tokens", value=len(encoding.ids) + 1)
 
 
 def part_folder(output: Path, split: str, rank: int) -> Path:
@@ -256,7 +237,7 @@ def collect(output: str | Path, split: str, n_tasks: int) -> dict:
         for s in p["shards"]
     ]
     return {
-        **{name: sum(p[name] for p in parts) for name in COUNTS},
+        **{name: sum(p[name] for p in parts) for name in shards.COUNTS},
         "tokenizer_sha256": known.pop(),
         "shards": rows,
     }

@@ -5,9 +5,12 @@ described by a manifest with hashes.
 import errno
 import hashlib
 import mmap
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -19,6 +22,7 @@ from stackproof.spec.errors import DataError
 
 MAX_SHARD_TOKENS = 64 * 2**20
 GRIDS_KEPT = 64
+COUNTS = ("tokens", "bytes", "documents", "dropped_chars")
 MAX_MAPPED = 32_000  # shards of a stream at a time; Linux allows a process 65,530 maps
 
 
@@ -69,23 +73,53 @@ def write_split(
     Returns the manifest's entries: path, sha256, bytes, tokens, documents.
     """
     entries: list[dict] = []
-    end = pack_ids([tokenizer.eos_id], tokenizer.vocab_size)
-    parts, starts, hashes, length = [end], [], [], 1
-    for ids, digest in documents:
-        starts.append(length)
-        hashes.append(digest)
-        parts += [pack_ids(ids, tokenizer.vocab_size), end]
-        length += len(ids) + 1
-        if length >= max_tokens:
-            entries.append(
-                _write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer)
-            )
-            parts, starts, hashes, length = [end], [], [], 1
-    if starts:
-        entries.append(
-            _write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer)
-        )
+    end, rest = pack_ids([tokenizer.eos_id], tokenizer.vocab_size), iter(documents)
+    for document in rest:
+        parts, starts, hashes, length = [end], [], [], 1
+        for ids, digest in chain([document], rest):
+            starts.append(length)
+            hashes.append(digest)
+            parts += [pack_ids(ids, tokenizer.vocab_size), end]
+            length += len(ids) + 1
+            if length >= max_tokens:
+                break
+        number = first_number + len(entries)
+        entries.append(_write(folder, split, number, parts, starts, hashes, tokenizer))
     return entries
+
+
+def write_documents(
+    folder: Path,
+    split: str,
+    documents: Iterable[tuple[str, int]],
+    tokenizer,
+    *,
+    source: str,
+    encode: Callable[[list[str]], list[Any]],
+    at_once: int,
+    **options: int,
+) -> dict[str, Any]:
+    """Encode (text, document hash) pairs, `at_once` at a time, and write them as shards of a
+    source. `options` are those of `write_split`.
+
+    Returns the entry of a split in a manifest: tokens, bytes of text, documents, characters outside
+    the vocabulary, and shards.
+    """
+    counts = Counter(dict.fromkeys(COUNTS, 0))
+
+    def encoded() -> Iterator[tuple[np.ndarray, int]]:
+        rest = iter(documents)
+        while batch := list(islice(rest, at_once)):
+            for encoding, (_, digest) in zip(encode([text for text, _ in batch]), batch):
+                ids = np.asarray(encoding.ids, np.int64)
+                counts["documents"] += 1
+                counts["bytes"] += int(tokenizer.token_bytes[ids].sum(dtype=np.int64))
+                counts["dropped_chars"] += encoding.dropped_chars
+                yield ids, digest
+
+    entries = write_split(folder, split, encoded(), tokenizer, **options)
+    counts["tokens"] = sum(e["tokens"] for e in entries)
+    return {**counts, "shards": [e | {"source": source} for e in entries]}
 
 
 def _write(
@@ -177,17 +211,12 @@ def map_shard(path: Path, name: str) -> np.ndarray:
     """
     try:
         return tensorfile.memmap(path, name)
-    except OSError as e:
-        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+    except (OSError, tensorfile.BadTensorFile) as e:
+        if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise DataError(
                 f"shard {path} cannot be opened: {e}",
                 next_step="raise ulimit -n or vm.max_map_count; the data are sound",
             ) from e
-        raise DataError(
-            f"shard {path} cannot be read: {e}",
-            next_step=f"delete {path.parent} and run again to rebuild it",
-        ) from e
-    except tensorfile.BadTensorFile as e:
         raise DataError(
             f"shard {path} cannot be read: {e}",
             next_step=f"delete {path.parent} and run again to rebuild it",
@@ -210,7 +239,7 @@ class TokenStream:
         self.shard_sources = [s["source"] for s in split["shards"]]
         self._tokens = MappedShards(self.paths, split["shards"], vocab_size)
         self._starts = np.concatenate([[0], np.cumsum(self._tokens.lengths)])
-        self._cuts: dict[int, np.ndarray] = {}
+        self._window_ends = cache(self._count_windows)
         self._grid = lru_cache(min(GRIDS_KEPT, mappable()))(self._make_grid)
 
     _map = staticmethod(map_shard)
@@ -229,6 +258,12 @@ class TokenStream:
         """Position of every document's first token in its shard, int64, per shard."""
         return [np.asarray(self._map(p, "document_starts")) for p in self.paths]
 
+    def documents(self) -> Iterator[tuple[str, int, int]]:
+        """(source, start, stop) of every document in the split, in order."""
+        counts = [len(starts) for starts in self.shard_document_starts()]
+        bounds = [*self.document_starts.tolist(), self.n_tokens]
+        yield from zip(np.repeat(self.shard_sources, counts).tolist(), bounds, bounds[1:])
+
     @property
     def document_starts(self) -> np.ndarray:
         """Position of every document's first token in the split, int64 (n_documents,)."""
@@ -246,11 +281,9 @@ class TokenStream:
         """
         return int(self._window_ends(seq_len)[-1]) if self.paths else 0
 
-    def _window_ends(self, seq_len: int) -> np.ndarray:
+    def _count_windows(self, seq_len: int) -> np.ndarray:
         """Windows up to the end of every shard, int64 (n_shards,)."""
-        if seq_len not in self._cuts:
-            self._cuts[seq_len] = np.cumsum((self._tokens.lengths - 1) // seq_len)
-        return self._cuts[seq_len]
+        return np.cumsum(self.shard_windows(seq_len), dtype=np.int64)
 
     def _make_grid(self, shard: int, seq_len: int) -> np.ndarray:
         """A shard as a view (n_windows, seq_len + 1); consecutive windows share a token."""
@@ -279,7 +312,7 @@ class TokenStream:
         return self.windows(np.array([number]), seq_len)[0]
 
     @require(
-        lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)),
+        lambda self, numbers, seq_len: within(numbers, self.n_windows(seq_len)),
         "window numbers are 0 … n_windows-1",
     )
     def windows(self, numbers: np.ndarray, seq_len: int) -> np.ndarray:
@@ -319,6 +352,6 @@ class TokenStream:
         return self._checked(np.concatenate(pieces)) if pieces else np.zeros(0, np.int64)
 
 
-def _within(numbers: np.ndarray, n: int) -> bool:
+def within(numbers: np.ndarray, n: int) -> bool:
     """Whether all numbers are in 0 … n-1."""
     return len(numbers) == 0 or (int(np.min(numbers)) >= 0 and int(np.max(numbers)) < n)

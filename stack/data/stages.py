@@ -18,7 +18,6 @@ from stackproof.config import ExactDedup, HashSplit, NearDedup, TailSplit
 from stackproof.data import corpus, dedup, filters, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import Part, TextSource
-from stackproof.data.tokenizer import Tokenizer
 from stackproof.spec.canonical import canonical_json, parse_strict
 
 SPLITS = ("train", "validation")
@@ -41,27 +40,27 @@ class FilterJob:
     work: Path
 
 
+@dataclass
+class Chunk:
+    """Filtered documents of one source in a file of the work folder; `part` is the number of their
+    part.
+    """
+
+    source: str
+    part: int
+    path: Path
+    keep: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+
 @dataclass(frozen=True)
 class EncodeJob:
     """Job: encode one chunk into shards."""
 
     number: int
-    source: str
-    chunk: Path
-    keep: np.ndarray
+    chunk: Chunk
     split: HashSplit | TailSplit
-    tokenizer: Path
     work: Path
     folder: Path
-
-
-@dataclass
-class Chunk:
-    """Filtered documents of one source in a file of the work folder."""
-
-    source: str
-    path: Path
-    keep: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
 def write_json(path: Path, document: dict) -> None:
@@ -71,42 +70,53 @@ def write_json(path: Path, document: dict) -> None:
     os.replace(temporary, path)
 
 
+def part_folder(job: FilterJob) -> Path:
+    """The finished part of a job: its chunks and its receipt."""
+    return job.work / f"part-{job.number:05d}"
+
+
 def filter_part(job: FilterJob) -> dict:
     """Read one part, keep the documents that pass every filter, and write them as chunks. Returns
     the receipt. A finished part is not read again.
     """
-    final = job.work / f"part-{job.number:05d}"
+    final = part_folder(job)
     if (final / "receipt.json").is_file():
         return parse_strict((final / "receipt.json").read_bytes(), origin=str(final))
-    temporary = job.work / f".part-{job.number:05d}-{os.getpid()}"
+    temporary = final.with_name(f".{final.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    receipt, texts, size, n_chunks = receipts.empty(), [], 0, 0
-    plugins = filters.load_plugins(job.plugins)
+    receipt = receipts.empty() | {"chunks": 0}
+    languages, plugins = job.cfg.languages, filters.load_plugins(job.plugins)
     grams = tensorfile.memmap(job.grams, "grams") if job.grams else None
-    for item in corpus.read_part(job.cfg, job.part):
-        if (
-            text := receipts.judge(receipt, item, corpus.languages_of(job.cfg), plugins, grams)
-        ) is None:
-            continue
-        texts.append(text)
-        size += len(text)
-        if size >= CHUNK_BYTES:
-            _write_chunk(temporary / f"chunk-{n_chunks:04d}.safetensors", texts, job.dedup)
-            texts, size, n_chunks = [], 0, n_chunks + 1
-    if texts:
-        _write_chunk(temporary / f"chunk-{n_chunks:04d}.safetensors", texts, job.dedup)
-        n_chunks += 1
-    receipt["chunks"] = n_chunks
+    judged = (
+        receipts.judge(receipt, item, languages, plugins, grams)
+        for item in corpus.read_part(job.cfg, job.part)
+    )
+    for texts in _chunks(text for text in judged if text is not None):
+        path = temporary / f"chunk-{receipt['chunks']:04d}.safetensors"
+        _write_chunk(path, texts, job.dedup)
+        receipt["chunks"] += 1
     write_json(temporary / "receipt.json", receipt)
-    if (
-        final / "receipt.json"
-    ).is_file():  # another process finished it first, with the same result
+    # another process finished it first, with the same result
+    if (final / "receipt.json").is_file():
         shutil.rmtree(temporary)
         return receipt
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     return receipt
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of consecutive texts, each of CHUNK_BYTES or the first size above it."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> None:
@@ -118,11 +128,11 @@ def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> N
     }
     match how:
         case NearDedup():
-            pieces = [
-                texts[i : i + SHINGLES_AT_ONCE] for i in range(0, len(texts), SHINGLES_AT_ONCE)
-            ]
             arrays["signatures"] = np.concatenate(
-                [dedup.signatures(p, how.shingle_words) for p in pieces]
+                [
+                    dedup.signatures(texts[i : i + SHINGLES_AT_ONCE], how.shingle_words)
+                    for i in range(0, len(texts), SHINGLES_AT_ONCE)
+                ]
             )
         case ExactDedup():
             pass
@@ -192,40 +202,23 @@ def encode_chunk(job: EncodeJob) -> dict:
     done = job.work / f"encoded-{job.number:05d}.json"
     if done.is_file():
         return parse_strict(done.read_bytes(), origin=str(done))
-    tokenizer = tokenizers.load_tokenizer(job.tokenizer)
-    texts: dict[str, list[str]] = {s: [] for s in SPLITS}
-    hashes: dict[str, list[int]] = {s: [] for s in SPLITS}
-    for split, text, digest in chunk_sides(job.split, Chunk(job.source, job.chunk, job.keep)):
-        texts[split].append(text)
-        hashes[split].append(digest)
+    tokenizer = tokenizers.load_tokenizer(job.work / "tokenizer.json")
+    documents: dict[str, list[tuple[str, int]]] = {s: [] for s in SPLITS}
+    for split, text, digest in chunk_sides(job.split, job.chunk):
+        documents[split].append((text, digest))
     result = {
-        split: _encode_split(job, split, texts[split], hashes[split], tokenizer) for split in SPLITS
+        split: shards.write_documents(
+            job.folder,
+            split,
+            documents[split],
+            tokenizer,
+            source=job.chunk.source,
+            encode=tokenizer.encode_batch,
+            at_once=ENCODED_AT_ONCE,
+            first_number=job.number,
+            max_tokens=2**62,
+        )
+        for split in SPLITS
     }
     write_json(done, result)
     return result
-
-
-def _encode_split(
-    job: EncodeJob, split: str, texts: list[str], hashes: list[int], tokenizer: Tokenizer
-) -> dict:
-    counts = {"documents": len(texts), "bytes": 0, "dropped_chars": 0}
-    sizes = tokenizer.token_bytes
-
-    def encoded() -> Iterator[tuple[np.ndarray, int]]:
-        for start in range(0, len(texts), ENCODED_AT_ONCE):
-            for encoding, digest in zip(
-                tokenizer.encode_batch(texts[start : start + ENCODED_AT_ONCE]), hashes[start:]
-            ):
-                ids = np.asarray(encoding.ids, np.int64)
-                counts["bytes"] += int(sizes[ids].sum(dtype=np.int64))
-                counts["dropped_chars"] += encoding.dropped_chars
-                yield ids, digest
-
-    entries = shards.write_split(
-        job.folder, split, encoded(), tokenizer, first_number=job.number, max_tokens=2**62
-    )
-    return {
-        **counts,
-        "tokens": sum(e["tokens"] for e in entries),
-        "shards": [{**e, "source": job.source} for e in entries],
-    }

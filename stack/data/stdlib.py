@@ -17,7 +17,7 @@ SKIPPED_FOLDERS = frozenset(
 )
 PANGRAM = "the quick brown fox jumps over the lazy dog. "
 # Types that a C module defines. Other values in it (open files, module state, imports) differ
-# between # processes.
+# between processes.
 C_DEFINED = (
     type,
     types.BuiltinFunctionType,
@@ -29,8 +29,8 @@ C_DEFINED = (
     staticmethod,
 )
 # Attributes of `sys` that programs replace. The first two are skipped; for the others the original
-# is # read (`sys.__displayhook__`), so that a corpus is the same under Typer, pytest, a debugger
-# and a bare # interpreter.
+# is read (`sys.__displayhook__`), so that a corpus is the same under Typer, pytest, a debugger and
+# a bare interpreter.
 LEFT_OUT = frozenset(("sys.excepthook", "sys.last_type"))
 HOOKS = frozenset(("sys.displayhook", "sys.unraisablehook", "sys.breakpointhook"))
 

@@ -127,8 +127,8 @@ class Qwen2(Llama):
         "use_sliding_window": False,
         "sliding_window": 4096,
         "max_window_layers": 28,
+        "layer_types": None,
     }
-    defaults = defaults | {"layer_types": None}
     fixed = {"hidden_act": ("silu", "swish")}
 
     def attention(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -175,8 +175,13 @@ class Mixtral(Mistral):
     """Mistral with SwiGLU experts, weights renormalised over the chosen ones."""
 
     model_type, architecture = "mixtral", "MixtralForCausalLM"
-    defaults = Mistral.defaults | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-    defaults = defaults | {"num_experts_per_tok": 2, "num_local_experts": 8}
+    defaults = Mistral.defaults | {
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+    }
     absent = Mistral.absent | {"router_jitter_noise": (0.0,)}
     running: ClassVar[dict[str, str]] = {"layers.{}.ffn.router": "model.layers.{}.mlp.gate"}
 

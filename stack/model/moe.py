@@ -113,11 +113,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Same shape and dtype as `x_BTD`; adds its load to `context`."""
         inside_BT = None if context is None else context.inside_BT
-        inside_BT = (
-            torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-            if inside_BT is None
-            else inside_BT
-        )
+        if inside_BT is None:
+            inside_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
         row_R = inside_BT.nonzero()[:, 0]
         x_RD = x_BTD[inside_BT]
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), self.top_k, self.selection_bias)

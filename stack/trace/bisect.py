@@ -11,8 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from stackproof.trace.compare import (
 )
 from stackproof.trace.hooks import replaced
 from stackproof.trace.model_variant import ModelVariant
-from stackproof.trace.points import Point, select, sites
+from stackproof.trace.points import Point, sites
 
 Check = Callable[[Tensor], bool]
 # tolerance of logits, times ε·√(width·layers); two correct computations of 2
@@ -85,13 +84,12 @@ class _Bench:
         input_ids: Tensor,
         names: Sequence[str],
         check: Check | None,
-        folder: Path,
+        file: BinaryIO,
     ):
         self.good, self.bad, self.input_ids = good, bad, input_ids
         self.spills = {}
         for key, one in (("good", good), ("bad", bad)):
-            (folder / key).mkdir()
-            self.spills[key] = Spill(folder / key)
+            self.spills[key] = Spill(file)
             record(one, list(names), input_ids, self.spills[key])
         self.right = self.spills["good"].read("logits")
         layers = len({n.split(".")[1] for n in names if n.startswith("layers.")}) or 1
@@ -100,11 +98,11 @@ class _Bench:
         self.check = check or (
             lambda logits: difference(logits, self.right).rel_err <= self.tolerance
         )
-        seen = {
-            s.point.name: s.point for s in select(sites(bad.model, bad.where), names, bad.where)
-        }
-        there = [n for n in names if all(n in s.places for s in self.spills.values())]
-        self.points = [seen[n] for n in there if seen[n].flows]
+        self.points = [
+            s.point
+            for s in sites(bad.model, bad.where, names)
+            if s.point.flows and all(s.point.name in x.places for x in self.spills.values())
+        ]
         self.found = Bisection(runs=2, tolerance=self.tolerance)
 
     def passes(self, host: ModelVariant, values: str, cut: int) -> tuple[bool, float]:
@@ -141,14 +139,12 @@ def bisect(
     modules.
     """
     common, _, _ = common_points(good, bad, names)
-    with tempfile.TemporaryDirectory(prefix="stackproof-bisect-") as folder:
-        bench = _Bench(good, bad, input_ids, common, check, Path(folder))
+    with tempfile.TemporaryFile() as file:
+        bench = _Bench(good, bad, input_ids, common, check, file)
         found = bench.found
-        distance = difference(bench.spills["bad"].read("logits"), bench.right).rel_err
-        good_passes, bad_passes = (
-            bench.check(bench.right),
-            bench.check(bench.spills["bad"].read("logits")),
-        )
+        wrong = bench.spills["bad"].read("logits")
+        distance = difference(wrong, bench.right).rel_err
+        good_passes, bad_passes = bench.check(bench.right), bench.check(wrong)
         found.say("the good side passes the check", good_passes)
         found.say("the bad side fails the check", not bad_passes, rel_err=distance)
         if not good_passes or bad_passes:
@@ -195,13 +191,19 @@ def _last(bench: _Bench) -> int:
     """Index of the last guilty point: good values up to it cure,
     good values up to the one before do not.
     """
-    low, high = -1, len(bench.points) - 1
+    return _lowest(bench, bench.bad, "good", len(bench.points) - 1, "something after {} is wrong")
+
+
+def _lowest(bench: _Bench, host: ModelVariant, values: str, high: int, hypothesis: str) -> int:
+    """The lowest cut, by bisection, at which the values of the other variant cure the bad host, or
+    break the good one; `high` is known to do so.
+    """
+    low = -1
     while high - low > 1:
         cut = (low + high) // 2
-        cured, distance = bench.passes(bench.bad, "good", cut)
-        name = bench.points[cut].name
-        bench.found.say(f"something after {name} is wrong", not cured, rel_err=distance)
-        low, high = (low, cut) if cured else (cut, high)
+        passes, distance = bench.passes(host, values, cut)
+        bench.found.say(hypothesis.format(bench.points[cut].name), not passes, rel_err=distance)
+        low, high = (low, cut) if passes == (host is bench.bad) else (cut, high)
     return high
 
 
@@ -212,17 +214,9 @@ def _first(bench: _Bench, last: int) -> int:
     name = bench.points[last].name
     well, distance = bench.passes(bench.good, "bad", last - 1)
     bench.found.say(f"something before {name} is wrong as well", not well, rel_err=distance)
-    low, high = -1, last - 1
     if well:
         return last
-    while high - low > 1:
-        cut = (low + high) // 2
-        well, distance = bench.passes(bench.good, "bad", cut)
-        bench.found.say(
-            f"something up to {bench.points[cut].name} is wrong", not well, rel_err=distance
-        )
-        low, high = (cut, high) if well else (low, cut)
-    return high
+    return _lowest(bench, bench.good, "bad", last - 1, "something up to {} is wrong")
 
 
 # ---- several guilty operations: exchange modules

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -127,14 +126,10 @@ def _frames() -> tuple[tuple[tuple[Any, int], ...], bool]:
             below = bool(found)
             if below:
                 break
-        elif not _hidden(frame):
+        elif not frame.f_code.co_filename.startswith(HIDDEN):
             found.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
     return tuple(found), below
-
-
-def _hidden(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(HIDDEN)
 
 
 @contextmanager

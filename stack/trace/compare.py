@@ -7,11 +7,12 @@ the operation before the point. One tensor of each variant is in memory at a tim
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -83,22 +84,17 @@ class Comparison:
 
 @dataclass
 class Spill:
-    """Tensors of one run in a file, read back one at a time."""
+    """Tensors of one run in an open temporary file, read back one at a time."""
 
-    folder: Path
+    file: BinaryIO
     places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.path = self.folder / "tensors"
-        self.path.touch()
 
     def write(self, name: str, x: Tensor) -> None:
         """Append a tensor; of a point that runs twice the later one is kept."""
         x = x.detach().cpu().contiguous()
-        self.places[name] = self.path.stat().st_size, tuple(x.shape), x.dtype
+        self.places[name] = self.file.seek(0, os.SEEK_END), tuple(x.shape), x.dtype
         if x.numel():
-            with open(self.path, "ab") as f:
-                f.write(memoryview(x.view(-1).view(torch.uint8).numpy()))
+            self.file.write(memoryview(x.view(-1).view(torch.uint8).numpy()))
 
     def read(self, name: str) -> Tensor:
         """A new tensor on the CPU."""
@@ -106,9 +102,8 @@ class Spill:
         n_bytes = math.prod(shape) * dtype.itemsize
         if not n_bytes:
             return torch.empty(shape, dtype=dtype)
-        with open(self.path, "rb") as f:
-            f.seek(at)
-            raw = bytearray(f.read(n_bytes))
+        self.file.seek(at)
+        raw = bytearray(self.file.read(n_bytes))
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
 
 
@@ -139,10 +134,10 @@ def compare(
     other variant, except for experts, which choose their tokens; UsageError if no point is common.
     """
     common, only_a, only_b = common_points(a, b, names)
-    points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
+    points = [x.point for x in sites(b.model, b.where, common)]
     epsilon, width = coarsest(a, b), widest(a, b)
-    with tempfile.TemporaryDirectory(prefix="stackproof-compare-") as folder:
-        spill = Spill(Path(folder))
+    with tempfile.TemporaryFile() as file:
+        spill = Spill(file)
         record(a, common, input_ids, spill)
         free = _seen(b, common, input_ids, spill, forced=False)
         added = _seen(b, common, input_ids, spill, forced=True)
@@ -229,13 +224,9 @@ def common_points(
     wanted = [names] if isinstance(names, str) else None if names is None else list(names)
     have = []
     for s in (a, b):
-        found = sites(s.model, s.where, None)
-        found = (
-            found if s.names is None else [x for x in found if x in select(found, s.names, s.where)]
-        )
-        have.append(
-            [x.point.name for x in (found if wanted is None else select(found, wanted, s.where))]
-        )
+        found = sites(s.model, s.where, s.names)
+        chosen = found if wanted is None else select(found, wanted, s.where)
+        have.append([x.point.name for x in chosen])
     in_a, in_b = set(have[0]), set(have[1])
     common = [n for n in have[1] if n in in_a]
     if not common:

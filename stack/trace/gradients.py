@@ -12,7 +12,6 @@ import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from stackproof.trace.compare import (
 )
 from stackproof.trace.hooks import Handler
 from stackproof.trace.model_variant import ModelVariant
-from stackproof.trace.points import Point, read_by, select, sites
+from stackproof.trace.points import Point, read_by, sites
 from stackproof.trace.trace import backward_of
 from stackproof.trace.weights import point_of
 
@@ -95,9 +94,9 @@ def compare_gradients(
         )
     common, _, _ = common_points(a, b, names)
     every = [s.point for s in sites(b.model, b.where)]
-    looked_at = [s.point for s in select(sites(b.model, b.where), common, b.where)]
-    with tempfile.TemporaryDirectory(prefix="stackproof-gradients-") as folder:
-        right = _Right(Spill(Path(folder)))
+    looked_at = [s.point for s in sites(b.model, b.where, common)]
+    with tempfile.TemporaryFile() as file:
+        right = _Right(Spill(file))
         right.keep(a, common, input_ids)
         free = right.against(b, common, input_ids, forced=False)
         forced = right.against(b, common, input_ids, forced=True)

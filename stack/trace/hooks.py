@@ -19,7 +19,6 @@ from stackproof.trace import scores
 from stackproof.trace.maps import map_of
 from stackproof.trace.points import (
     Attention,
-    Function,
     Input,
     Layout,
     NameMap,
@@ -347,12 +346,14 @@ def _wrap(
     def hooked(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
         if not running:
             return original(q, k, v, *rest, **options)
-        found = by_layer[running[-1]]
-        q, k = _replaced(found, view, where.function, q, k)
-        _figures(found, view, where.function, pool, q, k, rest, options)
-        mixed = original(q, k, v, *rest, **options)
-        new = _show_inside(found, "mixed", view, mixed, where.function.n_heads)
-        return mixed if new is None else new
+        found, n_heads = by_layer[running[-1]], where.function.n_heads
+        q = _show_inside(found, "q", view, q, n_heads)
+        k = _show_inside(found, "k", view, k, where.function.n_kv_heads)
+        if {"scores", "entropy"} & found.keys():
+            n = n_heads or q.shape[1]
+            q_BNTH = q if q.shape[1] >= n else q.reshape(q.shape[0], n, -1, q.shape[-1])
+            _figures(found, view, pool, scores.call_of(name, q_BNTH, k, rest, options))
+        return _show_inside(found, "mixed", view, original(q, k, v, *rest, **options), n_heads)
 
     undo.enter_context(replaced(module, name, hooked))
 
@@ -362,26 +363,17 @@ def _left(running: list[int]) -> None:
         running.pop()
 
 
-def _replaced(
-    found: dict[str, Site], view: _Viewer, function: Function, q: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys after the handler."""
-    new_q = _show_inside(found, "q", view, q, function.n_heads)
-    new_k = _show_inside(found, "k", view, k, function.n_kv_heads)
-    return (q if new_q is None else new_q), (k if new_k is None else new_k)
-
-
 def _show_inside(
     found: dict[str, Site], which: str, view: _Viewer, raw: Tensor, n_heads: int | None
-) -> Tensor | None:
-    """Show queries, keys or mixed values with `n_heads` heads,
-    whatever layout the kernel is called with.
+) -> Tensor:
+    """Show queries, keys or mixed values with `n_heads` heads, whatever layout the kernel is called
+    with; returns them, replaced if the handler did.
 
     Keys already repeated for each query head are shown once, and a replacement is repeated again.
     For a single token transformers lays the heads of a group along the tokens: undone as well.
     """
     if which not in found:
-        return None
+        return raw
     site, have = found[which], raw.shape[1]
     layout, n = site.place.layout, n_heads or have
     form = _Form(layout)
@@ -402,25 +394,12 @@ def _show_inside(
             lambda x: x.reshape(x.shape[0], n, -1, x.shape[-1]),
             back=lambda new, x: new.reshape(x.shape),
         )
-    return view.show(site.point, raw, form)
+    new = view.show(site.point, raw, form)
+    return raw if new is None else new
 
 
-def _figures(
-    found: dict[str, Site],
-    view: _Viewer,
-    function: Function,
-    pool: BufferPool,
-    q: Tensor,
-    k: Tensor,
-    rest: tuple,
-    options: dict,
-) -> None:
-    """Show statistics of the scores of this call, computed from its actual arguments."""
-    if not {"scores", "entropy"} & found.keys():
-        return
-    n_heads = function.n_heads or q.shape[1]
-    q = q if q.shape[1] >= n_heads else q.reshape(q.shape[0], n_heads, -1, q.shape[-1])
-    call = scores.call_of(function.name, q, k, rest, options)
+def _figures(found: dict[str, Site], view: _Viewer, pool: BufferPool, call: scores.Call) -> None:
+    """Show statistics of the scores of a call of attention."""
     with torch.no_grad():
         top_BTN, entropy_BTN = scores.figures(call, pool)
     for which, figure in (("scores", top_BTN), ("entropy", entropy_BTN)):

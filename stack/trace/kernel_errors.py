@@ -93,17 +93,14 @@ def seen_of(call: Call, later: int = 0) -> Tensor:
     own_T1 = torch.arange(T, device=index_S.device)[:, None] + (
         call.offset if call.causal else S - T
     )
-    seen = index_S <= own_T1
-    if call.mask is not None:
-        hidden = (
-            max(HIDDEN / 2, torch.finfo(call.mask.dtype).min / 2)
-            if call.mask.is_floating_point()
-            else None
-        )
-        seen = call.mask if hidden is None else call.mask > hidden
-    elif not call.causal:
-        seen = torch.ones_like(seen)
-    return seen | ((index_S > own_T1) & (index_S <= own_T1 + later))
+    earlier = index_S <= own_T1
+    if call.mask is None:
+        seen = earlier if call.causal else torch.ones_like(earlier)
+    elif call.mask.is_floating_point():
+        seen = call.mask > max(HIDDEN / 2, torch.finfo(call.mask.dtype).min / 2)
+    else:
+        seen = call.mask
+    return seen | (~earlier & (index_S <= own_T1 + later))
 
 
 def _causal(kept: Kept) -> Tensor:

@@ -84,27 +84,19 @@ def targets(
 
 def _expanded(model: nn.Module, text: str, n_tokens: int, where: Names) -> list[Target]:
     pattern, _, position = text.partition("@")
-    known = [s.point for s in sites(model, map_of(model, where))]
-    blocks = sorted({p.layer for p in known if p.layer is not None})
-    whole = (
-        [i for i in blocks if fnmatch.fnmatchcase(f"layers.{i}", pattern)]
-        if re.fullmatch(r"layers\.[^.]+", pattern)
-        else []
-    )
-    if whole:
-        groups = {
-            f"layers.{i}": tuple(p.name for p in known if p.layer == i and p.slot in BRANCHES)
-            for i in whole
-        }
+    names = map_of(model, where)
+    known = [s.point for s in sites(model, names)]
+    whole = bool(re.fullmatch(r"layers\.[^.]+", pattern))
+    blocks = sorted({p.layer for p in known if whole and p.layer is not None})
+    groups = {
+        f"layers.{i}": tuple(p.name for p in known if p.layer == i and p.slot in BRANCHES)
+        for i in blocks
+        if fnmatch.fnmatchcase(f"layers.{i}", pattern)
+    } or {s.point.name: (s.point.name,) for s in sites(model, names, [pattern])}
+    if position == "*":
+        places = [(f"@{i}", (i, i + 1)) for i in range(n_tokens)]
     else:
-        groups = {
-            s.point.name: (s.point.name,) for s in sites(model, map_of(model, where), [pattern])
-        }
-    places = (
-        [(f"@{i}", (i, i + 1)) for i in range(n_tokens)]
-        if position == "*"
-        else [_positions(text, position)]
-    )
+        places = [_positions(text, position)]
     made = [
         Target(name + suffix, points, at)
         for name, points in groups.items()
@@ -211,23 +203,12 @@ def ablate(
     """The effect of replacing each target by zeros, or by its mean over `source_ids_BT` (default:
     over the text itself).
     """
-    n, clean = input_ids_BT.shape[1], run(model, input_ids_BT)
-    means = (
-        means_of(
-            values_of(
-                model, input_ids_BT if source_ids_BT is None else source_ids_BT, chosen, where
-            )[0]
-        )
-        if by == "mean"
-        else {}
-    )
-    found = []
-    for target in chosen:
-        with edited(
-            model, target, averaged(target, n, means) if by == "mean" else zeroed(target, n), where
-        ):
-            found.append(_effect(target, input_ids_BT, clean, run(model, input_ids_BT)))
-    return found
+    n, means = input_ids_BT.shape[1], {}
+    if by == "mean":
+        texts_BT = input_ids_BT if source_ids_BT is None else source_ids_BT
+        means = means_of(values_of(model, texts_BT, chosen, where)[0])
+    edits = [averaged(t, n, means) if by == "mean" else zeroed(t, n) for t in chosen]
+    return _effects(model, input_ids_BT, chosen, edits, where)
 
 
 @torch.no_grad()
@@ -245,10 +226,24 @@ def patch(
     """
     n, n_source = input_ids_BT.shape[1], source_ids_BT.shape[1]
     held, source = values_of(model, source_ids_BT, chosen, where)
-    clean, found = run(model, input_ids_BT), []
-    for target in chosen:
-        with edited(model, target, patched(target, n, held, n_source), where):
-            found.append(_effect(target, input_ids_BT, clean, run(model, input_ids_BT), source))
+    edits = [patched(t, n, held, n_source) for t in chosen]
+    return _effects(model, input_ids_BT, chosen, edits, where, source)
+
+
+def _effects(
+    model: nn.Module,
+    input_ids_BT: Tensor,
+    chosen: Sequence[Target],
+    edits: Sequence[Edit],
+    where: Names,
+    source_BTV: Tensor | None = None,
+) -> list[Effect]:
+    """The effect of each edit at its target."""
+    clean_BTV, found = run(model, input_ids_BT), []
+    for target, edit in zip(chosen, edits):
+        with edited(model, target, edit, where):
+            after_BTV = run(model, input_ids_BT)
+        found.append(_effect(target, input_ids_BT, clean_BTV, after_BTV, source_BTV))
     return found
 
 

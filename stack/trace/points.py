@@ -241,21 +241,18 @@ def sites(model: nn.Module, where: NameMap, names: Iterable[str] | None = None) 
     with the nearest ones.
     """
     modules = [name for name, _ in model.named_modules()]
-    found = []
-    for index, (pattern, place) in enumerate(where.places.items()):
-        for numbers, path in _matches(place, where, modules):
-            found.append(
-                (_key(pattern, index, numbers, list(where.places)), pattern, numbers, place, path)
-            )
-    found.sort(key=lambda entry: entry[0])
+    patterns = list(where.places)
+    found = [
+        (_key(pattern, index, numbers, patterns), pattern, numbers, place, path)
+        for index, (pattern, place) in enumerate(where.places.items())
+        for numbers, path in _matches(place, where, modules)
+    ]
     made = []
-    for order, (_, pattern, numbers, place, path) in enumerate(found):
-        layer = numbers[0] if numbers else None
-        slot = (
-            re.sub(r"^[^{}]*\{\}\.", "", pattern, count=1).format(*numbers[1:])
-            if numbers
-            else pattern
-        )
+    for order, (_, pattern, numbers, place, path) in enumerate(sorted(found, key=lambda f: f[0])):
+        layer, slot = None, pattern
+        if numbers:
+            layer = numbers[0]
+            slot = re.sub(r"^[^{}]*\{\}\.", "", pattern, count=1).format(*numbers[1:])
         derived = isinstance(place, Silu) or (
             isinstance(place, Attention) and place.which in ("scores", "entropy")
         )

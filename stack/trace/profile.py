@@ -90,13 +90,10 @@ def of_spreads(
     """Profile from standard deviations by (layer, slot) in execution order;
     `stats` identify massive activations.
     """
-    rows = _marked(
-        [_row(layer, slot, std, (stats or {}).get((layer, slot)), stats) for layer, slot in std],
-        stats or {},
-    )
-    found = next((r for r in rows if r.anomalous and not r.massive), None) or next(
-        (r for r in rows if r.anomalous), None
-    )
+    known = stats or {}
+    rows = _marked([_row(layer, slot, std, known) for layer, slot in std], known)
+    anomalous = [r for r in rows if r.anomalous]
+    found = next((r for r in anomalous if not r.massive), anomalous[0] if anomalous else None)
     if found is not None:
         at = rows.index(found)
         rows = [
@@ -136,21 +133,16 @@ def _row(
     layer: int,
     slot: str,
     std: Mapping[tuple[int, str], float],
-    stat: Stat | None,
-    stats: Mapping | None,
+    stats: Mapping[tuple[int, str], Stat],
 ) -> Row:
     value, previous = std[layer, slot], std.get((layer - 1, slot))
+    stat, before = stats.get((layer, slot)), stats.get((layer - 1, slot))
     over_layers = [s for (_, other), s in std.items() if other == slot]
-    comparable = (
-        stats is None
-        or (layer - 1, slot) not in stats
-        or stat.support.differs(stats[layer - 1, slot].support) is None
-    )
+    comparable = before is None or stat.support.differs(before.support) is None
     ratio = value / previous if previous and comparable else None
     z = robust_z(value, over_layers)
-    if (
-        ratio is None and previous is None and z is not None
-    ):  # in the first layer only a large value is anomalous: the stream grows with depth
+    # in the first layer only a large value is anomalous: the stream grows with depth
+    if previous is None and z is not None:
         out = value / median(over_layers) >= RATIO and z >= ROBUST_Z
     else:
         out = (
@@ -224,12 +216,10 @@ def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
     if found is None:
         return "no layer is anomalous compared with the layer before it and with all layers"
     text = f"{found.point} is the first anomaly: std {found.std:.4g}"
-    text += (
-        f", {found.ratio_to_previous:.3g} times the layer before"
-        if found.ratio_to_previous is not None
-        else ""
-    )
-    text += f", robust z {found.robust_z:.2f}" if found.robust_z is not None else ""
+    if found.ratio_to_previous is not None:
+        text += f", {found.ratio_to_previous:.3g} times the layer before"
+    if found.robust_z is not None:
+        text += f", robust z {found.robust_z:.2f}"
     if found.massive:
         return (
             f"{text}; one token and one channel hold the energy: a massive activation, as trained "
@@ -244,19 +234,13 @@ def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
     ):
         text += (
             f"; gate and up are in line, their product is not: gain {gain.gain:.3g}, "
-            f"{gain.ratio_to_previous:.3g} times the layer before"
+            f"{gain.ratio_to_previous:.3g} times the layer before. Factors that are large in the "
+            "same token and channel do that; a misaligned product, which pairs values that do not "
+            "belong together, does not raise the gain"
         )
-        text += (
-            ". Factors that are large in the same token and channel do that; a misaligned "
-            "product, which pairs values that do not"
-        )
-        text += " belong together, does not raise the gain"
-        text += (
-            ""
-            if has_stats
-            else (
+        if not has_stats:
+            text += (
                 ". Whether one token holds the energy was not recorded: a massive activation is "
                 "likely, and not shown"
             )
-        )
     return text

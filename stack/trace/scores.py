@@ -39,19 +39,12 @@ def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any
     """
     offset = 0  # torch aligns its causal mask at the first key
     if name == "attention":
-        mask, window, start_BS = (
-            options.get("mask_B1TS"),
-            options.get("window"),
-            options.get("start_BS"),
-        )
+        mask, window, start_BS = (options.get(k) for k in ("mask_B1TS", "window", "start_BS"))
         T, S = q.shape[2], k.shape[2]
         narrow = window is not None and window < S
         if mask is None and (start_BS is not None or narrow):
-            start_BS = (
-                torch.zeros(1, S, dtype=torch.int64, device=q.device)
-                if start_BS is None
-                else start_BS
-            )
+            if start_BS is None:
+                start_BS = torch.zeros(1, S, dtype=torch.int64, device=q.device)
             mask = attention.document_mask(start_BS)[:, :, S - T :]
             if narrow:
                 mask = mask & attention.window_mask(S - T, S, window, q.device)
@@ -59,12 +52,9 @@ def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any
         scale = options.get("scale")
     else:
         given = dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), rest)) | options
-        mask, causal, scale = (
-            given.get("attn_mask"),
-            bool(given.get("is_causal", False)),
-            given.get("scale"),
-        )
-    return Call(q, k, q.shape[-1] ** -0.5 if scale is None else float(scale), mask, causal, offset)
+        mask, causal, scale = (given.get(k) for k in ("attn_mask", "is_causal", "scale"))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Call(q, k, scale, mask, bool(causal), offset)
 
 
 def figures(call: Call, pool: BufferPool) -> tuple[Tensor, Tensor]:

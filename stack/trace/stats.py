@@ -285,36 +285,23 @@ def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
 def _stat(support: Support, *found: Tensor) -> Stat:
     """Statistics from the results of `moments` and the sample, on the host."""
     if not found:
-        none = math.nan
-        levels = {str(q): none for q in QUANTILES}
+        nothing = dict.fromkeys((f.name for f in fields(Stat)), math.nan)
         return Stat(
-            0,
-            none,
-            none,
-            none,
-            none,
-            none,
-            none,
-            levels,
-            0,
-            none,
-            none,
-            none,
-            None,
-            None,
-            none,
-            none,
-            support,
+            **nothing
+            | {
+                "n": 0,
+                "n_sampled": 0,
+                "quantiles": {str(q): math.nan for q in QUANTILES},
+                "argmax": None,
+                "top_token": None,
+                "support": support,
+            }
         )
     rows_5R, high, shift, places, sample = found
     y_sum, y_squares, cubes, fourths = _sums(rows_5R, high)
     energy_R, top_R, bottom_R = rows_5R[:3].numpy()
-    low, high, top_row, shift = (
-        float(bottom_R.min()),
-        float(top_R.max()),
-        int(energy_R.argmax()),
-        float(shift),
-    )
+    low, high, shift = float(bottom_R.min()), float(top_R.max()), float(shift)
+    top_row = int(energy_R.argmax())
     zeros, broken, row, column = places.tolist()
     if broken:
         y_sum = y_squares = cubes = fourths = math.nan

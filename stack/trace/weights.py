@@ -45,15 +45,14 @@ def weights(model: nn.Module, before: nn.Module | None = None) -> tuple[Weight, 
                 _as_rows(now[point.name].detach().double() - then[point.name].detach().double()),
             )
     stats, moved, old = values.finish(), changes.finish(), earlier.finish()
-    return tuple(_weight(p, stats[p.name], moved.get(p.name), old.get(p.name)) for p in points)
-
-
-def _weight(point: Point, stat: Stat, update: Stat | None, before: Stat | None) -> Weight:
-    return Weight(
-        point,
-        stat,
-        update,
-        update.rms / before.rms if update is not None and before.rms > 0 else None,
+    return tuple(
+        Weight(
+            p,
+            stats[p.name],
+            moved.get(p.name),
+            moved[p.name].rms / old[p.name].rms if p.name in old and old[p.name].rms > 0 else None,
+        )
+        for p in points
     )
 
 

@@ -16,6 +16,7 @@ from stackproof.config import (
     ExactDedup,
     Files,
     HashSplit,
+    Pangram,
     TailSplit,
 )
 from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES
@@ -179,7 +180,7 @@ def test_filters_are_red_where_fewer_documents_are_shipped_than_passed(spec, sub
 def test_filters_are_red_on_a_source_that_is_declared_synthetic(spec, subject):
     manifest = subject.corpus.manifest
     sources = [dict(s) for s in manifest["sources"]]
-    sources[2]["languages"] = [filters.SYNTHETIC]
+    sources[2]["languages"] = [Pangram.languages[0]]
     verdict = judge("corpus.filters", spec, subject, manifest=manifest | {"sources": sources})
     assert verdict.outcome == "fail" and "synthetic" in verdict.message
 

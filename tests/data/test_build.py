@@ -134,16 +134,18 @@ class Ledger:
 
     def __init__(self, monkeypatch, work):
         self.work, self.read, self.encoded = work, [], []
-        filter_part, encode_split = stages.corpus.read_part, stages._encode_split
+        filter_part, write = stages.corpus.read_part, stages.shards.write_documents
         monkeypatch.setattr(
             stages.corpus,
             "read_part",
             lambda cfg, part: self.read.append(part) or filter_part(cfg, part),
         )
         monkeypatch.setattr(
-            stages,
-            "_encode_split",
-            lambda job, *rest: self.encoded.append(job.number) or encode_split(job, *rest),
+            stages.shards,
+            "write_documents",
+            lambda *args, **options: (
+                self.encoded.append(options["first_number"]) or write(*args, **options)
+            ),
         )
 
     def finished(self):

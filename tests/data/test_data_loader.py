@@ -10,7 +10,8 @@ from stackproof.contracts.conditions import ContractError
 from stackproof.data import permutation
 from stackproof.data.data_loader import DataLoader, batch_hash, eval_batches, probe_batches
 from stackproof.data.packing import IGNORE_INDEX, Rows
-from stackproof.data.permutation import Shuffle, permute, window_order
+from stackproof.data.permutation import Shuffle, permute
+from stackproof.data.sampler import ShuffledSampler
 from stackproof.spec.errors import DataError, StreamExhausted
 
 
@@ -132,11 +133,11 @@ def test_every_row_names_its_epoch_and_the_batch_the_last_of_them():
 
 
 def test_epochs_and_seeds_differ():
-    indices = np.arange(500)
-    epochs, windows = window_order(np.arange(1000), 500, seed=1)
-    assert epochs.tolist() == [0] * 500 + [1] * 500
-    assert (windows[:500] == windows[500:]).mean() < 0.05
-    assert (windows[:500] == window_order(indices, 500, seed=2)[1]).mean() < 0.05
+    drawn = ShuffledSampler(500, seed=1).at(np.arange(1000))
+    assert drawn.epochs.tolist() == [0] * 500 + [1] * 500
+    assert (drawn.windows[:500] == drawn.windows[500:]).mean() < 0.05
+    other = ShuffledSampler(500, seed=2).at(np.arange(500))
+    assert (drawn.windows[:500] == other.windows).mean() < 0.05
 
 
 def test_held_out_batches_are_always_the_same_and_spread_out():

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from stackproof.config import DataConfig, FilesSource, Mixture, StdlibCodeSource, StdlibDocsSource
+from stackproof.config import (
+    DataConfig,
+    FilesSource,
+    Mixture,
+    Pangram,
+    StdlibCodeSource,
+    StdlibDocsSource,
+)
 from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES, WORDS
 from stackproof.data import filters
 from stackproof.data.filters import RULES, limits, load_plugins, reason_to_drop, rejection
@@ -342,9 +349,9 @@ def test_rejection_is_pure_and_never_raises(text, languages, between):
 
 
 def test_only_the_codes_own_text_is_exempt():
-    assert rejection("region " * 60, (filters.SYNTHETIC,)) is None
+    assert rejection("region " * 60, Pangram.languages) is None
     assert rejection("region " * 60, ("en",)) == "low-diversity"
-    for languages in ([filters.SYNTHETIC], ["en", filters.SYNTHETIC], []):
+    for languages in ([Pangram.languages[0]], ["en", Pangram.languages[0]], []):
         with pytest.raises(ValidationError):
             FilesSource.model_validate({"name": "a", "paths": ["x"], "languages": languages})
 
@@ -395,7 +402,7 @@ def test_a_plugin_that_fails_is_named(plugin_module):
         ("raising_filters:f", "cannot be imported: ZeroDivisionError"),
         ("misspelt_filters:f", "cannot be imported: SyntaxError"),
         (":f", "cannot be imported"),
-        ("a_users_filters:number", "is no function"),
+        ("a_users_filters:number", "is not a function"),
     ],
 )
 def test_a_plugin_that_cannot_be_had_is_named(plugin_module, tmp_path, monkeypatch, name, says):
