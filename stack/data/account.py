@@ -3,7 +3,6 @@ its page.
 """
 
 import html
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
