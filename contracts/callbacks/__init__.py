@@ -1,5 +1,5 @@
 """Adapters of other trainers: `plain`, `huggingface`, `lightning`, and a plugin for pytest.
 
-`import stackproof.contracts.callbacks` imports none of them, so that each works without the
-libraries of the others.
+The first three derive from `run.GatedRun`. `import stackproof.contracts.callbacks` imports
+none of them, so that each works without the libraries of the others.
 """

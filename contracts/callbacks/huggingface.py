@@ -179,10 +179,12 @@ def _caller() -> tuple[Trainer | None, Any]:
     """(the calling trainer, its argument `resume_from_checkpoint`). The Trainer passes no reference
     to itself to its callbacks.
     """
-    for caller in inspect.stack(context=0):
-        found = caller.frame.f_locals
-        if isinstance(found.get("self"), Trainer) and "resume_from_checkpoint" in found:
-            return found["self"], found["resume_from_checkpoint"]
+    frame = inspect.currentframe()
+    while frame is not None:
+        own = frame.f_locals.get("self")
+        if isinstance(own, Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            return own, frame.f_locals["resume_from_checkpoint"]
+        frame = frame.f_back
     return None, None
 
 

@@ -56,12 +56,12 @@ class MovementTracker:
         changed, ever = (self._sums != before).tolist(), (self._sums != self._first).tolist()
         groups = zip(optimizer.param_groups, rates)
         rate_of = {id(p): rate for g, rate in groups for p in g["params"]}
-        trained = [
+        owned = [
             i
             for i, p in enumerate(self._parameters)
             if p.requires_grad and rate_of.get(id(p), 0.0) >= VISIBLE_RATE
         ]
-        for i in trained:
+        for i in owned:
             judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
             self._still[i] = 0 if changed[i] or not judged else self._still[i] + 1
         parameters = zip(self._names, self._parameters, self._frozen_at_first, ever)
@@ -75,7 +75,7 @@ class MovementTracker:
             ),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
-            moved_frac=sum(changed[i] for i in trained) / max(1, len(trained)),
+            moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
             uphill=uphill,
             unknown=unknown,
         )
