@@ -21,6 +21,7 @@ from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
     decide,
+    decide_all,
     decides,
     failed,
     first_of,
@@ -46,23 +47,21 @@ def reloads(limits: SimpleNamespace, subject: Subject) -> Verdict:
                 differing=len(apart),
                 compared=len(live),
             )
-    stored, problems = saved.reloaded_checksums, list(saved.format_problems)
-    differing, (live_tied, reloaded_tied) = _differing(live, stored), saved.tied
-    if not live:
-        problems.append("no tensor of the live model was compared")
-    if live_tied != reloaded_tied:
-        problems.append(
-            f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded again "
-            "they are not"
-        )
-    if len(differing) > limits.differing_max:
-        problems.append(
-            f"{len(differing)} tensor(s), loaded again, are not the live ones: "
-            f"{first_of(differing, 4)}"
-        )
-    return decide(
-        not problems,
-        "; ".join(problems),
+    differing = _differing(live, saved.reloaded_checksums)
+    live_tied, reloaded_tied = saved.tied
+    return decide_all(
+        {problem: True for problem in saved.format_problems}
+        | {
+            "no tensor of the live model was compared": not live,
+            (
+                f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded "
+                "again they are not"
+            ): live_tied != reloaded_tied,
+            (
+                f"{len(differing)} tensor(s), loaded again, are not the live ones: "
+                f"{first_of(differing, 4)}"
+            ): len(differing) > limits.differing_max,
+        },
         differing=len(differing),
         compared=len(live),
         live_tied=live_tied,

@@ -20,7 +20,7 @@ from stackproof.contracts.declared import (
     parameter_shapes,
     silent_kinds,
 )
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decide_all, decides, failed
 from stackproof.contracts.loss import IGNORE, gradient_errors
 from stackproof.contracts.model import device_of, in_eval, table_error
 from stackproof.contracts.oracle import (
@@ -77,34 +77,24 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
     far = max(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
     tables_off, judged = table_error(subject.model.rotary_tables, a), min(own_judged, drawn_judged)
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
-    wrong = [
-        text
-        for ok, text in (
-            (
-                errors[layer] <= limits.rel_error_max,
-                f"attention of layer {layer} differs from the float64 oracle",
+    most = limits.rel_error_max
+    return decide_all(
+        {
+            f"attention of layer {layer} differs from the float64 oracle": not errors[layer]
+            <= most,
+            f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does": (
+                not far <= most
             ),
-            (
-                far <= limits.rel_error_max,
-                f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does",
+            "logits differ from the float64 oracle": not max(own_error, drawn_error) <= most,
+            "rotary tables differ from the definition": (
+                not tables_off <= limits.table_abs_error_max
             ),
-            (
-                max(own_error, drawn_error) <= limits.rel_error_max,
-                "logits differ from the float64 oracle",
+            f"{beyond} layers do not attend to exactly the keys of their window": bool(beyond),
+            f"{weakest} hardly changes the logits": not effect >= limits.effect_min,
+            "the choices of too many tokens are within rounding of a tie": (
+                not judged >= limits.judged_frac_min
             ),
-            (tables_off <= limits.table_abs_error_max, "rotary tables differ from the definition"),
-            (not beyond, f"{beyond} layers do not see exactly the keys of their window"),
-            (effect >= limits.effect_min, f"{weakest} hardly changes the logits"),
-            (
-                judged >= limits.judged_frac_min,
-                "the choices of too many tokens are within rounding of a tie",
-            ),
-        )
-        if not ok
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
+        },
         attention_rel_error=errors[layer],
         full_length_rel_error=far,
         logit_rel_error=own_error,

@@ -54,6 +54,14 @@ def decide(ok: bool, message: str, **measured: Scalar) -> Verdict:
     return passed("", **measured) if ok else failed(message, **measured)
 
 
+def decide_all(problems: Mapping[str, bool], where: str = "", **measured: Scalar) -> Verdict:
+    """Green if no problem was found, else red with the messages of all that were. `problems` maps
+    each message to whether the problem was found; `where` comes before them.
+    """
+    wrong = [text for text, found in problems.items() if found]
+    return decide(not wrong, where + "; ".join(wrong), **measured)
+
+
 def first_of(names: Sequence[str], n: int = 3) -> str:
     """The first few names of many, for a message."""
     return ", ".join(names[:n]) + (", …" if len(names) > n else "")

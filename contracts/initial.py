@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from stackproof.contracts.declared import initial_laws
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide_all, decides, failed
 from stackproof.contracts.model import table_error
 from stackproof.contracts.subject import Subject
 
@@ -46,25 +46,15 @@ def init_law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     tables_error = table_error(subject.model.rotary_tables, a)
     buffer_error = max([tables_error, *(float(t.double().abs().max()) for t in held)])
     n_declared = subject.declared.n_parameters
-    wrong = [
-        text
-        for ok, text in (
-            (z[worst] <= limits.z_max, f"{worst} does not follow its declared law"),
-            (alike <= limits.z_max, f"{pair} hold the same draws"),
-            (
-                buffer_error <= limits.buffer_abs_error_max,
-                "rotary tables differ from a fresh computation, or a kept buffer is not 0",
+    return decide_all(
+        {
+            f"{worst} does not follow its declared law": not z[worst] <= limits.z_max,
+            f"{pair} hold the same draws": not alike <= limits.z_max,
+            "rotary tables differ from a fresh computation, or a kept buffer is not 0": (
+                not buffer_error <= limits.buffer_abs_error_max
             ),
-            (
-                n_entries == n_declared,
-                f"{n_entries} parameters, {n_declared} by the formula",
-            ),
-        )
-        if not ok
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
+            f"{n_entries} parameters, {n_declared} by the formula": n_entries != n_declared,
+        },
         z=z[worst],
         worst=worst,
         likeness_z=alike,

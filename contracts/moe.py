@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.events import Event, Started, StepTaken
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Verdict,
+    decide,
+    decide_all,
+    decides,
+    failed,
+    not_run,
+)
 from stackproof.contracts.oracle import (
     Routed,
     balance_of,
@@ -69,30 +77,19 @@ def dispatch_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     ]
     error, miscounted = max(e for e, _ in found), sum(m for _, m in found)
     layer_error = _layer_error(layer, weights, architecture)
-    wrong = [
-        text
-        for ok, text in (
+    most = limits.rel_error_max
+    return decide_all(
+        {
             (
-                not swapped,
-                (
-                    f"{swapped} tokens are sent to other experts than those of the highest "
-                    "scores, the lower of equals first"
-                ),
-            ),
-            (weight_error <= limits.rel_error_max, "weights are not the declared ones"),
-            (sum_error <= limits.rel_error_max, "weights of a token do not sum to 1"),
-            (error <= limits.rel_error_max, "sparse dispatch differs from a loop over tokens"),
-            (not miscounted, "tokens taken and dropped are miscounted"),
-            (
-                layer_error <= limits.rel_error_max,
-                "the run's own layer differs from a loop over tokens",
-            ),
-        )
-        if not ok
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
+                f"{swapped} tokens are sent to other experts than those of the highest scores, the "
+                "lower of equals first"
+            ): swapped > 0,
+            "weights are not the declared ones": not weight_error <= most,
+            "weights of a token do not sum to 1": not sum_error <= most,
+            "sparse dispatch differs from a loop over tokens": not error <= most,
+            "tokens taken and dropped are miscounted": miscounted > 0,
+            "the run's own layer differs from a loop over tokens": not layer_error <= most,
+        },
         rel_error=error,
         layer_rel_error=layer_error,
         weight_error=weight_error,
@@ -206,31 +203,21 @@ def _balance_term(limits: SimpleNamespace, subject: Subject) -> Verdict:
         for sure in (0.2, 0.5, 1.0)
     )
     entry_error = _entry_error(subject)
-    wrong = [
-        text
-        for ok, text in (
-            (
-                formula_error <= limits.formula_rel_error_max,
-                "the balance term differs from its formula",
+    return decide_all(
+        {
+            "the balance term differs from its formula": (
+                not formula_error <= limits.formula_rel_error_max
             ),
-            (
-                even_error <= limits.even_error_max,
-                "the balance term of an even assignment is not 1",
+            "the balance term of an even assignment is not 1": (
+                not even_error <= limits.even_error_max
             ),
-            (
-                excess >= limits.uneven_excess_min,
-                "an uneven assignment costs no more than an even one",
+            "an uneven assignment costs no more than an even one": (
+                not excess >= limits.uneven_excess_min
             ),
-            (
-                entry_error <= limits.entry_rel_error_max,
-                "routers do not feel the balance term with its weight, once per update",
+            "routers do not receive the balance term with its weight, once per update": (
+                not entry_error <= limits.entry_rel_error_max
             ),
-        )
-        if not ok
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
+        },
         formula_rel_error=formula_error,
         even_error=even_error,
         uneven_excess=excess,

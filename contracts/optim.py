@@ -393,8 +393,8 @@ def train_step(limits: SimpleNamespace, subject: Subject) -> Verdict:
     for number in range(TRAIN_STEPS):
         if number == TRAIN_STEPS - 1:
             next(p for p in trainee.model.parameters() if p.ndim >= 2).requires_grad_(False)
-        taken = _taken_step(trainee, watched)
-        for name, (reported, happened) in _reported(taken, trainee.optimizer, low).items():
+        taken = _taken_step(trainee, watched, low)
+        for name, (reported, happened) in taken.figures.items():
             error = abs(reported - happened) / max(abs(happened), 1e-30)
             where = f"{name} in step {taken.report.step}, {reported:.6g} for {happened:.6g},"
             _worst(errors, "report_rel_error", error, where)
@@ -427,24 +427,23 @@ def _watched(model: nn.Module, declared: Declared) -> dict[str, _Watched]:
 
 @dataclass(frozen=True)
 class _TakenStep:
-    """One step: its report, what was measured beside it, and by name the parameters before it and
-    the gradients of watched ones as backward left them. Norms are global L2 in float64.
+    """One step: its report, by name the parameters before it and the gradients of watched ones as
+    backward left them, and what it reports beside what was measured. Norms are global L2 in
+    float64.
     """
 
     report: StepReport
     before: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
-    norm: float
-    clipped_norm: float
-    n_valid: int
-    moved_frac: float
+    figures: Mapping[str, tuple[float, float]]
 
 
-def _taken_step(trainee: Trainee, watched: Mapping[str, _Watched]) -> _TakenStep:
+def _taken_step(trainee: Trainee, watched: Mapping[str, _Watched], max_norm: float) -> _TakenStep:
     """Take one step. Each gradient is read when autograd has added the last to it, before anything
     scales or replaces it.
     """
     named, batches = dict(trainee.model.named_parameters()), trainee.draw()
+    trained = {name: p for name, p in named.items() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in named.items()}
     squares: dict[str, float] = {}
     gradients: dict[str, Tensor] = {}
@@ -454,44 +453,26 @@ def _taken_step(trainee: Trainee, watched: Mapping[str, _Watched]) -> _TakenStep
         if name in watched:
             gradients[name] = watched[name].copy(p.grad)
 
-    trained = {name: p for name, p in named.items() if p.requires_grad}
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(keep, name)) for name, p in trained.items()
-    ]
+    hooks = [p.register_post_accumulate_grad_hook(partial(keep, n)) for n, p in trained.items()]
     report = trainee.step(batches)
     for hook in hooks:
         hook.remove()
-    left = [_square(p.grad) for p in trained.values() if p.grad is not None]
+    norm = sum(squares.values()) ** 0.5
+    left = sum(_square(p.grad) for p in trained.values() if p.grad is not None) ** 0.5
+    n_valid = sum(int((b.labels != IGNORE).sum()) for b in batches)
     moved = [not torch.equal(p.detach(), before[name]) for name, p in named.items()]
-    return _TakenStep(
-        report,
-        before,
-        gradients,
-        norm=sum(squares.values()) ** 0.5,
-        clipped_norm=sum(left) ** 0.5,
-        n_valid=sum(int((b.labels != IGNORE).sum()) for b in batches),
-        moved_frac=sum(moved) / len(moved),
-    )
-
-
-def _reported(
-    taken: _TakenStep, optimizer: torch.optim.Optimizer, max_norm: float
-) -> dict[str, tuple[float, float]]:
-    """(what a step reports, what was measured) by what it is."""
-    report, norm = taken.report, taken.norm
-    return {
+    figures = {
         "the norm before clipping": (report.grad_norm, norm),
-        "the norm after clipping": (report.clipped_grad_norm, taken.clipped_norm),
-        "the norm that clipping left": (
-            taken.clipped_norm,
-            norm * min(1.0, max_norm / (norm + 1e-6)),
-        ),
-        "the number of labels": (report.n_valid_tokens, taken.n_valid),
-        "the share of tensors that moved": (report.changed_tensor_frac, taken.moved_frac),
-    } | {
-        f"the rate of {g['name']}": (report.group_lrs.get(g["name"], -1.0), g["lr"])
-        for g in optimizer.param_groups
+        "the norm after clipping": (report.clipped_grad_norm, left),
+        "the norm that clipping left": (left, norm * min(1.0, max_norm / (norm + 1e-6))),
+        "the number of labels": (report.n_valid_tokens, n_valid),
+        "the share of tensors that moved": (report.changed_tensor_frac, sum(moved) / len(moved)),
     }
+    rates = {
+        f"the rate of {g['name']}": (report.group_lrs.get(g["name"], -1.0), g["lr"])
+        for g in trainee.optimizer.param_groups
+    }
+    return _TakenStep(report, before, gradients, figures | rates)
 
 
 def _square(gradient: Tensor) -> float:

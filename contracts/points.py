@@ -6,7 +6,7 @@ import math
 from types import SimpleNamespace
 
 from stackproof.contracts.events import ActivationsTraced
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, first_of
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decide_all, decides, first_of
 
 
 @decides("model.attention-logits")
@@ -83,18 +83,15 @@ class LivePoints(_InARow):
             if figures["frac_nonfinite"] > 0 or math.isnan(figures["absmax"])
         ]
         large = max(seen, key=lambda name: seen[name]["absmax"])
-        wrong = [
-            *([f"{first_of(broken)} hold values that are not finite"] if broken else []),
-            *([f"{first_of(dead)} no longer vary at all"] if dead else []),
-            *(
-                [f"{large} has grown to {seen[large]['absmax']:.4g}"]
-                if seen[large]["absmax"] > self.limits.absmax_max
-                else []
-            ),
-        ]
-        return decide(
-            not wrong,
-            f"step {event.step}: {'; '.join(wrong)}",
+        return decide_all(
+            {
+                f"{first_of(broken)} hold values that are not finite": bool(broken),
+                f"{first_of(dead)} no longer vary at all": bool(dead),
+                f"{large} has grown to {seen[large]['absmax']:.4g}": (
+                    seen[large]["absmax"] > self.limits.absmax_max
+                ),
+            },
+            f"step {event.step}: ",
             absmax=seen[large]["absmax"],
             dead_std=min(figures["std"] for figures in seen.values()),
             broken=len(broken),

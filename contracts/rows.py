@@ -17,6 +17,7 @@ from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
     decide,
+    decide_all,
     decides,
     failed,
     not_run,
@@ -185,10 +186,9 @@ class LearnableBatch(RuntimeCheck):
                 "one before"
             ): event.n_places_up < limits.places_up_frac_min * event.n_places,
         }
-        wrong = [text for text, found in problems.items() if found]
-        return decide(
-            not wrong,
-            f"step {event.step}: {'; '.join(wrong)}",
+        return decide_all(
+            problems,
+            f"step {event.step}: ",
             max_id=event.max_id,
             embedding_rows=event.embedding_rows,
             length=event.length,

@@ -24,6 +24,7 @@ from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
     decide,
+    decide_all,
     decides,
     failed,
     passed,
@@ -76,18 +77,16 @@ class Mode(RuntimeCheck):
         self.trained = self.trained or event.phase == "training"
         n, repeat = len(event.wrong), event.repeat_abs or 0.0
         first = (event.wrong[0] or "the model") if n else ""
-        problems = {
-            f"{n} module(s) not in {event.phase} mode, first {first}": (
-                n > self.limits.wrong_modules_max
-            ),
-            f"two evaluations of one batch give logits {repeat:.3g} apart": (
-                repeat > self.limits.repeat_abs_max
-            ),
-        }
-        wrong = [text for text, found in problems.items() if found]
-        return decide(
-            not wrong,
-            f"step {event.step}, {event.phase}: {'; '.join(wrong)}",
+        return decide_all(
+            {
+                f"{n} module(s) not in {event.phase} mode, first {first}": (
+                    n > self.limits.wrong_modules_max
+                ),
+                f"two evaluations of one batch give logits {repeat:.3g} apart": (
+                    repeat > self.limits.repeat_abs_max
+                ),
+            },
+            f"step {event.step}, {event.phase}: ",
             phase=event.phase,
             wrong_modules=n,
             **({} if event.repeat_abs is None else {"repeat_abs": repeat}),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stackproof.contracts.events import Event, RatesUsed, Started
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide_all, decides, failed, not_run
 
 
 def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_steps: int) -> float:
@@ -98,11 +98,10 @@ class Rate(RuntimeCheck):
                 self.zeros > self.limits.zero_updates_max
             ),
         }
-        wrong = [text for text, found in problems.items() if found]
         first = next(iter(event.used))
-        return decide(
-            not wrong,
-            f"step {event.step}: {'; '.join(wrong)}",
+        return decide_all(
+            problems,
+            f"step {event.step}: ",
             **({"rel_error": rel_error} if error else {}),
             ticks=event.ticks,
             updates=event.updates,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.gate import Verdict, decide_all, decides, failed, passed
 from stackproof.contracts.subject import Evaluation, Subject, Training
 
 NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
@@ -48,31 +48,18 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     detectable = 2 * std / math.sqrt(n_batches)
     to_see = min(x for x in (gain, declared["min_delta_nats"]) if x > 0)
     rate = false_stops / SIMULATIONS
-    wrong = [
-        text
-        for ok, text in (
-            (
-                rate <= limits.false_stop_rate_max,
-                f"{false_stops} of {SIMULATIONS} simulated runs stop on noise",
+    return decide_all(
+        {
+            f"{false_stops} of {SIMULATIONS} simulated runs stop on noise": (
+                not rate <= limits.false_stop_rate_max
             ),
-            (not misread, misread),
+            misread: bool(misread),
+            "a plateau does not stop the run exactly at best + patience": bool(late or early),
             (
-                late == 0 and early == 0,
-                "a plateau does not stop the run exactly at best + patience",
-            ),
-            (
-                detectable <= to_see,
-                (
-                    f"{n_batches} held-out batches can see a gain of {detectable:.3g} nats, "
-                    f"one of {to_see:g} is to be seen"
-                ),
-            ),
-        )
-        if not ok
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
+                f"{n_batches} held-out batches can detect a gain of {detectable:.3g} nats, a gain "
+                f"of {to_see:g} must be detected"
+            ): not detectable <= to_see,
+        },
         false_stop_rate=rate,
         plateau_delay_rounds=max(abs(late), abs(early)),
         detectable_gain_nats=detectable,

@@ -6,7 +6,15 @@ from stackproof.contracts.events import (
     StateCompared,
     WeightsUpdated,
 )
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, first_of, not_run
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Verdict,
+    decide,
+    decide_all,
+    decides,
+    first_of,
+    not_run,
+)
 
 
 @decides("optim.gradient-kept")
@@ -36,10 +44,9 @@ class GradientKept(RuntimeCheck):
             ): event.micro_steps
             > limits.passes_factor_max * (event.usual or limits.first_passes_max),
         }
-        wrong = [text for text, found in problems.items() if found]
-        return decide(
-            not wrong,
-            f"step {event.step}: {'; '.join(wrong)}",
+        return decide_all(
+            problems,
+            f"step {event.step}: ",
             stale_norm=event.stale_norm,
             lost=event.lost,
             micro_steps=event.micro_steps,
@@ -106,10 +113,9 @@ class Movement(RuntimeCheck):
                 changed is not None and (changed < least or changed == 0)
             ),
         }
-        wrong = [text for text, found in problems.items() if found]
-        return decide(
-            not wrong,
-            f"step {event.step}: {'; '.join(wrong)}",
+        return decide_all(
+            problems,
+            f"step {event.step}: ",
             **(
                 {"changed_tensor_frac": changed}
                 if changed is not None

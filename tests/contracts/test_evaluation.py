@@ -141,7 +141,7 @@ def test_stop_rule_power_check_is_two_sided(spec):
     assert needed == 9
     assert judged(spec, default, n_eval_batches=needed).passed
     verdict = judged(spec, default, n_eval_batches=needed - 1)
-    assert verdict.outcome == "fail" and "can see a gain" in verdict.message
+    assert verdict.outcome == "fail" and "can detect a gain" in verdict.message
 
 
 def test_a_least_improvement_that_is_noise_is_refused(spec):
