@@ -21,6 +21,7 @@ STRIPS = 16
 FIT_MAX = 0.1
 CHUNK_ENTRIES = 2**24  # logits that are held at a time
 CLEAR = 0.05  # positions whose softmax is closer to their label than this are not inspected
+EVERY_CLEAR = 1e-3  # the same where every place is judged, through the head
 
 
 @dataclass
@@ -151,7 +152,7 @@ def read(
         after = (part[1] + 1).clamp_max(last)
         targets = [ids_BT[part], next_BT[part], next_BT[part[0], after]]
         fitted = _Fitted(values[part], gradient[part].float(), scale, smoothing, head)
-        parts.append(fitted.judged(targets, part[1] < last))
+        parts.append(fitted.judged(targets, part[1] < last, EVERY_CLEAR if every else CLEAR))
     places = torch.cat(parts, 1)
     places[0] *= chosen
     places = torch.cat([places, chosen.double()[None]])
@@ -246,12 +247,14 @@ class _Fitted:
         p_NV = self.log_p_NV.exp()
         base = p_NV - smoothing / p_NV.shape[1] if smoothing else p_NV
         self.base = base if head is None else base @ self.head
-        self.gg, self.bb = (_norm(g_N) / scale).square(), _norm(self.base).square()
-        self.gb = _dot(g_N, self.base) / scale
+        if head is None:
+            self.gg, self.bb = (_norm(g_N) / scale).square(), _norm(self.base).square()
+            self.gb = _dot(g_N, self.base) / scale
 
-    def judged(self, targets: Sequence[Tensor], has_after: Tensor) -> Tensor:
-        """(4, N) float64: whether a place is informative, the offset of its target among the token
-        itself, the next and the one after (-1: none of them), weight, and nats of the next token.
+    def judged(self, targets: Sequence[Tensor], has_after: Tensor, clear: float) -> Tensor:
+        """(4, N) float64: whether the softmax is further than `clear` from the label, the offset
+        of the target among the token itself, the next and the one after (-1: none of them), weight,
+        and nats of the next token.
         """
         inside = (torch.ones_like(has_after), torch.ones_like(has_after), has_after)
         fits, weights = zip(*map(self._fit, targets, inside))
@@ -259,17 +262,18 @@ class _Fitted:
         offset = torch.where(torch.stack(fits).amin(0) <= FIT_MAX, best, -1)
         weight = torch.stack(weights).gather(0, best[None])[0]
         log_p = _at(self.log_p_NV, targets[1])
-        return torch.stack([(1 - log_p.exp() > CLEAR).double(), offset.double(), weight, -log_p])
+        return torch.stack([(1 - log_p.exp() > clear).double(), offset.double(), weight, -log_p])
 
     def _fit(self, y_N: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """(share of the gradient that is not explained, weight) if the targets are `y_N`."""
-        if self.head is None:
-            g_y, b_y, y_y = _at(self.g_N, y_N), _at(self.base, y_N), 1.0
-        else:
-            toward = self.head[y_N]
-            g_y, b_y, y_y = _dot(self.g_N, toward), _dot(self.base, toward), _norm(toward).square()
-        gd = self.gb - self.kept * g_y / self.scale
-        dd = (self.bb - 2 * self.kept * b_y + self.kept**2 * y_y).clamp_min(1e-30)
+        if self.head is not None:
+            # The difference itself: its norm is far below that of both terms where p is near 1.
+            g_ND, d_ND = self.g_N / self.scale, self.base - self.kept * self.head[y_N]
+            weight = _dot(g_ND, d_ND) / _norm(d_ND).square().clamp_min(1e-30)
+            left = _norm(g_ND - weight.float()[:, None] * d_ND) / _norm(g_ND).clamp_min(1e-150)
+            return torch.where(inside & (weight > 0), left, torch.inf), weight
+        gd = self.gb - self.kept * _at(self.g_N, y_N) / self.scale
+        dd = (self.bb - 2 * self.kept * _at(self.base, y_N) + self.kept**2).clamp_min(1e-30)
         weight = gd / dd
         left = ((self.gg - gd * weight).clamp_min(0) / self.gg.clamp_min(1e-300)).sqrt()
         return torch.where(inside & (weight > 0), left, torch.inf), weight

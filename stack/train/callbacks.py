@@ -151,6 +151,8 @@ class LossOfFirstStep:
         x_BTD: Tensor,
         gradient: Tensor,
     ) -> None:
+        if x_BTD.shape[:2] != batch.input_ids.shape:
+            return  # other rows: this micro-batch counts as left out
         began, device = time.perf_counter(), x_BTD.device
         ids_BT, labels_BT = batch.input_ids.to(device), batch.labels.to(device)
         # At the end of a piece of a document, the next token is not in the row.

@@ -209,6 +209,10 @@ def test_one_label_one_border_and_a_missing_micro_batch_halt_the_run(cfg, tmp_pa
         ids[1, 7] = (ids[1, 7] + 1) % 384
         return replace(batch, input_ids=ids)
 
+    def shorter(batch):
+        names = ("input_ids", "labels", "document_ids")
+        return replace(batch, **{name: getattr(batch, name)[:, :64] for name in names})
+
     def one_border(batch):
         documents = 9 * batch.document_ids + (torch.arange(batch.input_ids.shape[1]) >= 100)
         return replace(batch, document_ids=documents)
@@ -220,6 +224,7 @@ def test_one_label_one_border_and_a_missing_micro_batch_halt_the_run(cfg, tmp_pa
         ("no borders", lambda b: [replace(x, document_ids=None) for x in b], "changed_rows", 4),
         ("micro-batch", lambda b: b[1:], "changed_rows", 4),
         ("order", lambda b: b[::-1], "changed_rows", 4),
+        ("length", lambda b: [*map(shorter, b)], "changed_rows", 4),
     ):
         step = lambda state, batches, change=change: honest(state, change(batches))  # noqa: E731
         monkeypatch.setattr(steps, "train_step", step)
