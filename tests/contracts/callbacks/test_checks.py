@@ -26,7 +26,7 @@ from stackproof.spec.gates import load_spec
 BATCH = ModelInput(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
 LOSS = LossMeasured(1, 3.4, 100, 32, n_judged=64, weight_min=0.999, weight_max=1.001)
 GRADIENTS = GradientsAccumulated(1, 4, 0.0, 0, 1e-6)
-UPDATED = WeightsUpdated(1, 1e-3, 0.5)
+UPDATED = WeightsUpdated(1, 1e-3, moved_frac=0.5)
 RATES = RatesUsed(3, {"a": 1e-3, "b": 1e-3}, {"a": 1e-3, "b": 1e-3}, 2, 2)
 MODE = ModuleModes(1, "evaluation", (), 0.0)
 STATE = StateRestored(5, (), 12)
