@@ -93,7 +93,6 @@ class Architecture(TypedDict):
     norm_eps: float
     init_std: float
     dropout: float
-    bias: bool
     tied_head: bool
     attention: Mapping[str, object]
     ffn: Mapping[str, object]
@@ -103,11 +102,14 @@ class Architecture(TypedDict):
 
 
 class Schedule(TypedDict):
-    """A learning-rate schedule: warm-up from 0, then `kind` down to `final_lr_frac` of the peak."""
+    """A learning-rate schedule: warm-up from 0, then `kind` down to `final_lr_frac` of the peak;
+    `decay_from` is where its curve begins, peak or start.
+    """
 
     kind: str
     warmup_steps: int
     final_lr_frac: float
+    decay_from: str
 
 
 class UpdateLaw(TypedDict, total=False):

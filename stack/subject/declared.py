@@ -55,7 +55,8 @@ class RunDeclared(Declared):
         decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}
         in_block = parameter.ndim == 2 and name.startswith("layers.") and ".router." not in name
         if optim.kind == "muon" and in_block:
-            return optim.model_dump() | {"rule": "muon"} | decay
+            settings = optim.model_dump(include=set(UpdateLaw.__annotations__))
+            return settings | {"rule": "muon"} | decay
         return {
             "rule": "adamw",
             "lr": optim.adamw_lr if optim.kind == "muon" else optim.lr,

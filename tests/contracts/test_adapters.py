@@ -14,6 +14,13 @@ from stackproof.contracts.adapters import ADAPTERS, Adapter
 from stackproof.contracts.callbacks.session import judge_model
 from stackproof.contracts.gate import Verdict, resolve
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.subject import (
+    Architecture,
+    Manifest,
+    Schedule,
+    StopDeclaration,
+    UpdateLaw,
+)
 from stackproof.data import account
 from stackproof.data.prepare import prepare
 from stackproof.data.tokenizer import Bytes
@@ -257,6 +264,20 @@ def test_an_adapter_emits_what_its_gates_watch_and_offers_what_they_need(
 def parts_of(verdicts: Verdicts) -> dict[str, str]:
     """What was judged, of gates with several parts."""
     return {g: v.measured["judged"] for g, v in verdicts.items() if g in OURS and v.passed}
+
+
+def test_what_a_run_declares_has_the_keys_of_its_type(subject):
+    """So that the types of the interface are those that checks read."""
+    declared, linear = subject.declared, torch.ones(2, 2)
+    laws = declared.update_law("layers.0.ffn.up.weight", linear), declared.update_law("w", linear)
+    pairs = [
+        (declared.architecture.keys(), Architecture),
+        (declared.schedule.keys(), Schedule),
+        (subject.stopping.declared.keys(), StopDeclaration),
+        (set().union(*laws), UpdateLaw),
+        (set(subject.corpus.manifest) & Manifest.__annotations__.keys(), Manifest),
+    ]
+    assert [set(keys) for keys, _ in pairs] == [set(kind.__annotations__) for _, kind in pairs]
 
 
 def test_every_adapter_is_run():

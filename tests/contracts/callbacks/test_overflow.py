@@ -76,7 +76,7 @@ def test_a_direction_that_nothing_tells_is_no_pass(value):
     gate = load_spec().gates["optim.movement"]
     check = resolve(gate)(limits_of(gate))
     assert check.observe(moved).outcome == "not_run"
-    after, compared = WeightsUpdated(2, 1e-3, 1.0), StateCompared(16, "section", 20, ())
+    after, compared = WeightsUpdated(2, 1e-3, moved_frac=1.0), StateCompared(16, "section", 20, ())
     assert [check.observe(e).outcome for e in (after, compared)] == ["not_run"] * 2
     wrong = (replace(after, longest_still=9), replace(compared, differing=("a",)))
     assert [check.observe(e).outcome for e in wrong] == ["fail"] * 2
