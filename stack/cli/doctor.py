@@ -168,7 +168,7 @@ def _comparison(*, quiet: bool) -> dict[str, Any]:
     found = compare.measure(
         _device(),
         lambda case: limits["half_rel_error_max" if case.half else "rel_error_max"].value,
-        on_case=lambda raced: None if quiet else _tell(raced),
+        on_case=lambda raced: None if quiet else _print_case(raced),
     )
     path = measured.write(cache_directory(), found)
     if not quiet:
@@ -183,11 +183,11 @@ def _comparison(*, quiet: bool) -> dict[str, Any]:
     }
 
 
-def _tell(raced: list) -> None:
+def _print_case(raced: list) -> None:
     """One line for each kernel of a case."""
     base = next(r for r in raced if r.kernel == "torch").seconds
     for row in (r.row(base) for r in raced):
-        said = row["missing"] or (
+        outcome = row["missing"] or (
             (
                 f"{row['milliseconds']:.3g} ms, {row['times_torch']:.2f} times as fast as torch, "
                 f"error {row['rel_error']:.1e}"
@@ -196,5 +196,5 @@ def _tell(raced: list) -> None:
             else "torch's own kernel does not run here"
         )
         stdout.print(
-            f"{row['operation']} by {row['kernel']}, {row['shapes']}: {said}", markup=False
+            f"{row['operation']} by {row['kernel']}, {row['shapes']}: {outcome}", markup=False
         )
