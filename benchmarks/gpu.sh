@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# GPU tests, then a gated pocket run, the cost of the gates and the kernels next to torch's on the GPU. Each part is skipped once its folder says it is done,
-# so that the whole can be spread over short stretches of GPU time. Needs only a python with
-# the packages of the [train] extra, PYTHON=python3; stackproof itself need not be installed.
+# GPU tests, then gated pocket runs, the cost of the gates, and the kernels next to torch's on the GPU.
+# Each part is skipped once OUT_DIR holds its mark, so that the whole can be spread over short
+# stretches of GPU time. Needs only a python with the packages of the [train] extra and pytest,
+# PYTHON=python3; stackproof itself need not be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"

@@ -113,7 +113,7 @@ def attend(
     """
     heads = Layout((sizes.B, sizes.N, T, H), (T * sizes.N * H, H, sizes.N * H, 1), sizes.dtype)
     case = Case(
-        OPERATIONS["attention"],
+        "attention",
         {"q_BNTH": heads, "k_BKSH": heads, "v_BKSH": heads},
         torch.device(sizes.device),
     )

@@ -209,6 +209,7 @@ class Rows:
         return x.where(kept.view(*self.lead, *[1] * (x.ndim - len(self.lead))), fill)
 
     def expected(self, drawn: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Outputs and gradients of the reference, some rows at a time."""
         case = self.case
         rows = {
             n: self.select(x)
@@ -253,10 +254,13 @@ class Heads:
         return x.unflatten(1, (self.K, -1))[self.b, self.h]
 
     def only(self, x: Tensor, fill: float) -> Tensor:
+        """As it is: no result of a head depends on another head."""
         return x
 
     def expected(self, drawn: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Queries t … of the last T see no later key than their own."""
+        """Outputs and gradients of the reference, some queries of some heads at a time. Without a
+        mask the keys behind the last query are left out.
+        """
         case, (G, T, S) = self.case, (self.G, self.T, self.S)
         q, *keys = names = list(case.layouts)
         qkv = {n: self.select(drawn[n]) for n in names}

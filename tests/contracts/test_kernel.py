@@ -426,6 +426,7 @@ def test_long_calls_are_compared_in_part(spec, small_cfg, dataset, monkeypatch):
     fault in the last row or the last head is seen.
     """
     gate = spec.gates[PARITY]
+    assert f"{kernel_call.COMPARED_NUMBERS:,} numbers" in gate.statement
     subject, calls = run_with(small_cfg, dataset, kernels="torch")
     whole = judged(gate, subject, calls)
     monkeypatch.setattr(kernel_call, "COMPARED_NUMBERS", 2**12)
