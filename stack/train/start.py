@@ -254,7 +254,7 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
     cfg, dataset, device = trainer.cfg, trainer.dataset, trainer.state.device
     trainer.callbacks.on_phase("preflight")
     started = time.perf_counter()
-    # The gates draw random numbers that the run must not miss.
+    # The gates draw random numbers, which must not shift those of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         settings = {"state": trainer.state, "n_eval_batches": n_eval_batches}
         subject = subject_of(cfg, dataset, device, **settings)

@@ -116,7 +116,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     (clipped,), (changed,), *expert_shares = on_host(
         opt.global_norm(grads), state.probe.changed_frac(), *shares
     )
-    # Count last: an exception above leaves the state at the former step.
+    # Count last, since `step` counts finished updates.
     n_tokens = sum(b.input_ids.numel() for b in batches)
     state.step = step
     state.tokens_seen += n_tokens

@@ -14,7 +14,7 @@ from stackproof.evaluate.sampling import generate
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
 from stackproof.spec.records import read_record
-from stackproof.train import loop, memory, start
+from stackproof.train import device, loop, start
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.rng import generator
@@ -85,7 +85,7 @@ def test_half_precision_trains_under_all_gates_close_to_single(
 def test_a_type_of_the_optimizer_that_is_only_emulated_is_refused_by_its_key(
     cfg, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(memory, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 10.0)
+    monkeypatch.setattr(device, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 10.0)
     half = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(EnvironmentUnfit, match="no units for bfloat16") as caught:
         train(fresh(half, (), tmp_path / "run"))
