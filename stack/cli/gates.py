@@ -49,7 +49,8 @@ def list_(
     spec, states = _states(evidence)
     columns = ("id", "moment", "severity", "state", "title")
     rows = [
-        g.model_dump(mode="json", include={*columns, "plants"}) | {"state": states[g.id].state}
+        {"id": g.id, "moment": g.moment, "severity": g.severity, "state": states[g.id].state}
+        | {"plants": list(g.plants), "title": g.title}
         for g in spec.gates.values()
     ]
     if not emit({"gates": rows, "counts": tally(states)}, json):

@@ -169,26 +169,21 @@ def statistics_of(measured: Any, row: Any, *more: str) -> dict[str, Any]:
     """A measured point in a document, with the judgement of its row of the profile; null without a
     row.
     """
-    keys = ("ratio_to_previous", "robust_z", "baseline", "anomalous", "cascade", *more)
+    keys = ("ratio_to_previous", "robust_z", "baseline", "anomalous", *more, "cascade")
     figures = {"stats": measured.stat.as_dict(), "support": asdict(measured.stat.support)}
     return place_of(measured.point) | figures | {k: getattr(row, k, None) for k in keys}
 
 
-def judgement(
-    lines: list[dict[str, Any]], profile: Any, expected: Sequence[Any], unseen: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The points of a document with the anomalies of their profile and the judged predictions."""
+def judged(
+    expected: Sequence[Any], lines: list[dict[str, Any]], unseen: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The predictions about statistics, judged by the points of a document."""
     from stackproof.trace import expect
 
     figures = {
         line["point"]: line["stats"] | {k: line[k] for k in expect.OF_LAYERS} for line in lines
     }
-    return {
-        "points": lines,
-        "first_anomaly": profile.first_anomaly and asdict(profile.first_anomaly),
-        "verdict": profile.verdict,
-        "expectations": [asdict(j) for j in expect.judge(expected, figures, [*figures, *unseen])],
-    }
+    return [asdict(j) for j in expect.judge(expected, figures, [*figures, *unseen])]
 
 
 def encode(text: str, model: TraceModel) -> list[int]:

@@ -165,7 +165,10 @@ def _report(report: Any) -> dict[str, Any]:
 def _event(event: Any) -> dict[str, Any]:
     """An event as JSON."""
     where, lines = event.where, [asdict(line) for line in event.where.lines]
-    return {k: getattr(event, k) for k in ("kind", "what", "op", "carrier", "number")} | {
+    return {
+        "kind": event.kind,
+        "what": event.what,
+        "op": event.op,
         "module": where.module,
         "layer": where.layer,
         "phase": where.phase,
@@ -173,6 +176,8 @@ def _event(event: Any) -> dict[str, Any]:
         "forward_op": where.of,
         "source": lines[0] if lines else None,
         "called_from": lines[1:],
+        "carrier": event.carrier,
+        "number": event.number,
         "scalars": dict(event.scalars),
         "inputs": [asdict(v) for v in event.inputs],
         "outputs": [asdict(v) for v in event.outputs],

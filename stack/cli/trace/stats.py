@@ -10,7 +10,7 @@ from stackproof.cli.recording import Claim
 from stackproof.cli.trace.common import (
     Model,
     Request,
-    judgement,
+    judged,
     number,
     show_expectations,
     show_heat_map,
@@ -54,19 +54,27 @@ def stats(request: Request, model: Model) -> None:
     with one.around():
         names = request.points or one.names
         found = trace(one.model, torch.tensor([ids]), names, **options, where=one.where)
-    judged = profile(found)
-    rows = {r.point: r for r in judged.rows}
+    profiled = profile(found)
+    rows = {r.point: r for r in profiled.rows}
     lines = [_line(t, rows.get(t.point.name)) for t in found.points]
-    document = {"model": loaded.title, **loaded.facts, "input_ids": ids}
-    document |= judgement(lines, judged, expected, found.unseen)
-    document["gains"] = [asdict(g) for g in judged.gains]
-    document |= {"unseen": list(found.unseen), "loss_nats": found.loss_nats}
+    document = {
+        "model": loaded.title,
+        **loaded.facts,
+        "input_ids": ids,
+        "points": lines,
+        "first_anomaly": profiled.first_anomaly and asdict(profiled.first_anomaly),
+        "gains": [asdict(g) for g in profiled.gains],
+        "verdict": profiled.verdict,
+        "unseen": list(found.unseen),
+        "loss_nats": found.loss_nats,
+        "expectations": judged(expected, lines, found.unseen),
+    }
     metric, n = record.builder.metric, len(lines)
-    anomalous = sum(r.anomalous and not r.massive for r in judged.rows)
+    anomalous = sum(r.anomalous and not r.massive for r in profiled.rows)
     metric("points", n, "points")
     metric("anomalous_points", anomalous, "points", n=n, better="lower")
-    metric("massive_points", sum(bool(r.massive) for r in judged.rows), "points", n=n)
-    request.close(record, document, lambda document: _show(document, judged.rows))
+    metric("massive_points", sum(bool(r.massive) for r in profiled.rows), "points", n=n)
+    request.close(record, document, lambda document: _show(document, profiled.rows))
 
 
 def _line(t: Any, row: Any) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def _line(t: Any, row: Any) -> dict[str, Any]:
     return line if t.grad is None else line | {"grad": t.grad.as_dict()}
 
 
-def _show(document: dict[str, Any], judged: Any) -> None:
+def _show(document: dict[str, Any], profiled: Any) -> None:
     """Table, heat map, predictions and verdict."""
     from stackproof.trace.profile import RATIO, ROBUST_Z
 
@@ -99,13 +107,13 @@ def _show(document: dict[str, Any], judged: Any) -> None:
     title = f"{document['model']}, {len(document['input_ids'])} tokens"
     title += "" if loss is None else f", loss {loss:.4f} nats"
     print_table(title, columns, rows)
-    if any(r.robust_z is not None for r in judged):
+    if any(r.robust_z is not None for r in profiled):
         cells = {
-            (r.layer, r.slot): r.robust_z if math.isfinite(r.std) else math.nan for r in judged
+            (r.layer, r.slot): r.robust_z if math.isfinite(r.std) else math.nan for r in profiled
         }
         show_heat_map(cells, "robust z of std", ROBUST_Z)
     else:
-        cells = {(r.layer, r.slot): _log_ratio(r.ratio_to_previous) for r in judged}
+        cells = {(r.layer, r.slot): _log_ratio(r.ratio_to_previous) for r in profiled}
         show_heat_map(cells, "std over that of the layer before, powers of two", math.log2(RATIO))
     show_expectations(document)
     print_line(document["verdict"])

@@ -2,6 +2,7 @@
 checkpoint.
 """
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from typer import Option
@@ -12,7 +13,7 @@ from stackproof.cli.recording import Claim
 from stackproof.cli.trace.common import (
     Model,
     Request,
-    judgement,
+    judged,
     number,
     show_expectations,
     statistics_of,
@@ -48,12 +49,23 @@ def weights(
         )
     record = request.open(CLAIM, models, weights=True)
     found = traced(loaded.model, earlier and earlier.model)
-    judged = of_spreads(sizes(found))
-    rows = {(r.layer, r.slot): r for r in judged.rows}
+    profiled = of_spreads(sizes(found))
+    rows = {(r.layer, r.slot): r for r in profiled.rows}
     lines = [_line(w, rows.get((w.point.layer, w.point.slot))) for w in found]
-    document = {"model": loaded.title, "against": earlier and earlier.title, **loaded.facts}
-    document |= judgement(lines, judged, expected)
-    metric, n, anomalous = record.builder.metric, len(lines), sum(r.anomalous for r in judged.rows)
+    document = {
+        "model": loaded.title,
+        "against": earlier and earlier.title,
+        **loaded.facts,
+        "points": lines,
+        "first_anomaly": profiled.first_anomaly and asdict(profiled.first_anomaly),
+        "verdict": profiled.verdict,
+        "expectations": judged(expected, lines),
+    }
+    metric, n, anomalous = (
+        record.builder.metric,
+        len(lines),
+        sum(r.anomalous for r in profiled.rows),
+    )
     metric("points", n, "parameters")
     metric("anomalous_points", anomalous, "parameters", n=n, better="lower")
     request.close(record, document, _show)
