@@ -14,8 +14,7 @@ from stackproof.spec.errors import EnvironmentUnfit
 
 OPTIONAL = {
     "tiktoken": "faster batches, the extra data",
-    "pyarrow": "parquet files, the extra data",
-    "zstandard": ".zst files, the extra data",
+    "pyarrow": "parquet and .zst files, the extra data",
     "datatrove": "builds on many machines, the extra scale",
     "transformers": "compares exports and imports, the extra hf",
 }

@@ -5,7 +5,6 @@ origin.
 from stackproof.config.base import Frozen
 from stackproof.config.data import (
     AnySource,
-    Arm,
     BanditCurriculum,
     BestFit,
     BpeTokenizer,

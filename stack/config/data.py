@@ -63,7 +63,7 @@ class Files(Frozen):
     license: str = Field("unknown", description="licence of the text, for the record")
 
 
-class Arm(Frozen):
+class MixtureSource(Frozen):
     """Name and shares of a source of a mixture."""
 
     name: str = Field(
@@ -94,15 +94,15 @@ class Arm(Frozen):
         return self
 
 
-class StdlibDocsSource(Arm, StdlibDocs):
+class StdlibDocsSource(MixtureSource, StdlibDocs):
     """The standard library's documentation as a source."""
 
 
-class StdlibCodeSource(Arm, StdlibCode):
+class StdlibCodeSource(MixtureSource, StdlibCode):
     """The standard library's source files as a source."""
 
 
-class FilesSource(Arm, Files):
+class FilesSource(MixtureSource, Files):
     """Files as a source."""
 
 

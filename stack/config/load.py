@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -318,15 +319,14 @@ def known_keys() -> list[str]:
     return sorted(set(_keys(RunConfig, "")))
 
 
-def _keys(model: type[BaseModel], prefix: str) -> list[str]:
-    found = []
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         is_list = get_origin(field.annotation) is tuple
         nested = [] if is_list else _models_in(field.annotation)
-        found += (
-            [k for v in nested for k in _keys(v, f"{prefix}{name}.")] if nested else [prefix + name]
-        )
-    return found
+        for variant in nested:
+            yield from _keys(variant, f"{prefix}{name}.")
+        if not nested:
+            yield prefix + name
 
 
 @cache
@@ -392,14 +392,7 @@ def _models_at(path: list[str]) -> list[type[BaseModel]]:
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     """Values of the fields with a default, JSON-ready."""
-    given = {
-        n: f.get_default(call_default_factory=True)
-        for n, f in model.model_fields.items()
-        if not f.is_required()
-    }
-    return {
-        n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in given.items()
-    }
+    return model.model_construct().model_dump(mode="json")
 
 
 def _named_tables() -> tuple[str, ...]:

@@ -313,11 +313,9 @@ class ModelConfig(Frozen):
 
     def summary(self) -> str:
         """One line with the kinds of the decoder's parts."""
-        shared = (
-            f"{self.n_heads} heads on {self.n_kv_heads}"
-            if self.n_kv_heads < self.n_heads
-            else f"{self.n_heads} heads"
-        )
+        shared = f"{self.n_heads} heads"
+        if self.n_kv_heads < self.n_heads:
+            shared += f" on {self.n_kv_heads}"
         extras = [
             name for name in ("qk_norm", "qkv_bias", "out_bias") if getattr(self.attention, name)
         ]

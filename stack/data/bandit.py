@@ -125,12 +125,9 @@ class BanditSampler:
     def decide(self, before: int, after: int) -> None:
         """Choose the sources of samples before … after-1; each source continues at its position."""
         self.in_warmup = self.in_warmup or before < self._warmup_rows
-        share, chosen, rank = (
-            None,
-            np.empty(after - before, np.int64),
-            np.empty(after - before, np.int64),
-        )
-        for i in range(after - before):
+        share, n = None, after - before
+        chosen, rank = np.empty(n, np.int64), np.empty(n, np.int64)
+        for i in range(n):
             if share is None or before + i == self._warmup_rows:
                 share = self.target(before + i)
                 self.credit *= share > 0

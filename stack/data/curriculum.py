@@ -22,8 +22,8 @@ from stackproof.spec.errors import ConfigError, DataError
 def sources_of(
     entries: Mapping[str, Mapping[str, Any]], spans: Mapping[str, tuple[int, int]]
 ) -> list[Source]:
-    """Arms from the sources of a manifest and their windows in the stream. A source without a shard
-    has no window.
+    """Sources of a sampler, from those of a manifest and their windows in the stream; a source
+    without a shard has no window.
     """
     return [
         Source(name, *spans.get(name, (0, 0)), *(float(e[k]) for k in ("weight", "cap", "floor")))
@@ -53,9 +53,9 @@ def run_sampler(
 ) -> ShuffledSampler | MixtureSampler | BanditSampler:
     """The sampling order of a run over its data set."""
     seq_len = cfg.model.max_seq_len
-    arms = sources_of(dataset.sources, dataset.train.spans(seq_len))
+    sources = sources_of(dataset.sources, dataset.train.spans(seq_len))
     return make_sampler(
-        cfg.curriculum, arms, seed=seed, rows_per_step=cfg.train.tokens_per_step // seq_len
+        cfg.curriculum, sources, seed=seed, rows_per_step=cfg.train.tokens_per_step // seq_len
     )
 
 
@@ -69,23 +69,23 @@ def make_sampler(
     """The declared order; for a single source, a shuffle without mixing.
     Raises ConfigError for unknown names or shares that cannot be satisfied.
     """
-    arms = apply_shares(cfg, sources)
-    if len(arms) == 1 and isinstance(cfg, StaticCurriculum):
-        return ShuffledSampler(arms[0].n_windows, seed, arms[0].name)
-    for arm in arms:
-        if arm.cap > 0 and not arm.n_windows:
+    sources = apply_shares(cfg, sources)
+    if len(sources) == 1 and isinstance(cfg, StaticCurriculum):
+        return ShuffledSampler(sources[0].n_windows, seed, sources[0].name)
+    for source in sources:
+        if source.cap > 0 and not source.n_windows:
             raise DataError(
-                f"source {arm.name} holds no window, and its cap is {arm.cap:g}",
-                next_step=f"give it more text, or --set curriculum.caps.{arm.name}=0",
+                f"source {source.name} holds no window, and its cap is {source.cap:g}",
+                next_step=f"give it more text, or --set curriculum.caps.{source.name}=0",
             )
     warmup_rows = cfg.warmup_steps * rows_per_step
     match cfg:
         case StaticCurriculum():
             return MixtureSampler(
-                arms, seed, warmup_rows=warmup_rows, warmup_sources=cfg.warmup_sources
+                sources, seed, warmup_rows=warmup_rows, warmup_sources=cfg.warmup_sources
             )
         case BanditCurriculum():
-            return BanditSampler(arms, seed, cfg, warmup_rows=warmup_rows)
+            return BanditSampler(sources, seed, cfg, warmup_rows=warmup_rows)
         case _:
             assert_never(cfg)
 

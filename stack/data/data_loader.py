@@ -3,7 +3,7 @@ Its position is one integer; the order of a bandit has additional state.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,9 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Tokens of the rows, without padding."""
-        return (
-            self.input_ids.numel()
-            if self.document_ids is None
-            else int((self.labels != IGNORE_INDEX).sum())
-        )
+        if self.document_ids is None:
+            return self.input_ids.numel()
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
@@ -53,19 +51,16 @@ def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
     """
     ids_BT = batch.input_ids.to(device, non_blocking=True)
     documents_BT = getattr(batch, "document_ids", None)
-    return (
-        (ids_BT,)
-        if documents_BT is None
-        else (ids_BT, None, documents_BT.to(device, non_blocking=True))
-    )
+    if documents_BT is None:
+        return (ids_BT,)
+    return ids_BT, None, documents_BT.to(device, non_blocking=True)
 
 
 class DataLoader:
     """Batches of one rank. The position `cursor` is the number of samples drawn by all ranks.
 
-    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is called at the start of every
-    epoch after the first. Without a `sampler` the windows of the whole stream are shuffled. Raises
-    DataError if the stream is shorter than one window.
+    `on_exhausted` is "wrap" or "error". Without a `sampler` the windows of the whole stream are
+    shuffled. Raises DataError if the stream is shorter than one window.
     """
 
     @require(
@@ -87,19 +82,14 @@ class DataLoader:
         on_exhausted: str = "wrap",
         cursor: int = 0,
         sampler: Sampler | None = None,
-        on_wrap: Callable[[int, int], None] = lambda epoch, tokens: None,
     ):
         if not 0 <= rank < world_size:
             raise DataError(
                 f"rank {rank} is not one of {world_size}", allowed=f"0 … {world_size - 1}"
             )
         self.stream, self.seq_len, self.seed, self.rows = stream, seq_len, seed, rows
-        self.rank, self.world_size, self.on_exhausted, self.on_wrap = (
-            rank,
-            world_size,
-            on_exhausted,
-            on_wrap,
-        )
+        self.rank, self.world_size = rank, world_size
+        self.on_exhausted = on_exhausted
         self.cursor = cursor
         self.n_windows = stream.n_windows(seq_len)
         if self.n_windows < 1:
@@ -121,7 +111,6 @@ class DataLoader:
         """
         before = self.cursor
         after = before + self.rows * self.world_size
-        rounds = self.sampler.counts(before) // self._n_windows
         self.sampler.decide(before, after)
         counts = self.sampler.counts(after)
         if self.on_exhausted == "error" and (counts > self._n_windows).any():
@@ -129,20 +118,15 @@ class DataLoader:
         draws = self.sampler.at(before + self.rank * self.rows + np.arange(self.rows))
         rows = self.stream.rows(draws.windows, self.seq_len)
         self.cursor = after
-        if (counts // self._n_windows > rounds).any():
-            self.on_wrap(int((counts // self._n_windows).max()), after * self.seq_len)
         return as_batch(rows, draws, before, after)
 
     def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
-        arm = self.sampler.sources[source]
-        left = (
-            max(0, arm.n_windows - int(self.sampler.counts(before)[source]))
-            if len(self.sampler.sources) == 1
-            else 0
-        )
+        drawn, left = self.sampler.sources[source], 0
+        if len(self.sampler.sources) == 1:
+            left = max(0, drawn.n_windows - int(self.sampler.counts(before)[source]))
         return StreamExhausted(
-            f"the corpus is exhausted after {before} samples: source {arm.name} has "
-            f"{arm.n_windows} windows",
+            f"the corpus is exhausted after {before} samples: source {drawn.name} has "
+            f"{drawn.n_windows} windows",
             value=f"{after - before} windows needed, {left} left",
             allowed="data.on_exhausted = wrap, or fewer steps",
             next_step="--set data.on_exhausted=wrap, or add text",
@@ -211,8 +195,7 @@ def batch_hash(batches: Sequence[Batch]) -> str:
     """sha256 over the tokens and labels of batches; equal hashes mean equal held-out data."""
     digest = hashlib.sha256()
     for b in batches:
-        digest.update(b.input_ids.contiguous().numpy().tobytes())
-        digest.update(b.labels.contiguous().numpy().tobytes())
-        if b.document_ids is not None:
-            digest.update(b.document_ids.contiguous().numpy().tobytes())
+        for tensor in (b.input_ids, b.labels, b.document_ids):
+            if tensor is not None:
+                digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -88,10 +88,18 @@ def _gather(arrays: Iterable[np.ndarray], bucket: tuple[int, int]) -> tuple[np.n
 
 def _strike(keep: Sequence[np.ndarray], arrays: Sequence[np.ndarray], places: np.ndarray) -> None:
     """Clear the flags at positions of the concatenation."""
-    ends = np.cumsum([len(a) for a in arrays])
+    for index, _, within in _owners(np.cumsum([len(a) for a in arrays]), places):
+        keep[index][within] = False
+
+
+def _owners(ends: np.ndarray, places: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(array, which of the places lie in it, these places within it) for positions of the
+    concatenation of arrays with these ends.
+    """
     owner = np.searchsorted(ends, places, side="right")
-    for index in np.unique(owner):
-        keep[index][places[owner == index] - (ends[index] - len(arrays[index]))] = False
+    for index in np.unique(owner).tolist():
+        chosen = owner == index
+        yield index, chosen, places[chosen] - (ends[index - 1] if index else 0)
 
 
 # --- near repeats ---------------------------------------------------------------------------------
@@ -209,10 +217,8 @@ class _Rows:
 
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
         out = np.empty((len(numbers), SIGNATURE), np.uint32)
-        owner = np.searchsorted(self.ends, numbers, side="right")
-        for index in np.unique(owner):
-            first = self.ends[index] - len(self.parts[index])
-            out[owner == index] = self.parts[index][numbers[owner == index] - first]
+        for index, chosen, within in _owners(self.ends, numbers):
+            out[chosen] = self.parts[index][within]
         return out
 
 

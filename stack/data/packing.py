@@ -16,7 +16,7 @@ import numpy as np
 
 from stackproof.config import BestFit, Concatenated
 from stackproof.contracts.conditions import require
-from stackproof.data.shards import TokenStream, within
+from stackproof.data.shards import TokenStream, map_shard, within
 
 Packing = Concatenated | BestFit
 IGNORE_INDEX = -100
@@ -56,16 +56,6 @@ class ConcatenatedStream(TokenStream):
         tokens_RT = self.windows(numbers, seq_len)
         return Rows(tokens_RT[:, :-1], tokens_RT[:, 1:])
 
-    def dropped_tokens(self, seq_len: int) -> int:
-        """Tokens of the split that are the label of no row, besides the
-        leading one of each shard.
-        """
-        return int(((self._tokens.lengths - 1) % seq_len).sum())
-
-    def padding(self, seq_len: int) -> int:
-        """Positions of all rows that hold no token."""
-        return 0
-
 
 class PackedStream(TokenStream):
     """Rows are whole documents packed by best fit (arXiv:2404.10830).
@@ -79,7 +69,7 @@ class PackedStream(TokenStream):
         self._plan = cache(self._make_plan)
 
     def _make_plan(self, shard: int, seq_len: int) -> "Plan":
-        starts = np.asarray(self._map(self.paths[shard], "document_starts"))
+        starts = np.asarray(map_shard(self.paths[shard], "document_starts"))
         return plan(starts, int(self._tokens.lengths[shard]), seq_len)
 
     def shard_windows(self, seq_len: int) -> list[int]:
@@ -116,18 +106,8 @@ class PackedStream(TokenStream):
             at += length
         rows.document_ids[row, at:] = len(pieces)
 
-    def dropped_tokens(self, seq_len: int) -> int:
-        """Tokens of the split that are the label of no row, besides the
-        leading one of each shard.
-        """
-        labels = sum(self._plan(i, seq_len).n_labels for i in range(len(self._tokens)))
-        return int((self._tokens.lengths - 1).sum()) - labels
-
-    def padding(self, seq_len: int) -> int:
-        """Positions of all rows that hold no token."""
-        return self.n_windows(seq_len) * seq_len - sum(
-            self._plan(i, seq_len).n_labels for i in range(len(self._tokens))
-        )
+    def n_labels(self, seq_len: int) -> int:
+        return sum(self._plan(i, seq_len).n_labels for i in range(len(self._tokens)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A shuffled order in O(1) memory: a keyed bijection, evaluated on demand."""
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Shuffle:
     """`permute` for sequential access: computed in blocks, the last few of which are cached."""
 
     def __init__(self):
-        self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
+        self._block = lru_cache(BLOCKS_KEPT)(_block)
 
     def permute(self, positions: np.ndarray, n: int, key: int) -> np.ndarray:
         """As `permute`."""
@@ -58,14 +59,9 @@ class Shuffle:
             images[here] = self._block(block, n, key)[positions[here] - block * AHEAD]
         return images
 
-    def _block(self, block: int, n: int, key: int) -> np.ndarray:
-        if (block, n, key) not in self._blocks:
-            if len(self._blocks) >= BLOCKS_KEPT:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block, n, key] = permute(
-                np.arange(block * AHEAD, min((block + 1) * AHEAD, n)), n, key
-            )
-        return self._blocks[block, n, key]
+
+def _block(block: int, n: int, key: int) -> np.ndarray:
+    return permute(np.arange(block * AHEAD, min((block + 1) * AHEAD, n)), n, key)
 
 
 def order_key(seed: int, epoch: int, source: str = "") -> int:

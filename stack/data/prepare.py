@@ -45,11 +45,9 @@ class Dataset:
         """Hashes of the word n-grams of the evaluation sets that the corpus was decontaminated
         with, or None.
         """
-        return (
-            tensorfile.memmap(self.directory / "grams.safetensors", "grams")
-            if self.manifest["decontamination"]
-            else None
-        )
+        if not self.manifest["decontamination"]:
+            return None
+        return tensorfile.memmap(self.directory / "grams.safetensors", "grams")
 
     def inputs(self) -> list[dict]:
         """Shards, tokenizer and manifest, as inputs of a record."""

@@ -59,7 +59,7 @@ class Sampler(Protocol):
 
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Load a saved state. Returns the names of its arms that do not exist here and were
+        """Load a saved state. Returns the names of its sources that do not exist here and were
         dropped.
         """
 

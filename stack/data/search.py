@@ -13,16 +13,14 @@ def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:
     for a text shorter than a run.
     """
     span = span_of(stream.n_bytes / stream.n_tokens)
-    own = (
-        np.unique(span_hashes(np.asarray(ids, np.int64), span))
-        if len(ids) >= span
-        else np.zeros(0, np.uint64)
-    )
+    if len(ids) < span:
+        return 0.0
+    own = np.unique(span_hashes(np.asarray(ids, np.int64), span))
     found = np.zeros(len(own), bool)
-    for start in range(0, min(stream.n_tokens, max_tokens) if len(own) else 0, PIECE_TOKENS):
+    for start in range(0, min(stream.n_tokens, max_tokens), PIECE_TOKENS):
         tokens = stream.token_range(start, min(start + PIECE_TOKENS + span, stream.n_tokens))
         found |= np.isin(own, span_hashes(tokens, span)) if len(tokens) >= span else False
-    return float(found.mean()) if len(own) else 0.0
+    return float(found.mean())
 
 
 def passages_found(rows: Sequence[Sequence[int]], stream: TokenStream, max_tokens: int) -> float:

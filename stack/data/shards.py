@@ -229,11 +229,8 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, split: dict, vocab_size: int):
-        self.n_tokens, self.n_bytes, self.n_documents = (
-            split["tokens"],
-            split["bytes"],
-            split["documents"],
-        )
+        self.n_tokens, self.n_bytes = split["tokens"], split["bytes"]
+        self.n_documents = split["documents"]
         self.vocab_size = vocab_size
         self.paths = [folder / s["path"] for s in split["shards"]]
         self.shard_sources = [s["source"] for s in split["shards"]]
@@ -242,12 +239,10 @@ class TokenStream:
         self._window_ends = cache(self._count_windows)
         self._grid = lru_cache(min(GRIDS_KEPT, mappable()))(self._make_grid)
 
-    _map = staticmethod(map_shard)
-
     @property
     def document_hashes(self) -> np.ndarray:
         """int64 (n_documents,), read from the shards."""
-        return np.concatenate([np.asarray(self._map(p, "document_hashes")) for p in self.paths])
+        return np.concatenate([np.asarray(map_shard(p, "document_hashes")) for p in self.paths])
 
     @property
     def tokenizer_sha256(self) -> list[str]:
@@ -256,7 +251,7 @@ class TokenStream:
 
     def shard_document_starts(self) -> list[np.ndarray]:
         """Position of every document's first token in its shard, int64, per shard."""
-        return [np.asarray(self._map(p, "document_starts")) for p in self.paths]
+        return [np.asarray(map_shard(p, "document_starts")) for p in self.paths]
 
     def documents(self) -> Iterator[tuple[str, int, int]]:
         """(source, start, stop) of every document in the split, in order."""
@@ -280,6 +275,20 @@ class TokenStream:
         fill one.
         """
         return int(self._window_ends(seq_len)[-1]) if self.paths else 0
+
+    def n_labels(self, seq_len: int) -> int:
+        """Labels of all rows, without padding."""
+        return self.n_windows(seq_len) * seq_len
+
+    def dropped_tokens(self, seq_len: int) -> int:
+        """Tokens of the split that are the label of no row, besides the leading one of each
+        shard.
+        """
+        return int((self._tokens.lengths - 1).sum()) - self.n_labels(seq_len)
+
+    def padding(self, seq_len: int) -> int:
+        """Positions of all rows that hold no token."""
+        return self.n_windows(seq_len) * seq_len - self.n_labels(seq_len)
 
     def _count_windows(self, seq_len: int) -> np.ndarray:
         """Windows up to the end of every shard, int64 (n_shards,)."""

@@ -74,11 +74,8 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     """
     text = ast.get_docstring(node)
     if text and len(text) >= MIN_DOC_CHARS:
-        signature = (
-            f"({ast.unparse(node.args)})"
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            else ""
-        )
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        signature = f"({ast.unparse(node.args)})" if is_function else ""
         yield name, f"{name}{signature}\n\n{text}"
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -195,12 +195,10 @@ class Mixtral(Mistral):
         return {"kind": "moe", "n_experts": keys.take("num_local_experts"), "top_k": top_k}
 
     def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
-        moe = (
-            {"num_local_experts": cfg.ffn.n_experts, "num_experts_per_tok": cfg.ffn.top_k}
-            if cfg.ffn.kind == "moe"
-            else {}
-        )
-        return super().config_keys(cfg) | moe
+        keys = super().config_keys(cfg)
+        if cfg.ffn.kind == "moe":
+            keys |= {"num_local_experts": cfg.ffn.n_experts, "num_experts_per_tok": cfg.ffn.top_k}
+        return keys
 
 
 class Gpt2(HuggingFace):

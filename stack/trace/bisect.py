@@ -163,14 +163,13 @@ def bisect(
         found.conclusion = "one operation is guilty"
         if first != last:
             found.minimal_set = _minimal(bench)
-            more = (
-                ""
-                if found.minimal_set
-                else ("; exchanging modules does not cure, or the sides have different modules")
-            )
             found.conclusion = (
-                f"several operations are guilty, of which these are the first and the last{more}"
+                "several operations are guilty, of which these are the first and the last"
             )
+            if not found.minimal_set:
+                found.conclusion += (
+                    "; exchanging modules does not cure, or the sides have different modules"
+                )
     return found
 
 

@@ -210,11 +210,9 @@ def _seen(
 
 def fitted(theirs: Tensor | None, x: Tensor) -> Tensor | None:
     """`theirs` with device, dtype and shape of `x`; None if it is missing or has another size."""
-    return (
-        theirs.to(x.device, x.dtype).reshape(x.shape)
-        if theirs is not None and theirs.numel() == x.numel()
-        else None
-    )
+    if theirs is None or theirs.numel() != x.numel():
+        return None
+    return theirs.to(x.device, x.dtype).reshape(x.shape)
 
 
 def common_points(

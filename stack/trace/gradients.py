@@ -55,7 +55,10 @@ class Gradient:
     added_err: float
     bound: float
     read_by: str = ""
-    note: str = ""
+
+    @property
+    def note(self) -> str:
+        return "a gradient on one side only" if math.isinf(self.added_err) else ""
 
     @property
     def excess(self) -> float:
@@ -108,11 +111,9 @@ def compare_gradients(
                 error,
                 _bound(p, epsilon),
                 read_by(p, looked_at, every),
-                note,
             )
             for p in reversed(looked_at)
             if (error := right.error_at(p, forced)) is not None
-            for note in [_note(error)]
         ]
         theirs = {n for n, _ in a.model.named_parameters()}
         own = [
@@ -121,7 +122,7 @@ def compare_gradients(
             if n in theirs
         ]
         parameters = [
-            Gradient(p, None, error, min(CAP, PARAMETER_FACTOR * epsilon), note=_note(error))
+            Gradient(p, None, error, min(CAP, PARAMETER_FACTOR * epsilon))
             for p in own
             if (error := right.error_of(p.name, forced)) is not None
         ]
@@ -144,10 +145,6 @@ def _bound(point: Point, epsilon: float) -> float:
     return min(CAP, (SOFTMAX_FACTOR if point.slot in CANCELLING else FACTOR) * epsilon)
 
 
-def _note(error: float) -> str:
-    return "a gradient on one side only" if math.isinf(error) else ""
-
-
 @dataclass
 class _Seen:
     """Gradients of one run: differences from the reference at points,
@@ -167,13 +164,14 @@ class _Right:
     largest: float = 0.0
 
     def keep(self, a: ModelVariant, names: Sequence[str], input_ids: Tensor) -> None:
-        def value(point: Point, x: Tensor) -> None:
-            self.spill.write(VALUE + point.name, x)
-
-        def gradient(point: Point, grad: Tensor) -> None:
-            self.spill.write(GRADIENT + point.name, grad)
-
-        for name, grad in _backward(a, names, input_ids, value, gradient).items():
+        gradients = _backward(
+            a,
+            names,
+            input_ids,
+            lambda point, x: self.spill.write(VALUE + point.name, x),
+            lambda point, grad: self.spill.write(GRADIENT + point.name, grad),
+        )
+        for name, grad in gradients.items():
             self.spill.write(PARAMETER + name, grad)
             self.largest = max(self.largest, float(grad.double().norm()))
 
@@ -215,10 +213,8 @@ class _Right:
             return math.inf
         if not here:
             return None
-        own, theirs = (
-            seen.parameters[name].detach().double().cpu(),
-            self.spill.read(PARAMETER + name).double(),
-        )
+        own = seen.parameters[name].detach().double().cpu()
+        theirs = self.spill.read(PARAMETER + name).double()
         if own.shape != theirs.shape:
             return math.inf
         norm, apart = max(float(theirs.norm()), FLOOR * self.largest), float((own - theirs).norm())

@@ -151,11 +151,9 @@ class _Viewer:
     def _gradient(self, point: Point, grad: Tensor, form: _Form) -> Tensor | None:
         """The replacement for a gradient; None to keep it."""
         new = self.on_grad(point, _shown((form.grad or form.take)(grad), form.layout))
-        return (
-            None
-            if new is None
-            else (form.grad_back or form.back)(_hidden(new.to(grad.dtype), form.layout), grad)
-        )
+        if new is None:
+            return None
+        return (form.grad_back or form.back)(_hidden(new.to(grad.dtype), form.layout), grad)
 
 
 def _shown(x: Tensor, layout: Layout) -> Tensor:

@@ -137,16 +137,14 @@ def read_lens(
     for name, h_BTD in held.items():
         log_probs = unembed(h_BTD if lens is None else lens(name, h_BTD)).float().log_softmax(-1)
         top = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
-        loss = (
-            F.nll_loss(log_probs[:, :-1].flatten(0, 1), labels.flatten())
-            if labels.numel()
-            else None
-        )
+        loss = None
+        if labels.numel():
+            loss = float(F.nll_loss(log_probs[:, :-1].flatten(0, 1), labels.flatten()))
         rows.append(
             LensRow(
                 point=name,
                 layer=int(name.split(".")[1]) if name.startswith("layers.") else None,
-                loss_nats=None if loss is None else float(loss),
+                loss_nats=loss,
                 kl_nats=float(divergence(log_final, log_probs)),
                 entropy_nats=float(-(log_probs.exp() * log_probs).sum(-1).mean()),
                 agrees_frac=float((log_probs.argmax(-1) == log_final.argmax(-1)).double().mean()),

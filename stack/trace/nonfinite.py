@@ -206,12 +206,12 @@ class Watch(TorchDispatchMode):
         alike = [r for r in guilty if bool(r.values.isnan().any())] if what == "NaN" else guilty
         if operation.name == CONSTANT or (not alike and _has(operation.given, what)):
             return self._enter("put in", what, operation, bad)
-        if strangers := [r for r in alike if marks[id(r)] is None]:
+        if unmarked := [r for r in alike if marks[id(r)] is None]:
             carrier = next(
-                (c for r in strangers if (c := self.held.get(storage_of(r.tensor)._cdata, ""))), ""
+                (c for r in unmarked if (c := self.held.get(storage_of(r.tensor)._cdata, ""))), ""
             )
             return self._enter(
-                "came in", what, operation, bad, carrier or f"argument {strangers[0].name}"
+                "came in", what, operation, bad, carrier or f"argument {unmarked[0].name}"
             )
         if alike:
             return min((marks[id(r)] for r in alike), key=lambda e: e.number)
@@ -309,11 +309,8 @@ def _tensors(value: Any) -> list[tuple[int | None, Tensor]]:
     """The tensors of an argument or result, with their index if it is a list."""
     if isinstance(value, Tensor):
         return [(None, value)]
-    return (
-        [(i, t) for i, t in enumerate(value) if isinstance(t, Tensor)]
-        if isinstance(value, list | tuple)
-        else []
-    )
+    items = value if isinstance(value, list | tuple) else ()
+    return [(i, t) for i, t in enumerate(items) if isinstance(t, Tensor)]
 
 
 def _written(func: Any) -> set[str]:

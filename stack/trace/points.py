@@ -114,11 +114,7 @@ def read_by(point: Point, looked_at: Sequence[Point], every: Sequence[Point]) ->
                 return ", ".join(dict.fromkeys(r.operation for r in readers))
             break
     later = [p for p in looked_at if p.order > point.order and not p.derived]
-    return (
-        f"what lies between it and {later[0].name}"
-        if later
-        else "what lies between it and the loss"
-    )
+    return f"what lies between it and {later[0].name if later else 'the loss'}"
 
 
 def _next(point: Point, kinds: Sequence[str], every: Sequence[Point]) -> list[Point]:
@@ -293,11 +289,9 @@ def _key(pattern: str, index: int, numbers: tuple[int, ...], patterns: Sequence[
     layered = [i for i, p in enumerate(patterns) if "{}" in p]
     if not numbers:
         return (0 if not layered or index < layered[0] else 2, 0, index)
-    first = (
-        next((i for i in range(index, -1, -1) if patterns[i].count("{}") < 2), -1) + 1
-        if len(numbers) > 1
-        else index
-    )
+    first = index
+    if len(numbers) > 1:
+        first = next((i for i in range(index, -1, -1) if patterns[i].count("{}") < 2), -1) + 1
     return (1, numbers[0], first, *numbers[1:], index)
 
 

@@ -176,11 +176,9 @@ def robust_z(value: float, over: Sequence[float]) -> float | None:
     logs = [math.log(v) for v in over]
     middle = median(logs)
     spread = 1.4826 * median(abs(v - middle) for v in logs)
-    return (
-        (math.log(value) - middle) / spread
-        if spread > 0
-        else (0.0 if math.log(value) == middle else math.inf)
-    )
+    if spread > 0:
+        return (math.log(value) - middle) / spread
+    return 0.0 if math.log(value) == middle else math.inf
 
 
 def massive(stat: Stat) -> bool:

@@ -63,11 +63,6 @@ class Support:
             None,
         )
 
-    def require_same(self, other: "Support") -> None:
-        """Raises SupportError naming the first field that differs."""
-        if field := self.differs(other):
-            raise SupportError(field, getattr(self, field), getattr(other, field))
-
 
 @dataclass(frozen=True)
 class Stat:
@@ -103,13 +98,6 @@ class Stat:
         return {k: v for k, v in asdict(self).items() if k != "support"} | {
             "quantiles": dict(self.quantiles)
         }
-
-
-def ratio(a: Stat, b: Stat, name: str = "std") -> float:
-    """`a.name / b.name`. Raises SupportError if their supports differ."""
-    a.support.require_same(b.support)
-    below = getattr(b, name)
-    return getattr(a, name) / below if below else math.nan
 
 
 class Gatherer:
