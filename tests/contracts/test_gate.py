@@ -10,7 +10,7 @@ from tests.contracts.test_rows import drawn, plan, taken, watching
 
 JUDGED = {
     "data.rows": (drawn(1, 0), taken()),
-    "optim.movement": (WeightsUpdated(1, 1e-3, 1.0, every_tensor=True),),
+    "optim.movement": (WeightsUpdated(1, 1e-3, 1.0),),
     "runtime.mode": (ModuleModes(1, "training", ()),),
 }
 
@@ -43,9 +43,9 @@ def test_what_was_judged_is_still_judged_after_a_resume(spec):
 
 def test_the_direction_of_a_first_update_stays_unknown_after_a_resume(spec):
     check, resumed = fresh(spec, "optim.movement"), fresh(spec, "optim.movement")
-    check.observe(WeightsUpdated(1, 1e-3, 1.0, every_tensor=True, unknown="no gradient"))
+    check.observe(WeightsUpdated(1, 1e-3, 1.0, unknown="no gradient"))
     resumed.load_state_dict(saved(check))
-    later = WeightsUpdated(2, 1e-3, 1.0, every_tensor=True)
+    later = WeightsUpdated(2, 1e-3, 1.0)
     assert resumed.observe(later).outcome == "not_run"
     assert fresh(spec, "optim.movement").observe(later).passed
 

@@ -298,10 +298,11 @@ def test_a_declared_rule_without_a_formula_is_not_run(spec, subject, gate_id):
 @pytest.mark.parametrize("setting", ["eps", "betas"])
 def test_groups_hold_every_setting_of_the_declared_rule(spec, subject, setting):
     """An optimizer of another rule may share settings, such as betas, with the declared one."""
-    named, groups = subject.training.live_optimizer
+    groups = subject.training.optimizer.param_groups
     for other in ({k: v for k, v in g.items() if k != setting} for g in groups if setting in g):
         rest = [g for g in groups if g["params"] is not other["params"]]
-        off = changed(subject, training={"live_optimizer": (named, [*rest, other])})
+        wrong = SimpleNamespace(param_groups=[*rest, other])
+        off = changed(subject, training={"optimizer": wrong})
         verdict = call_check(spec.gates[GROUPS], off)
         assert verdict.outcome == "fail" and "not the declared one" in verdict.message
 
