@@ -122,7 +122,7 @@ def pytest_plugin(tmp_path, texts, only=None) -> Verdicts:
 
 
 def data_build(tmp_path, texts) -> Verdicts:
-    return of(account.judge(prepare(museum(texts).data)))
+    return of(account.judge(prepare(museum(texts).data))[0])
 
 
 def exported(tmp_path, texts) -> Verdicts:

@@ -35,7 +35,7 @@ SIZES = {
     "init_std": 0.12,
 }
 WAYS = {
-    "causal mask off by one": "each query attends to the key after its own",
+    "causal mask off by one": "each query sees the key after its own",
     "key heads tiled": "key heads are tiled where each should be repeated for its group",
 }
 # a module, its text, what it becomes, in how many tokens that shows

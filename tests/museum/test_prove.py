@@ -218,7 +218,7 @@ def test_a_kill_that_comes_too_late_is_none(spec):
         found = seen(spec, failed("red"), step=9, **late)
     assert (
         found.outcome == "missed"
-        and "seen 9 steps after it began, at most 8" in found.verdict.message
+        and "red 9 steps after it began, at most 8" in found.verdict.message
     )
 
 

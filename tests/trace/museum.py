@@ -230,6 +230,7 @@ EXHIBITS: dict[str, Found | Unseen] = {
         False,
         partial(updated, around=ways.in_chunks),
     ),
+    "kernel.torch-gradient-too-small": Unseen(running, IN_THE_BACKWARD, False, updated),
     "model.labels-of-the-past": Unseen(running, IN_THE_LOSS, False, updated),
     "model.shared-gradient-clobbered": Unseen(running, IN_THE_BACKWARD, True, updated),
     # ---- other rooms that show the same failures

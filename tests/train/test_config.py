@@ -77,12 +77,13 @@ def leaves() -> list[str]:
 
 def unread(names: list[str]) -> list[str]:
     """Names that no line of the stack reads: neither `x.name`, nor a pattern `name=x`, nor the
-    configuration's own checks.
+    SETTINGS of an optimizer, nor the configuration's own checks.
     """
     is_config = lambda p: p.parent.name == "config"  # noqa: E731
     source = "\n".join(p.read_text() for p in STACK.rglob("*.py") if not is_config(p))
     config = "\n".join(p.read_text() for p in STACK.rglob("*.py") if is_config(p))
-    names = [n for n in names if not re.search(rf"\.{n}\b|\b{n}\s*=\s*\w+\)*:", source)]
+    read = r"\.{0}\b|\b{0}\s*=\s*\w+\)*(:| if )|SETTINGS = \([^)]*\"{0}\""
+    names = [n for n in names if not re.search(read.format(n), source)]
     return [n for n in names if not re.search(rf"self\.{n}\b|self\.\w+\.{n}\b", config)]
 
 
