@@ -26,12 +26,8 @@ from stackproof.contracts.subject import (
     TraineeOptions,
     offers,
 )
+from stackproof.contracts.update_rules import RULES
 
-# what the formula of each rule reads of a law
-SETTINGS = {
-    "adamw": ("lr", "weight_decay", "betas", "eps"),
-    "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "lr_scale"),
-}
 RATE = 1e-2
 ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it
 LOW_NORM = 1e-2
@@ -94,7 +90,7 @@ def _laws(named: NamedParameters, groups: Sequence[Mapping[str, Any]], declared:
 
 def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     """Whether an optimizer's group holds every setting of a law's rule, as declared."""
-    return all(key in group and group[key] == law[key] for key in SETTINGS[law["rule"]])
+    return all(key in group and group[key] == law[key] for key in RULES[law["rule"]].settings)
 
 
 def _law(declared: Declared, name: str, parameter: Tensor) -> Mapping[str, Any]:
@@ -102,8 +98,8 @@ def _law(declared: Declared, name: str, parameter: Tensor) -> Mapping[str, Any]:
     it.
     """
     law = declared.update_law(name, parameter)
-    if law["rule"] not in SETTINGS:
-        raise NotOffered(f"a rule with a known formula: {name} is updated by {law['rule']}")
+    if law["rule"] not in RULES:
+        raise NotOffered(f"a rule of contracts/update_rules.py: {name} is updated by {law['rule']}")
     return law
 
 
@@ -209,10 +205,14 @@ def reference_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
         oracle = _driven(small, make_optimizer, laws, first, tiny)
         for n, p in small.pairs:
             off, law = p.detach().double() - oracle[n], laws[n]
-            if law["rule"] == "adamw":
+            if RULES[law["rule"]].by_entry:
                 _worst(errors, "error_over_lr", off.abs().max() / RATE, n)
             elif not tiny:
-                kind = "muon_rel_error" if law["dtype"] == "float32" else "muon_bf16_rel_error"
+                kind = (
+                    "muon_rel_error"
+                    if law.get("dtype", "float32") == "float32"
+                    else "muon_bf16_rel_error"
+                )
                 _worst(errors, kind, off.norm() / (oracle[n] - first[n].double()).norm(), n)
     return _within(limits, errors, "updates differ from the declared rule in float64")
 
@@ -251,13 +251,13 @@ def _driven(
     for t in range(1, 11):
         for n, p in small.pairs:
             scale = 10.0 ** (t % 3 - 1) * (
-                laws[n]["eps"] if tiny and laws[n]["rule"] == "adamw" else 1.0
+                laws[n].get("eps", 1.0) if tiny and RULES[laws[n]["rule"]].by_entry else 1.0
             )
             gradient = (
                 torch.zeros(p.shape) if t == 5 else torch.randn(p.shape, generator=draw) * scale
             )
             p.grad = gradient.to(p.device)
-            oracle[n] = _RULES[laws[n]["rule"]](
+            oracle[n] = RULES[laws[n]["rule"]].update(
                 oracle[n], p.grad.double(), memory[n], laws[n] | {"lr": RATE}, t
             )
         optimizer.step()
@@ -314,42 +314,6 @@ def _moved_by_nothing(
     for (_, p), kept in zip(small.pairs, before):
         p.data.copy_(kept)
     return moved
-
-
-def _adamw(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: int) -> Tensor:
-    """x − lr·(m̂/(√v̂ + eps) + decay·x). Source: arXiv:1711.05101, algorithm 2."""
-    b1, b2 = law["betas"]
-    m = memory["m"] = b1 * memory.get("m", 0.0) + (1 - b1) * gradient
-    v = memory["v"] = b2 * memory.get("v", 0.0) + (1 - b2) * gradient**2
-    return x - law["lr"] * (
-        (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + law["eps"]) + law["weight_decay"] * x
-    )
-
-
-def _muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: int) -> Tensor:
-    """x − lr·decay·x − lr·factor·U·p(S)·Vᵀ of the running mean U·S·Vᵀ: the Newton-Schulz quintic
-    acts on each singular value alone.
-
-    Sources: Keller Jordan's post on Muon, 2024; the factor of update size arXiv:2502.16982, sec.
-    2.2.
-    """
-    m = memory["m"] = law["momentum"] * memory.get("m", 0.0) + (1 - law["momentum"]) * gradient
-    ahead = law["momentum"] * m + (1 - law["momentum"]) * gradient if law["nesterov"] else m
-    if not bool(ahead.isfinite().all()):
-        return torch.full_like(x, math.nan)  # as the quintic would; the decomposition raises
-    u, s, v = torch.linalg.svd(ahead, full_matrices=False)
-    s = s / s.square().sum().sqrt()
-    for _ in range(law["ns_steps"]):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    rows, columns = x.shape
-    factor = {
-        "match-rms-adamw": 0.2 * max(rows, columns) ** 0.5,
-        "original": max(1.0, rows / columns) ** 0.5,
-    }[law["lr_scale"]]
-    return x * (1 - law["lr"] * law["weight_decay"]) - law["lr"] * factor * (u * s) @ v
-
-
-_RULES = {"adamw": _adamw, "muon": _muon}
 
 
 # --- whole steps ----------------------------------------------------------------------------------
@@ -412,13 +376,13 @@ def train_step(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 def _watched(model: nn.Module, declared: Declared) -> dict[str, _Watched]:
-    """Of a parameter under AdamW SAMPLED entries, evenly spread; of matrices under Muon the
-    smallest, MUON_ENTRIES entries or one.
+    """Of a parameter whose rule is judged by entry SAMPLED entries, evenly spread; of whole
+    matrices the smallest, MUON_ENTRIES entries or one.
     """
     watched, budget = {}, MUON_ENTRIES
     for name, p in sorted(model.named_parameters(), key=lambda item: item[1].numel()):
         law = _law(declared, name, p)
-        if law["rule"] == "adamw":
+        if RULES[law["rule"]].by_entry:
             watched[name] = _Watched(p, law, slice(None, None, max(1, p.numel() // SAMPLED)))
         elif budget == MUON_ENTRIES or p.numel() <= budget:
             watched[name], budget = _Watched(p, law, None), budget - p.numel()
@@ -496,13 +460,14 @@ def move_error(move: Move, memory: dict, clip: float) -> tuple[str, float]:
     may not move at all. `memory` holds the moments and the count `t` of updates.
     """
     law, before = move.law, move.before.double()
-    kind = {"adamw": "error_over_lr", "muon": "muon_rel_error"}[law["rule"]]
+    rule = RULES[law["rule"]]
+    kind = "error_over_lr" if rule.by_entry else "muon_rel_error"
     if move.gradient is None:
         return kind, float("inf") if bool((move.after.double() - before).any()) else 0.0
     memory["t"] += 1
-    there = _RULES[law["rule"]](before, move.gradient.double() * clip, memory, law, memory["t"])
+    there = rule.update(before, move.gradient.double() * clip, memory, law, memory["t"])
     off = move.after.double() - there
-    if law["rule"] == "muon":
+    if not rule.by_entry:
         return kind, float(off.norm() / (there - before).norm().clamp(min=1e-300))
     if not law["lr"]:
         return kind, float(off.abs().max())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stackproof.config import RunConfig
+from stackproof.config import AdamW, Muon, RunConfig
 from stackproof.contracts.subject import Architecture, Declared, Schedule, UpdateLaw
 from stackproof.spec.formulas import parameter_count
 from stackproof.train import device
@@ -54,15 +54,14 @@ class RunDeclared(Declared):
         optim = self.cfg.optim
         decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}
         in_block = parameter.ndim == 2 and name.startswith("layers.") and ".router." not in name
-        if optim.kind == "muon" and in_block:
-            settings = optim.model_dump(include=set(UpdateLaw.__annotations__))
-            return settings | {"rule": "muon"} | decay
-        return {
-            "rule": "adamw",
-            "lr": optim.adamw_lr if optim.kind == "muon" else optim.lr,
-            "betas": (optim.beta1, optim.beta2),
-            "eps": optim.eps,
-        } | decay
+        match optim:
+            case Muon() if in_block:
+                settings = optim.model_dump(include=set(UpdateLaw.__annotations__))
+                return settings | {"rule": "muon"} | decay
+            case Muon(adamw_lr=lr) | AdamW(lr=lr):
+                betas = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+                return {"rule": "adamw", "lr": lr} | betas | decay
+        raise NotImplementedError(f"stack/subject/declared.py has no law of {type(optim).__name__}")
 
     @property
     def flops_per_step(self) -> float:

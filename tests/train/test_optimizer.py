@@ -2,6 +2,7 @@
 rules behind one interface.
 """
 
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from stackproof.config import AdamW, Muon
 from stackproof.config.optim import Optim
+from stackproof.contracts.update_rules import RULES
 from stackproof.model.build import build_model
+from stackproof.subject.declared import RunDeclared
 from stackproof.train import optimizer as opt
 
 MUON = Muon(lr=3e-3, adamw_lr=1e-3)
@@ -164,9 +167,21 @@ def test_every_optimizer_that_can_be_declared_has_its_row_in_the_table(
         for p, names in opt.state_fields(optimizer).items()
         if set(names) == set(optimizer.state[p])
     } == set(model.parameters())
+    laws = RunDeclared(small_cfg.model_copy(update={"optim": cfg}), 50)
+    for name, p in model.named_parameters():
+        law = laws.update_law(name, p)
+        assert law["rule"] in RULES, f"contracts/update_rules.py has no rule {law['rule']}"
+        assert law.keys() >= set(RULES[law["rule"]].settings)
     monkeypatch.delitem(opt.OPTIMIZERS, kind)
     with pytest.raises(KeyError, match=kind.__name__):
         opt.make_optimizer(model, cfg)
+
+
+def test_an_optimizer_without_a_declared_law_is_an_error_that_names_the_file(small_cfg):
+    other = SimpleNamespace(weight_decay=0.1)
+    laws = RunDeclared(small_cfg.model_copy(update={"optim": other}), 50)
+    with pytest.raises(NotImplementedError, match=r"stack/subject/declared\.py has no law"):
+        laws.update_law("embed.weight", torch.ones(2, 2))
 
 
 def test_two_rules_act_as_one(small_cfg):
