@@ -160,13 +160,14 @@ class LossMeasured:
     one. At `n_off_target` of them the target is not the next token; `offset` is the distance of the
     most frequent other target (-1: neither 0, 1 nor 2, or no gradient). `weight_min` and
     `weight_max` are the weights of inspected positions in units of 1/N, N the number of tokens to
-    learn in this step. `n_masked_learned` counts positions that have a gradient although label or
-    mask exclude them. `absolute`: weights can be compared with 1/N, as within one process. `half`:
-    logits or gradients have a type of two bytes.
+    learn in this step. Where rounding weighs much they are means over groups of positions;
+    `single_min` and `single_max` are those of single ones. `n_masked_learned` counts positions that
+    have a gradient although label or mask exclude them. `absolute`: weights can be compared with
+    1/N, as within one process. `half`: logits or gradients have a type of two bytes.
 
     Where every position is measured, `reported_nats` is the loss that the trainer reports for the
     step. `n_changed_rows` counts drawn rows that entered the model with other tokens or documents,
-    or not at all.
+    not at all, or once more; None where rows are not compared.
     """
 
     step: int
@@ -179,10 +180,12 @@ class LossMeasured:
     n_masked_learned: int = 0
     weight_min: float = math.nan
     weight_max: float = math.nan
+    single_min: float = math.nan
+    single_max: float = math.nan
     absolute: bool = True
     half: bool = False
     reported_nats: float = math.nan
-    n_changed_rows: int = 0
+    n_changed_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

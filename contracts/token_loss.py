@@ -68,15 +68,16 @@ class LogitGradient(RuntimeCheck):
     def observe(self, event: LossMeasured) -> Verdict:
         step, limits = f"step {event.step}: ", self.limits
         measured = {
-            "changed_rows": event.n_changed_rows,
             "masked_learned": event.n_masked_learned,
             "n_learned": event.n_learned,
             "n_judged": event.n_judged,
         }
-        if event.n_changed_rows > limits.changed_rows_max:
+        if event.n_changed_rows is not None:
+            measured["changed_rows"] = event.n_changed_rows
+        if measured.get("changed_rows", 0) > limits.changed_rows_max:
             return failed(
                 f"{step}{event.n_changed_rows} row(s) entered the model with other tokens or "
-                "documents than were drawn, or not at all",
+                "documents than were drawn, not at all, or once more",
                 **measured,
             )
         if event.n_masked_learned > limits.masked_learned_max:
@@ -96,13 +97,22 @@ class LogitGradient(RuntimeCheck):
                 **measured,
             )
         low, high = event.weight_min, event.weight_max
-        spread = (high - low) / high if high > 0 else math.inf
-        off = max(abs(high - 1), abs(low - 1)) if event.absolute else 0.0
-        error, half = max(spread, off), "half_" if event.half else ""
+        half, error = "half_" if event.half else "", _spread(low, high, event.absolute)
         measured |= {f"{half}rel_error": error, "weight_min": low, "weight_max": high}
+        ok = error <= getattr(limits, f"{half}rel_error_max")
+        if event.half and ok:
+            low, high = event.single_min, event.single_max
+            single = measured["half_single_rel_error"] = _spread(low, high, event.absolute)
+            ok = single <= limits.half_single_rel_error_max
         return decide(
-            error <= getattr(limits, f"{half}rel_error_max"),
+            ok,
             f"{step}tokens have {low:.4g} to {high:.4g} times the weight of one in "
             f"{event.n_learned}",
             **measured,
         )
+
+
+def _spread(low: float, high: float, absolute: bool) -> float:
+    """How far weights in units of 1/N are apart, or from 1 if they can be compared with it."""
+    apart = (high - low) / high if high > 0 else math.inf
+    return max(apart, abs(high - 1), abs(low - 1)) if absolute else apart

@@ -19,12 +19,14 @@ from stackproof.contracts.events import LossMeasured
 class LossPlace:
     """One forward pass whose loss is read when its gradient comes. `silent` (B, T-1) marks the
     places whose next token is not learned, `n_labels` counts labels, `loss` is the model's own.
+    `autocast` is the type of products in the pass, None without autocast.
     """
 
     ids_BT: Tensor
     silent: Tensor
     n_labels: Tensor | None
     loss: Tensor | None
+    autocast: torch.dtype | None = None
     done: bool = False
 
 
@@ -53,6 +55,8 @@ class LossReader:
         enters a head of weight `head`.
         """
         self._turn += 1
+        if head is not None and place.autocast is not None:
+            values = values.to(place.autocast)  # as the head multiplies
         reading = read(
             values,
             gradient,
@@ -72,9 +76,9 @@ class LossReader:
         return self._unread, [torch.as_tensor(x).double().reshape(1) for x in self._reported]
 
     def fetched(self, readings: list[Reading], reported: list[Tensor]) -> float:
-        """The mean loss of the step, from the fetched values of `pending`: the reported losses,
-        else
-        the mean over the places that were read. NaN if a value or gradient is not finite.
+        """The mean loss of the step, from the fetched values of `pending`: of the reported losses,
+        or of the places that were read if none is reported. NaN if a value or gradient is not
+        finite.
         """
         self._readings = readings
         if not self.finite:
@@ -103,7 +107,7 @@ def loss_measured(
     n_labels: int | None = None,
     absolute: bool = True,
     reported_nats: float = math.nan,
-    n_changed_rows: int = 0,
+    n_changed_rows: int | None = None,
 ) -> LossMeasured:
     """The event of one step from the readings of its backward passes. `n_labels` is the number of
     its labels, None where the trainer's loss may leave out some of them.
@@ -111,13 +115,14 @@ def loss_measured(
     offsets = [o for r in readings for o in r.offsets]
     wrong = [o for o in offsets if o != 1]
     learned = sum(r.n_learned for r in readings)
-    weights = [w for r in readings for w in r.weights] or [math.nan]
+    low, high = _range([w for r in readings for w in r.weights])
+    single_low, single_high = _range([w for r in readings for w in r.single_weights])
     # A loss may leave out more than labels and mask do, such as a prompt: N is then the number of
     # tokens that it learns. A trainer may count the first label of each row, which no logit
     # predicts, as transformers 5.23 does for GPT-2 (26 of 28 on short rows).
     known = (sum(r.n_expected for r in readings), learned, sum(r.n_labels for r in readings))
     counts = known if n_labels is None else (n_labels,)
-    n = min(counts, key=lambda n: abs(max(weights) * n - 1))
+    n = min(counts, key=lambda n: abs(high * n - 1))
     return LossMeasured(
         step=step,
         mean_nats=mean_nats(readings),
@@ -127,13 +132,22 @@ def loss_measured(
         n_off_target=len(wrong),
         offset=max(set(wrong), key=wrong.count) if wrong else 1,
         n_masked_learned=sum(r.n_masked_learned for r in readings),
-        weight_min=min(weights) * n,
-        weight_max=max(weights) * n,
+        weight_min=low * n,
+        weight_max=high * n,
+        single_min=single_low * n,
+        single_max=single_high * n,
         absolute=absolute,
         half=any(r.half for r in readings),
         reported_nats=reported_nats,
         n_changed_rows=n_changed_rows,
     )
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the largest value; NaN without any, or if one is."""
+    if not values or any(map(math.isnan, values)):
+        return math.nan, math.nan
+    return min(values), max(values)
 
 
 def mean_nats(readings: Sequence[Reading]) -> float:

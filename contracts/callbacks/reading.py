@@ -27,7 +27,8 @@ EVERY_CLEAR = 1e-3  # the same where every place is judged, through the head
 @dataclass
 class Reading:
     """What is read off the gradient of one micro-step at the logits. `weights` are those of
-    inspected positions, or means over groups of them.
+    inspected positions, or means over groups of them; `single_weights` are the least and the
+    largest of a single position.
     """
 
     n_learned: int = 0
@@ -37,6 +38,7 @@ class Reading:
     n_masked_learned: int = 0
     offsets: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    single_weights: tuple[float, ...] = ()
     nats: list[float] = field(default_factory=list)
     vocab_size: int = 0
     half: bool = False
@@ -146,12 +148,13 @@ def read(
         index = torch.arange(silent.numel(), device=ids_BT.device)
         rows, at, chosen = index // silent.shape[1], index % silent.shape[1], expected.flatten()
     head = None if head is None else head.to(values.dtype)
+    wide = None if head is None else head.float()
     vocab_size = values.shape[-1] if head is None else head.shape[0]
     last, parts = silent.shape[1] - 1, []
     for part in zip(*(t.split(max(SAMPLED, CHUNK_ENTRIES // vocab_size)) for t in (rows, at))):
         after = (part[1] + 1).clamp_max(last)
         targets = [ids_BT[part], next_BT[part], next_BT[part[0], after]]
-        fitted = _Fitted(values[part], gradient[part].float(), scale, smoothing, head)
+        fitted = _Fitted(values[part], gradient[part].float(), scale, smoothing, head, wide)
         parts.append(fitted.judged(targets, part[1] < last, EVERY_CLEAR if every else CLEAR))
     places = torch.cat(parts, 1)
     places[0] *= chosen
@@ -192,8 +195,10 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
         read_at = judged.bool() & (offsets >= 0)
         found.nats = nats[chosen.bool()].tolist()
         found.offsets = offsets[judged.bool()].int().tolist()
-        groups = weights[read_at].tensor_split(max(1, int(read_at.sum()) // unread.group))
+        single = weights[read_at]
+        groups = single.tensor_split(max(1, len(single) // unread.group))
         found.weights = [float(w.mean()) for w in groups if len(w)]
+        found.single_weights = (float(single.min()), float(single.max())) if len(single) else ()
         found.n_judged = len(found.offsets)
     return found
 
@@ -232,16 +237,22 @@ class _Fitted:
     """How well gradients at places fit cross-entropy with a given token. What does not depend on
     the token is computed once.
 
-    `values` and gradients are logits (N, V), or enter a head of weight `head`. The gradient for
+    `values` and gradients are logits (N, V), or enter a head of weight `head`, in float32 `wide`.
+    The gradient for
     target y is w·d with d = p − s/V + (s − 1)·onehot(y), s the smoothing, times the head where
     there is one.
     """
 
     def __init__(
-        self, values: Tensor, g_N: Tensor, scale: float, smoothing: float, head: Tensor | None
+        self,
+        values: Tensor,
+        g_N: Tensor,
+        scale: float,
+        smoothing: float,
+        head: Tensor | None,
+        wide: Tensor | None,
     ):
-        self.g_N, self.scale, self.kept = g_N, scale, 1 - smoothing
-        self.head = None if head is None else head.float()
+        self.g_N, self.scale, self.kept, self.head = g_N, scale, 1 - smoothing, wide
         logits_NV = values if head is None else values @ head.T
         self.log_p_NV = logits_NV.float().log_softmax(-1)
         p_NV = self.log_p_NV.exp()

@@ -277,6 +277,11 @@ class ForwardHooks:
             silent=silent_places(ids, mask, labels, settings.pad_id, settings.eos_id),
             n_labels=None if labels is None else (labels != IGNORE).sum(),
             loss=None if loss is None else loss.detach(),
+            autocast=(
+                torch.get_autocast_dtype(ids.device.type)
+                if torch.is_autocast_enabled(ids.device.type)
+                else None
+            ),
         )
 
     def _sources(

@@ -4,7 +4,7 @@ the check for silent data corruption, and mirrors to experiment trackers.
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stackproof.config import MixtureOfExperts, RunConfig
+from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig
 from stackproof.contracts.callbacks.losses import loss_measured
 from stackproof.contracts.callbacks.reading import IGNORE, read, resolve
 from stackproof.contracts.events import (
@@ -123,7 +123,7 @@ class LossOfFirstStep:
     While the step is taken, `state.features` is wrapped. The step's numbers stay as they are.
     """
 
-    gate = "loss.logit-gradient"
+    gates = ("loss.logit-gradient", "loss.first")
 
     def __init__(self) -> None:
         self.done, self.seconds = False, 0.0
@@ -132,8 +132,7 @@ class LossOfFirstStep:
         """The next passes of the model are those of `batches`, in their order."""
         if not self.done:
             self.batches, self.features, self.n_forward = batches, state.features, 0
-            # of a step that is computed again, the last passes count
-            self.unread, self.changed = deque(maxlen=len(batches)), deque(maxlen=len(batches))
+            self.unread, self.changed = [], []
             state.features = partial(self._forward, state)
 
     def _forward(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Any]:
@@ -175,23 +174,27 @@ class LossOfFirstStep:
         self.changed.append(changed_rows(inputs, batch, device))
         self.seconds += time.perf_counter() - began
 
-    def measured(self, state: TrainState, report: StepReport) -> LossMeasured | None:
-        """The event of the step; None after the first, or if the update was not made."""
+    def measured(self, state: TrainState, report: StepReport, n_rounds: int) -> LossMeasured | None:
+        """The event of the step, whose gradients were computed `n_rounds` times; the last ones
+        count. None after the first step, or if the update was not made.
+        """
         if self.done:
             return None
         began = time.perf_counter()
         self.done, state.features = report.applied, self.features
         if not self.done:
             return None
-        readings, changed = resolve(self.unread, self.changed)
-        left_out = self.batches[len(readings) :]
+        n = len(self.batches)
+        off = abs(len(self.unread) - n * n_rounds)  # passes that are missing or too many
+        readings, changed = resolve(self.unread[-n:], self.changed[-n:])
         event = loss_measured(
             report.step,
             readings,
             n_labels=sum(count_valid(b.labels) for b in self.batches),
             reported_nats=report.loss_nats,
-            n_changed_rows=int(sum(changed)) + sum(len(b.input_ids) for b in left_out),
+            n_changed_rows=int(sum(changed)) + off * len(self.batches[0].input_ids),
         )
+        self.batches, self.unread, self.changed = (), [], []
         self.seconds += time.perf_counter() - began
         return event
 
@@ -219,6 +222,7 @@ class GateEvents(Callback):
         self.loss = LossOfFirstStep()
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
+        self.loss.done = not trainer.keeper.states.keys() & set(self.loss.gates)
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
 
     def on_step_start(self, trainer: Trainer) -> None:
@@ -252,8 +256,9 @@ class GateEvents(Callback):
                 peak_flops=trainer.peak_flops,
             )
         )
-        if loss := self.loss.measured(trainer.state, report):
-            trainer.keeper.charge(LossOfFirstStep.gate, self.loss.seconds)
+        n_rounds = 1 + report.overflow_retries + is_recomputed(trainer.cfg.train, step)
+        if loss := self.loss.measured(trainer.state, report, n_rounds):
+            trainer.keeper.charge(self.loss.gates[0], self.loss.seconds)
             observe(loss)
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))
         # Every trained parameter has a gradient or decay, so an update changes all of them.
@@ -406,6 +411,11 @@ def sparse_enough(every: int, recording_s: float, step_s: float) -> int:
     return max(every, math.ceil(recording_s / (TRACING_SHARE_MAX * step_s)))
 
 
+def is_recomputed(train: TrainConfig, step: int) -> bool:
+    """Whether the gradients of a step are computed twice."""
+    return step % train.sdc_check_every == 0 or step == train.max_steps
+
+
 class SdcCheck(Callback):
     """Computes every `train.sdc_check_every`-th step, and the last,
     once before it is taken and compares the gradients.
@@ -416,8 +426,7 @@ class SdcCheck(Callback):
         self.seconds = 0.0
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        step, cfg = trainer.state.step + 1, trainer.cfg.train
-        if step % cfg.sdc_check_every == 0 or step == cfg.max_steps:
+        if is_recomputed(trainer.cfg.train, trainer.state.step + 1):
             started = time.perf_counter()
             self.expected = gradient_checksums(trainer.state, batches)
             self.seconds = time.perf_counter() - started

@@ -306,6 +306,7 @@ NOT_SO = {
     ("loss.first", "over_random_nats_max"): LEVEL,
     ("loss.first", "half_reported_rel_error_max"): HALF,
     ("loss.logit-gradient", "half_rel_error_max"): HALF,
+    ("loss.logit-gradient", "half_single_rel_error_max"): HALF,
     **{
         ("loss.logit-gradient", name): COUNTS
         for name in ("off_target_frac_max", "masked_learned_max", "changed_rows_max")

@@ -152,7 +152,16 @@ def halted(cfg, folder) -> dict:
 
 def test_one_percent_of_a_weight_is_refused_but_in_half(spec):
     check = LogitGradient(limits_of(spec.gates[GRADIENT]))
-    event = LossMeasured(1, 3.0, 64, 257, n_judged=64, weight_min=1.0, weight_max=1.0)
+    one = {"weight_min": 1.0, "weight_max": 1.0, "single_min": 1.0, "single_max": 1.0}
+    event = LossMeasured(1, 3.0, 64, 257, n_judged=64, **one)
+    single = {"half": True, "single_max": 1.09}
+    assert check.observe(replace(event, **single)).passed, "one logit is rounded the other way"
+    for red in (
+        single | {"single_max": 1.5},
+        single | {"single_min": 0.5},
+        {"half": True, "single_min": math.nan},
+    ):
+        assert check.observe(replace(event, **red)).outcome == "fail", red
     for change in ({}, {"weight_max": 1.004}, {"weight_min": 0.99, "half": True}):
         assert check.observe(replace(event, **change)).passed, change
     for change in (
@@ -223,6 +232,8 @@ def test_one_label_one_border_and_a_missing_micro_batch_halt_the_run(cfg, tmp_pa
         ("border", lambda b: [*b[:1], one_border(b[1])], "changed_rows", 2),
         ("no borders", lambda b: [replace(x, document_ids=None) for x in b], "changed_rows", 4),
         ("micro-batch", lambda b: b[1:], "changed_rows", 4),
+        ("micro-batch twice", lambda b: [*b, b[0]], "changed_rows", 2),
+        ("step twice", lambda b: [*b, *b], "changed_rows", 4),
         ("order", lambda b: b[::-1], "changed_rows", 4),
         ("length", lambda b: [*map(shorter, b)], "changed_rows", 4),
     ):
@@ -266,9 +277,14 @@ def test_the_plants_of_our_loss_halt_the_run(cfg, tmp_path, monkeypatch, plant, 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_measurement_changes_no_bit_of_the_run(cfg, tmp_path, monkeypatch, dtype):
     cfg, fruits = with_train(cfg, dtype=dtype), []
-    for name in ("measured", "bare"):
+    read = callbacks.LossOfFirstStep._read
+    n_read = []
+    monkeypatch.setattr(
+        callbacks.LossOfFirstStep, "_read", lambda *given: n_read.append(1) or read(*given)
+    )
+    for name, gates in (("measured", (GRADIENT,)), ("bare", ())):
         folder = tmp_path / name
-        fruits.append(fruits_of_run(train(fresh(cfg, (), folder, only=())), folder))
-        monkeypatch.setattr(callbacks.LossOfFirstStep, "watch", lambda *given: None)
-        monkeypatch.setattr(callbacks.LossOfFirstStep, "measured", lambda *given: None)
+        fruits.append(fruits_of_run(train(fresh(cfg, (), folder, only=gates)), folder))
+        assert bool(n_read) is bool(gates)
+        n_read.clear()
     assert fruits[0] == fruits[1]

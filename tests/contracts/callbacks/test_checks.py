@@ -53,6 +53,7 @@ CASES = [
             {"n_changed_rows": 1},
             {"weight_min": 0.99},
             {"weight_max": 1.03, "half": True},
+            {"single_max": 1.5, "half": True},
             {"n_masked_learned": 1},
             {"weight_max": float("nan")},
         ],
