@@ -47,8 +47,9 @@ def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
             found["half_scale_error"] = {n: scale_error(got[n], x) for n, x in wanted.items()}
         for kind, named in found.items():
             errors[kind] |= {f"{name} of {call.title}": error for name, error in named.items()}
-    where = {kind: max(named, key=named.__getitem__, default="") for kind, named in errors.items()}
-    worst = {kind: named.get(where[kind], 0.0) for kind, named in errors.items()}
+    errors = {kind: named for kind, named in errors.items() if named}
+    where = {kind: max(named, key=named.__getitem__) for kind, named in errors.items()}
+    worst = {kind: named[where[kind]] for kind, named in errors.items()}
     limit = {kind: getattr(limits, f"{kind}_max") for kind in errors}
     kind = max(worst, key=lambda kind: worst[kind] / limit[kind])
     return decide(
