@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from stackproof.contracts.events import BatchDrawn, Event, Started, StepTaken
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, worst
 from stackproof.contracts.subject import Subject
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
@@ -81,13 +81,13 @@ def order(limits: SimpleNamespace, subject: Subject) -> Verdict:
         _drawn(one, 0, n), np.concatenate([_drawn(singly, i, 1) for i in range(n)], axis=1)
     ):
         return failed("rows depend on how many of them are decided at a time")
-    worst = max(_bound_fault(arm, sources == i, len(arms), limits) for i, arm in enumerate(arms))
+    excess = worst(_bound_fault(arm, sources == i, len(arms), limits) for i, arm in enumerate(arms))
     return decide(
-        worst <= 0,
-        f"a source leaves its bounds by {worst:.1f} rows in a window of {limits.window_rows:g}",
+        excess <= 0,
+        f"a source leaves its bounds by {excess:.1f} rows in a window of {limits.window_rows:g}",
         rows=JUDGED_ROWS,
         sources=len(arms),
-        worst_excess_rows=worst,
+        worst_excess_rows=excess,
     )
 
 
@@ -176,7 +176,7 @@ def _share_error(bandit) -> float:
         counts = np.bincount(_drawn(bandit, turn * TURN_ROWS, TURN_ROWS)[0], minlength=len(base))
         errors.append(float(np.abs(counts - TURN_ROWS * share).max()))
         bandit.reward(dict.fromkeys((s.name for s in bandit.sources), 5.0 - turn))
-    return max(errors)
+    return worst(errors)
 
 
 @decides("curriculum.reward")
@@ -326,14 +326,14 @@ class Draws(RuntimeCheck):
         counts = np.bincount(np.array(self.recent), minlength=len(arms))
         over = [(c - a["cap"] * n - slack, a["name"]) for c, a in zip(counts, arms)]
         under = [(a["floor"] * n - c - slack, a["name"]) for c, a in zip(counts, arms)]
-        worst = max(over + under)
+        furthest = max(over + under)
         return decide(
-            worst[0] <= 0,
-            f"step {step}: source {worst[1]} is outside its bounds by {worst[0]:.1f} rows in the "
-            f"last {n}",
+            furthest[0] <= 0,
+            f"step {step}: source {furthest[1]} is outside its bounds by {furthest[0]:.1f} rows in "
+            f"the last {n}",
             rows=n,
             sources=len(arms),
-            worst_excess_rows=float(worst[0]),
+            worst_excess_rows=float(furthest[0]),
         )
 
 

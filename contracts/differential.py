@@ -20,7 +20,16 @@ from stackproof.contracts.declared import (
     parameter_shapes,
     silent_kinds,
 )
-from stackproof.contracts.gate import Verdict, decide, decide_all, decides, failed
+from stackproof.contracts.gate import (
+    Verdict,
+    decide,
+    decide_all,
+    decides,
+    failed,
+    least,
+    worst,
+    worst_at,
+)
 from stackproof.contracts.loss import IGNORE, gradient_errors
 from stackproof.contracts.model import device_of, in_eval, table_error
 from stackproof.contracts.oracle import (
@@ -59,7 +68,7 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
             undeclared=len(odd),
         )
     errors = [_attention_error(attend, weights, a, i) for i, attend in enumerate(attention_layers)]
-    layer = max(range(len(errors)), key=errors.__getitem__)
+    layer = worst_at(dict(enumerate(errors)))
     ids_BT = _distinct_ids(
         ORACLE_ROWS if chooses(a) else 2,
         min(ORACLE_TOKENS, a["max_seq_len"], vocab_size),
@@ -69,13 +78,16 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
     twin = subject.model.fresh().eval()
     twin.load_state_dict(drawn_weights(shapes, torch.Generator().manual_seed(13)))
     drawn_error, drawn_judged = _logit_error(limits, twin, ids_BT, twin.state_dict(), a)
-    effect, weakest = min(
-        (_effect(twin, ids_BT, kind, shapes), kind)
-        for kind in kinds(shapes)
+    effects = {
+        kind: _effect(twin, ids_BT, kind, shapes)
+        for kind in sorted(kinds(shapes))
         if kind not in silent_kinds(a)
-    )
-    far = max(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
-    tables_off, judged = table_error(subject.model.rotary_tables, a), min(own_judged, drawn_judged)
+    }
+    weakest = worst_at({kind: -effect for kind, effect in effects.items()})
+    effect = effects[weakest]
+    far = worst(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
+    tables_off = table_error(subject.model.rotary_tables, a)
+    judged = least((own_judged, drawn_judged))
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     most = limits.rel_error_max
     return decide_all(
@@ -85,7 +97,7 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
             f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does": (
                 not far <= most
             ),
-            "logits differ from the float64 oracle": not max(own_error, drawn_error) <= most,
+            "logits differ from the float64 oracle": not worst((own_error, drawn_error)) <= most,
             "rotary tables differ from the definition": (
                 not tables_off <= limits.table_abs_error_max
             ),
@@ -131,13 +143,11 @@ def _attention_error(
     )
     whole = _rel(attend(x_BTD.to(device), None), oracle_attention(x_BTD, own, a, layer))
     packed_BT = packing(length)
-    return max(
-        whole,
-        _rel(
-            attend(x_BTD.to(device), packed_BT.to(device)),
-            oracle_attention(x_BTD, own, a, layer, packed_BT),
-        ),
+    packed = _rel(
+        attend(x_BTD.to(device), packed_BT.to(device)),
+        oracle_attention(x_BTD, own, a, layer, packed_BT),
     )
+    return worst((whole, packed))
 
 
 def _error_at_end(
@@ -156,7 +166,7 @@ def _error_at_end(
         last = min(ASKING_AT_END, length - start)
         got_TD = attend(x_BTD.to(device), None if own_BT is None else own_BT.to(device))[0, -last:]
         errors.append(_rel(got_TD, oracle_attention_at_end(x_BTD[0, start:], own, a, layer, last)))
-    return max(errors)
+    return worst(errors)
 
 
 def _beyond_window(attend: Callable, a: Mapping[str, Any], device: torch.device) -> bool:
@@ -246,15 +256,15 @@ def gradient(limits: SimpleNamespace, subject: Subject) -> Verdict:
     got_nats = trainee.accumulate(read)
     got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     errors = _errors(got, wanted, a)
-    worst = max(errors, key=errors.__getitem__)
+    where = worst_at(errors)
     loss_error = abs(got_nats - nats) / nats
     return decide(
-        max(errors[worst], loss_error) <= limits.rel_error_max,
-        f"the gradient of {worst} differs by {errors[worst]:.2g} from the oracle's, the loss by "
+        worst((errors[where], loss_error)) <= limits.rel_error_max,
+        f"the gradient of {where} differs by {errors[where]:.2g} from the oracle's, the loss by "
         f"{loss_error:.2g}",
-        rel_error=errors[worst],
+        rel_error=errors[where],
         loss_rel_error=loss_error,
-        worst=worst,
+        worst=where,
         gradients=len(wanted),
         judged_frac=judged,
     )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, worst
 from stackproof.contracts.subject import ResidualBlock, Subject, Training
 
 STEPS, ROWS, TOKENS = 2, 1, 256  # of each micro-batch the first rows and tokens are compared
@@ -37,10 +37,11 @@ def law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     worst_z = worst_scale = 0.0
     named = ""
     for where, given, added in draws:
-        z, scale_error = _rate_z(given, added, dropout), _scale_error(given, added, dropout)
+        z = worst((worst_z, _rate_z(given, added, dropout)))
+        scale_error = worst((worst_scale, _scale_error(given, added, dropout)))
         if z > worst_z or scale_error > worst_scale:
             named = f"layer {where[0]} {where[1]}"
-        worst_z, worst_scale = max(worst_z, z), max(worst_scale, scale_error)
+        worst_z, worst_scale = z, scale_error
     alike = (
         _most_alike([(added != 0) | (given == 0) for _, given, added in draws]) if dropout else 0.0
     )
@@ -133,7 +134,7 @@ def _most_alike(masks: list[Tensor]) -> float:
         else [*pairwise(masks), *((masks[0], m) for m in masks[1:])]
     )
     neighbours = [(m[1:], m[:-1]) for m in masks[:8]] + [(m[:, 1:], m[:, :-1]) for m in masks[:8]]
-    return max(_likeness(a, b) for a, b in (*pairs, *neighbours) if a.shape == b.shape)
+    return worst(_likeness(a, b) for a, b in (*pairs, *neighbours) if a.shape == b.shape)
 
 
 def _likeness(a: Tensor, b: Tensor) -> float:

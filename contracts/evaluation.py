@@ -20,6 +20,7 @@ from stackproof.contracts.gate import (
     failed,
     first_of,
     passed,
+    worst,
 )
 from stackproof.contracts.generation import contextual_model
 from stackproof.contracts.loss import IGNORE
@@ -99,19 +100,24 @@ def byte_conservation(limits: SimpleNamespace, subject: Subject) -> Verdict:
         and clean.bytes == len(KNOWN.encode())
         and clean.chars == len(KNOWN)
     )
-    flattery = max(
-        _rel(dirty.bits_per_byte, clean.bits_per_byte),
-        _rel(dirty.bits_per_char, clean.bits_per_char),
+    flattery = worst(
+        (
+            _rel(dirty.bits_per_byte, clean.bits_per_byte),
+            _rel(dirty.bits_per_char, clean.bits_per_char),
+        )
     )
 
     uniform_error = abs(clean.bits_per_char - math.log2(ascii_only.vocab_size))
     pairs = PairModel(ascii_only.vocab_size)
     paired, nats = score(pairs, ascii_only, KNOWN), _nats_of_pairs(KNOWN, pairs.logits_VV)
-    pair_error = max(
-        _rel(paired.total_nats, nats), _rel(paired.bits_per_char * paired.chars, nats / math.log(2))
+    pair_error = worst(
+        (
+            _rel(paired.total_nats, nats),
+            _rel(paired.bits_per_char * paired.chars, nats / math.log(2)),
+        )
     )
-    worst = max(own_error, flattery, uniform_error, pair_error)
-    ok = worst <= limits.rel_error_max and lost_bytes <= limits.lost_bytes_max and counted
+    rel_error = worst((own_error, flattery, uniform_error, pair_error))
+    ok = rel_error <= limits.rel_error_max and lost_bytes <= limits.lost_bytes_max and counted
     return decide(
         ok,
         "bytes are not conserved between text and score, or characters outside the vocabulary "
@@ -189,18 +195,22 @@ def invariance(limits: SimpleNamespace, subject: Subject) -> Verdict:
     one, again, eight = evaluate_rows(1), evaluate_rows(1), evaluate_rows(8)
     after = _state(model)
     changed = [name for name in before if before[name] != after[name]]
-    repeat = max(abs(one.loss_nats - again.loss_nats), abs(one.bits_per_byte - again.bits_per_byte))
-    batch_error = max(
-        _rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte)
+    repeat = worst(
+        (abs(one.loss_nats - again.loss_nats), abs(one.bits_per_byte - again.bits_per_byte))
+    )
+    batch_error = worst(
+        (_rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte))
     )
     nats, n_bytes = _worked_out(model, *rows, token_bytes)
-    own_error = max(
-        _rel(one.loss_nats, nats),
-        _rel(one.n_bytes, n_bytes),
-        _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)),
-    )
     spread = float(np.std(one.batch_nats, ddof=1)) / math.sqrt(len(one.batch_nats))
-    own_error = max(own_error, _rel(one.stderr_nats, spread))
+    own_error = worst(
+        (
+            _rel(one.loss_nats, nats),
+            _rel(one.n_bytes, n_bytes),
+            _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)),
+            _rel(one.stderr_nats, spread),
+        )
+    )
     text = (
         f"an evaluation changed {', '.join(changed)}"
         if changed

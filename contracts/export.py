@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, worst
 from stackproof.contracts.subject import Subject, offered
 
 DOCUMENTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -50,7 +50,7 @@ def logit_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     if their_complaints:
         return failed(f"the other library complains: {their_complaints}")
     ours, theirs = exported.ours, exported.theirs
-    worst, scaled, flips, compared = 0.0, 0.0, 0, 0
+    largest, scaled, flips, compared = 0.0, 0.0, 0, 0
     lengths = sorted({max(1, max_seq_len * part // 40) for part in (1, 5, 10, 20, 40)})
     for length in lengths:
         ids_1T = torch.randint(
@@ -66,13 +66,9 @@ def logit_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
                 f"{tuple(theirs_TV.shape)}"
             )
         error = float((ours_TV - theirs_TV).abs().max())
-        worst = max(worst, error)
-        scaled = max(
-            scaled,
-            error
-            / max(1.0, float(ours_TV.abs().max()))
-            / max(1.0, length / limits.float32_positions),
-        )
+        largest = worst((largest, error))
+        rel_error = error / max(1.0, float(ours_TV.abs().max()))
+        scaled = worst((scaled, rel_error / max(1.0, length / limits.float32_positions)))
         flips += int((ours_TV.argmax(-1) != theirs_TV.argmax(-1)).sum())
         compared += len(ours_TV)
     prompt = ids_1T[0, : max(1, max_seq_len // 4)].tolist()
@@ -80,9 +76,9 @@ def logit_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     same = ours.continuation(prompt, n_new) == theirs.continuation(prompt, n_new)
     return decide(
         scaled <= limits.scaled_error_max and flips <= limits.argmax_differences_max and same,
-        f"logits differ by {worst:.3g}, {flips} of {compared} next tokens differ, greedy text "
+        f"logits differ by {largest:.3g}, {flips} of {compared} next tokens differ, greedy text "
         f"{'is equal' if same else 'differs'}",
-        logit_abs_error=worst,
+        logit_abs_error=largest,
         scaled_error=scaled,
         argmax_differences=flips,
         lengths=" ".join(map(str, lengths)),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from stackproof.contracts.events import Event
 from stackproof.contracts.subject import NotOffered, Subject
@@ -17,6 +17,7 @@ from stackproof.spec.gates import Gate
 
 Outcome = Literal["pass", "fail", "not_run"]
 Scalar = bool | int | float | str | None
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,27 @@ def decide_all(problems: Mapping[str, bool], where: str = "", **measured: Scalar
     """
     wrong = [text for text, found in problems.items() if found]
     return decide(not wrong, where + "; ".join(wrong), **measured)
+
+
+def worst(values: Iterable[float], default: float | None = None) -> float:
+    """The largest value, infinite if any is NaN, which `max` may pass over. Of no values it is
+    `default`; without one that is an error.
+    """
+    numbers = [math.inf if math.isnan(v) else v for v in values]
+    return default if default is not None and not numbers else max(numbers)
+
+
+def least(values: Iterable[float], default: float | None = None) -> float:
+    """The smallest value, −infinite if any is NaN, which `min` may pass over. Of no values it is
+    `default`; without one that is an error.
+    """
+    numbers = [-math.inf if math.isnan(v) else v for v in values]
+    return default if default is not None and not numbers else min(numbers)
+
+
+def worst_at(errors: Mapping[Key, float]) -> Key:
+    """Where the largest error is, the first of equals; NaN counts as infinite."""
+    return max(errors, key=lambda at: worst((errors[at],)))
 
 
 def first_of(names: Sequence[str], n: int = 3) -> str:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from stackproof.contracts.declared import initial_laws
-from stackproof.contracts.gate import Verdict, decide_all, decides, failed
+from stackproof.contracts.gate import Verdict, decide_all, decides, failed, worst, worst_at
 from stackproof.contracts.model import table_error
 from stackproof.contracts.subject import Subject
 
@@ -38,25 +38,25 @@ def init_law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     if infinite:
         return failed("weights or buffers are not finite", not_finite=infinite)
     z = {name: _law_z(p.detach(), *laws[name]) for name, p in parameters.items()}
-    worst = max(z, key=z.get)
+    where = worst_at(z)
     alike, pair = _likeness_z(
         {n: p.detach().flatten() for n, p in parameters.items() if laws[n][0] == "normal"}
     )
     held = [t for n, t in model.state_dict().items() if n not in parameters]
     tables_error = table_error(subject.model.rotary_tables, a)
-    buffer_error = max([tables_error, *(float(t.double().abs().max()) for t in held)])
+    buffer_error = worst([tables_error, *(float(t.double().abs().max()) for t in held)])
     n_declared = subject.declared.n_parameters
     return decide_all(
         {
-            f"{worst} does not follow its declared law": not z[worst] <= limits.z_max,
+            f"{where} does not follow its declared law": not z[where] <= limits.z_max,
             f"{pair} hold the same draws": not alike <= limits.z_max,
             "rotary tables differ from a fresh computation, or a kept buffer is not 0": (
                 not buffer_error <= limits.buffer_abs_error_max
             ),
             f"{n_entries} parameters, {n_declared} by the formula": n_entries != n_declared,
         },
-        z=z[worst],
-        worst=worst,
+        z=z[where],
+        worst=where,
         likeness_z=alike,
         buffer_abs_error=buffer_error,
         n_parameters=n_entries,
@@ -76,7 +76,7 @@ def _law_z(values: Tensor, law: str, value: float) -> float:
     of_mean = abs(float(wide.mean())) * math.sqrt(n) / value
     of_spread = abs(float(wide.square().mean().sqrt()) / value - 1) * math.sqrt(2 * n)
     of_reach = (3 - float((wide / value).pow(4).mean())) / math.sqrt(96 / n)
-    return max(of_mean, of_spread, of_reach)
+    return worst((of_mean, of_spread, of_reach))
 
 
 def _likeness_z(draws: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -92,8 +92,8 @@ def _likeness_z(draws: Mapping[str, Tensor]) -> tuple[float, str]:
         for other in {first, before} - {name}:
             found[f"{other} and {name}"] = _correlation_z(draws[other], values)
         before = name
-    worst = max(found, key=found.__getitem__)
-    return found[worst], worst
+    pair = worst_at(found)
+    return found[pair], pair
 
 
 def _correlation_z(a: Tensor, b: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, least, worst, worst_at
 from stackproof.contracts.oracle import rotary_angles
 from stackproof.contracts.subject import MicroBatch, Subject
 
@@ -60,7 +60,7 @@ def table_error(tables: tuple[Tensor, Tensor] | None, a: Mapping[str, Any]) -> f
         return 0.0 if tables is None and a["positions"]["kind"] != "rotary" else math.inf
     angle_TJ = rotary_angles(a, torch.arange(a["max_seq_len"]))
     pairs = list(zip(tables, (angle_TJ.cos(), angle_TJ.sin())))
-    return max(
+    return worst(
         float((got.double().cpu() - b).abs().max()) if got.shape == b.shape else math.inf
         for got, b in pairs
     )
@@ -114,12 +114,12 @@ def training_forward(limits: SimpleNamespace, subject: Subject) -> Verdict:
             errors["with gradients" if gradients else "without"] = float(
                 off.norm() / expected.norm()
             )
-    worst = max(errors, key=errors.__getitem__)
+    mode = worst_at(errors)
     return decide(
-        errors[worst] <= limits.rel_error_max,
-        f"with dropout off, logits of training mode are {errors[worst]:.3g} from those of "
-        f"evaluation mode ({worst})",
-        rel_error=errors[worst],
+        errors[mode] <= limits.rel_error_max,
+        f"with dropout off, logits of training mode are {errors[mode]:.3g} from those of "
+        f"evaluation mode ({mode})",
+        rel_error=errors[mode],
     )
 
 
@@ -156,8 +156,8 @@ def overfit_one_batch(limits: SimpleNamespace, subject: Subject) -> Verdict:
         if reported <= limits.loss_nats_max / 4 or steps == limits.steps_max:
             loss, accuracy, eos_accuracy = _learned(model, batch, eos_id)
             ok = (
-                max(loss, reported) <= limits.loss_nats_max
-                and min(accuracy, eos_accuracy) >= limits.accuracy_min
+                worst((loss, reported)) <= limits.loss_nats_max
+                and least((accuracy, eos_accuracy)) >= limits.accuracy_min
             )
     return decide(
         ok,

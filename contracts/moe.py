@@ -20,7 +20,9 @@ from stackproof.contracts.gate import (
     decide_all,
     decides,
     failed,
+    least,
     not_run,
+    worst,
 )
 from stackproof.contracts.oracle import (
     Routed,
@@ -75,7 +77,7 @@ def dispatch_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
         _dispatch_faults(experts.functions.dispatch, layer.experts, weights, architecture, capacity)
         for capacity in (None, room(declared | {"capacity_factor": 0.5}, TOKENS), 1)
     ]
-    error, miscounted = max(e for e, _ in found), sum(m for _, m in found)
+    error, miscounted = worst(e for e, _ in found), sum(m for _, m in found)
     layer_error = _layer_error(layer, weights, architecture)
     most = limits.rel_error_max
     return decide_all(
@@ -119,13 +121,15 @@ def _routing_faults(route: Callable, n_experts: int) -> tuple[float, float, int]
                 errors = _spread(experts_Rk, weights_Rk, n_experts) - _spread(
                     wanted_Rk, shares_Rk, n_experts
                 )
-                weight_error = max(
-                    weight_error,
-                    float(errors.abs().max()),
-                    float((probs_RE - logits_RE.softmax(-1)).abs().max()),
+                weight_error = worst(
+                    (
+                        weight_error,
+                        float(errors.abs().max()),
+                        float((probs_RE - logits_RE.softmax(-1)).abs().max()),
+                    )
                 )
                 if top_k > 1:
-                    sum_error = max(sum_error, float((weights_Rk.sum(-1) - 1).abs().max()))
+                    sum_error = worst((sum_error, float((weights_Rk.sum(-1) - 1).abs().max())))
     return weight_error, sum_error, swapped
 
 
@@ -165,10 +169,10 @@ def _layer_error(layer: nn.Module, weights: Mapping[str, Tensor], a: Mapping[str
     x_BTD = 3 * _noise(4, TOKENS // 4, a["d_model"], seed=25)
     x_RD, y_BTD = x_BTD.flatten(0, 1), layer.train()(x_BTD)
     capacity = room(a["ffn"], TOKENS // 4)
-    training = max(
+    training = worst(
         _rel(y_BTD[b], oracle_experts(x_BTD[b], weights, a["ffn"], capacity)) for b in range(4)
     )
-    return max(training, _rel(layer.eval()(x_BTD), oracle_experts(x_RD, weights, a["ffn"])))
+    return worst((training, _rel(layer.eval()(x_BTD), oracle_experts(x_RD, weights, a["ffn"]))))
 
 
 # --- balance --------------------------------------------------------------------------------------
@@ -195,9 +199,9 @@ def _balance_term(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """
     declared, balance = subject.declared.architecture["ffn"], subject.experts.functions.balance
     n_experts, top_k = declared["n_experts"], declared["top_k"]
-    formula_error = max(_formula_error(balance, n_experts, k) for k in {1, 2, top_k})
+    formula_error = worst(_formula_error(balance, n_experts, k) for k in {1, 2, top_k})
     even_error = abs(float(balance(*_assigned([1] * n_experts, 0.5))) - 1)
-    excess = min(
+    excess = least(
         float(balance(*_assigned(counts, sure))) - 1
         for counts in _uneven(n_experts)
         for sure in (0.2, 0.5, 1.0)
@@ -236,7 +240,7 @@ def _formula_error(balance: Callable, n_experts: int, top_k: int) -> float:
             experts_Rk = scores_RE.topk(min(top_k, n_experts)).indices
             wanted = float(balance_of(probs_RE, experts_Rk))
             errors.append(abs(float(balance(probs_RE, experts_Rk)) - wanted) / wanted)
-    return max(errors)
+    return worst(errors)
 
 
 def _assigned(counts: list[int], sure: float) -> tuple[Tensor, Tensor]:
@@ -281,7 +285,7 @@ def _entry_error(subject: Subject) -> float:
         wanted = torch.autograd.grad(sum(reading.balance.values()), [leaves[n] for n in once])
         got = [(thrice[n] - once[n]).double().cpu() / 2 for n in once]
         errors += [float((g - w).norm() / w.norm()) for g, w in zip(got, wanted)]
-    return max(errors)
+    return worst(errors)
 
 
 def _router_gradients(
@@ -312,7 +316,7 @@ def _selection_bias(limits: SimpleNamespace, subject: Subject) -> Verdict:
     if ffn["top_k"] == ffn["n_experts"]:
         return not_run("every token visits every expert, so that loads are always even")
     rows = _rows(subject, ROWS_OF_UPDATE)
-    step_error = max(
+    step_error = worst(
         _step_error(*_update(subject, batches), ffn["balance"]["rate"])
         for batches in (rows[:1], rows)
     )
@@ -323,14 +327,14 @@ def _selection_bias(limits: SimpleNamespace, subject: Subject) -> Verdict:
     text = (
         "biases do not reduce the skew of loads"
         if step_error <= limits.step_error_max
-        else "an update moves biases by other steps"
+        else "an update moves biases by other steps, or its loads show nothing"
     )
     return decide(ok, text, step_error_over_rate=step_error, skew_before=before, skew_after=after)
 
 
 def _step_error(loads_LE: Tensor, biases_LE: Tensor, rate: float) -> float:
     """Largest distance of a bias from one step of ±rate against the load of the whole update,
-    over the rate.
+    over the rate; NaN where even loads ask for no step.
     """
     loads_LE, biases_LE = loads_LE.double().cpu(), biases_LE.double().cpu()
     wanted_LE = torch.sign(loads_LE.mean(-1, keepdim=True) - loads_LE)

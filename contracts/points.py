@@ -6,7 +6,15 @@ import math
 from types import SimpleNamespace
 
 from stackproof.contracts.events import ActivationsTraced
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decide_all, decides, first_of
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Verdict,
+    decide,
+    decide_all,
+    decides,
+    first_of,
+    worst_at,
+)
 
 
 @decides("model.attention-logits")
@@ -17,11 +25,11 @@ class AttentionLogits(RuntimeCheck):
 
     def observe(self, event: ActivationsTraced) -> Verdict:
         scores = _at(event, "scores", "absmax")
-        worst = max(scores, key=lambda name: math.inf if math.isnan(scores[name]) else scores[name])
+        largest = worst_at(scores)
         return decide(
-            scores[worst] <= self.limits.logit_abs_max,
-            f"step {event.step}: a score of {worst} has grown to {scores[worst]:.4g}",
-            logit_abs=scores[worst],
+            scores[largest] <= self.limits.logit_abs_max,
+            f"step {event.step}: a score of {largest} has grown to {scores[largest]:.4g}",
+            logit_abs=scores[largest],
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.gate import Verdict, decide, decides
+from stackproof.contracts.gate import Verdict, decide, decides, worst
 from stackproof.contracts.subject import StepReport, Subject, TraineeOptions
 
 ROWS, WIDTH, VOCAB_SIZE, SCALE = 64, 4096, 8192, 3.0
@@ -32,16 +32,18 @@ def shadow(limits: SimpleNamespace, subject: Subject) -> Verdict:
     half, half_dtype = subject.half_precision, subject.half_precision.dtype
     a, rounding = subject.declared.architecture, torch.finfo(half_dtype).eps
     errors = {
-        "norm": max(
-            _norm_error(half.norm, a, half_dtype),
-            _norm_error(half.norm, a, half_dtype, torch.float32),
+        "norm": worst(
+            (
+                _norm_error(half.norm, a, half_dtype),
+                _norm_error(half.norm, a, half_dtype, torch.float32),
+            )
         )
         / rounding,
         "router": _router_error(half.route, a["ffn"], half_dtype) / rounding
         if a["ffn"]["kind"] == "moe"
         else 0.0,
-        "loss": max(
-            _loss_error(half.loss, half_dtype), _loss_error(half.loss, half_dtype, torch.float32)
+        "loss": worst(
+            (_loss_error(half.loss, half_dtype), _loss_error(half.loss, half_dtype, torch.float32))
         )
         / rounding,
     }
@@ -102,12 +104,13 @@ def loss_scale(limits: SimpleNamespace, subject: Subject) -> Verdict:
     low, high = (step(scale) for scale in SCALES)
     before = abs(low.grad_norm / high.grad_norm - 1)
     left = abs(low.clipped_grad_norm / high.clipped_grad_norm - 1)
+    rel_error = worst((before, left))
     return decide(
-        max(before, left) <= limits.rel_error_max,
+        rel_error <= limits.rel_error_max,
         f"a loss scale {SCALES[1] / SCALES[0]:g} times as large changes the gradient norm from "
         f"{low.grad_norm:.4g} to {high.grad_norm:.4g} before clipping and from "
         f"{low.clipped_grad_norm:.4g} to {high.clipped_grad_norm:.4g} after it",
-        rel_error=max(before, left),
+        rel_error=rel_error,
         norm=high.grad_norm,
         norm_left=high.clipped_grad_norm,
     )
@@ -167,7 +170,7 @@ def _router_error(half_route: Callable, ffn: Mapping[str, Any], half: torch.dtyp
     wanted_RE = logits_RE.softmax(-1)
     shares_Rk = wanted_RE.gather(1, experts_Rk)
     shares_Rk = shares_Rk / shares_Rk.sum(-1, keepdim=True) if ffn["top_k"] > 1 else shares_Rk
-    return max(
+    return worst(
         float((got.double() / wanted - 1).abs().max())
         for got, wanted in ((probs_RE, wanted_RE), (weights_Rk, shares_Rk))
     )
@@ -188,4 +191,4 @@ def _loss_error(half_loss: Callable, half: torch.dtype, given: torch.dtype | Non
         (half_loss(x_1RD[:, r : r + 1], head_VD.float(), labels_R[None, r : r + 1]), nats_R[r])
         for r in range(ALONE)
     ]
-    return max(abs(float(got.detach()) / float(wanted) - 1) for got, wanted in pairs)
+    return worst(abs(float(got.detach()) / float(wanted) - 1) for got, wanted in pairs)

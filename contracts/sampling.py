@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, worst, worst_at
 from stackproof.contracts.subject import Subject
 
 # --- cached decoding ------------------------------------------------------------------------------
@@ -41,13 +41,13 @@ def cache_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
             got.append(sampling.logits(model, ids[:, start : start + size], cache))
             start += size
         errors[name] = float((torch.cat(got, 1) - expected[:, :start]).abs().max()) / scale
-    worst = max(errors, key=lambda k: errors[k] if math.isfinite(errors[k]) else math.inf)
+    where = worst_at(errors)
     ok = all(e <= limits.rel_error_max for e in errors.values())
     return decide(
         ok,
-        f"decoding with the cache differs from the full forward ({worst})",
-        rel_error=errors[worst],
-        worst=worst,
+        f"decoding with the cache differs from the full forward ({where})",
+        rel_error=errors[where],
+        worst=where,
         tokens=length,
     )
 
@@ -140,7 +140,7 @@ def _identity_error(token_probs: Callable[..., Tensor], logits: Tensor, probs: T
         ({"temperature": 0.5}, sharpened),
         ({"temperature": 1.0, "top_k": 2}, cut),
     )
-    return max(
+    return worst(
         float((token_probs(logits, **options).double() - expected).abs().max())
         for options, expected in cases
     )

@@ -1,11 +1,14 @@
-"""State that a runtime check keeps over a resume."""
+"""The worst of measurements, and the state that a runtime check keeps over a resume."""
 
 import json
 import math
 from collections import deque
+from itertools import permutations
+
+import pytest
 
 from stackproof.contracts.events import ModuleModes, WeightsUpdated
-from stackproof.contracts.gate import RuntimeCheck, limits_of, resolve
+from stackproof.contracts.gate import RuntimeCheck, least, limits_of, resolve, worst, worst_at
 from tests.contracts.test_rows import drawn, plan, taken, watching
 
 JUDGED = {
@@ -24,6 +27,19 @@ def fresh(spec, gate_id: str) -> RuntimeCheck:
 def saved(check: RuntimeCheck) -> dict:
     """The state as a checkpoint holds it."""
     return json.loads(json.dumps(check.state_dict(), allow_nan=False))
+
+
+def test_the_worst_of_measurements_does_not_pass_over_nan():
+    for values in permutations((0.5, math.nan, -2.0)):
+        assert (worst(values), least(values)) == (math.inf, -math.inf)
+        assert math.isnan(values["abc".index(worst_at(dict(zip("abc", values))))])
+    for values in permutations((0.5, 3, -2.0)):
+        assert (worst(iter(values)), least(iter(values))) == (3, -2.0)
+    assert (worst((), default=0.0), least((), default=1.0)) == (0.0, 1.0)
+    assert worst_at({"a": 1.0, "b": 2.0, "c": 2.0}) == "b", "the first of equals"
+    for of_none in (worst, least):
+        with pytest.raises(ValueError):
+            of_none(())
 
 
 def test_what_was_judged_is_still_judged_after_a_resume(spec):

@@ -2,6 +2,7 @@
 and sharp enough to see small errors.
 """
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -171,6 +172,16 @@ def test_dispatch_sees_wrong_counts(spec, lost):
     assert "miscounted" in judged(spec, "moe.dispatch-parity", BIASED, dispatch=miscounting).message
 
 
+def test_dispatch_refuses_weights_and_probabilities_that_are_nan(spec):
+    def of_nan(logits_RE, top_k, bias_E):
+        experts_Rk, weights_Rk, probs_RE = variants.route(logits_RE, top_k, bias_E)
+        return experts_Rk, weights_Rk * math.nan, probs_RE * math.nan
+
+    verdict = judged(spec, "moe.dispatch-parity", BIASED, route=of_nan)
+    assert verdict.outcome == "fail" and "weights are not the declared ones" in verdict.message
+    assert verdict.measured["weight_error"] == verdict.measured["sum_error"] == math.inf
+
+
 # --- balance --------------------------------------------------------------------------------------
 
 
@@ -211,6 +222,17 @@ def test_balance_refuses_one_that_prefers_the_uneven(spec):
     )
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 20, 30])
+def test_balance_refuses_a_term_that_is_nan_in_any_call(spec, call):
+    calls = iter(range(1, 1000))
+
+    def once_nan(*inputs):
+        return variants.balance(*inputs) * (math.nan if next(calls) == call else 1.0)
+
+    assert judged(spec, "moe.balance", AUXILIARY, balance=once_nan).outcome == "fail"
+    assert next(calls) > call
+
+
 # --- bias -----------------------------------------------------------------------------------------
 
 
@@ -236,6 +258,20 @@ def test_bias_loop_is_red_when_nothing_moves(spec):
     )
 
 
+def test_bias_refuses_steps_that_are_nan_under_accumulation_alone(spec):
+    class Broken(experts.SecondTrainee):
+        def update(self, batches):
+            nats = super().update(batches)
+            if len(batches) > 1:
+                for name, bias_E in self.model.named_buffers():
+                    if name.endswith("selection_bias"):
+                        bias_E.fill_(math.nan)
+            return nats
+
+    verdict = judged(spec, "moe.balance", BIASED, training={"trainee_of": Broken})
+    assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == math.inf
+
+
 def test_bias_refuses_loads_that_show_nothing(spec):
     def even(logits_RE, top_k, bias_E):
         """Token after token, the next experts in turn."""
@@ -244,7 +280,7 @@ def test_bias_refuses_loads_that_show_nothing(spec):
         return experts_Rk, None, None
 
     verdict = judged(spec, "moe.balance", BIASED, route=even)
-    assert verdict.outcome == "fail" and "NaN" in verdict.message
+    assert verdict.outcome == "fail" and "show nothing" in verdict.message
 
 
 # --- collapse -------------------------------------------------------------------------------------
