@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stackproof.contracts.events import Event, Finished
+from stackproof.contracts.events import BatchDrawn, Event, Finished, Resumed, StepTaken
 from stackproof.contracts.gate import (
     Judgement,
     RuntimeCheck,
@@ -19,6 +19,7 @@ from stackproof.contracts.gate import (
     resolve,
 )
 from stackproof.contracts.subject import Subject
+from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
 from stackproof.spec.records import GateResult, Waiver
@@ -91,6 +92,7 @@ class Gatekeeper:
     ):
         self.spec, self.on_verdict = spec, on_verdict
         self.event: Event | None = None
+        self._resumed_at: int | None = None  # None as soon as a step follows
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             spec.gate(gate_id)
@@ -149,9 +151,14 @@ class Gatekeeper:
 
     def observe(self, event: Event) -> None:
         """Pass an event to every runtime gate that watches its type. Raises GateFailed on a red
-        verdict that halts, and after Finished for a gate without a heartbeat.
+        verdict that halts, and after Finished for a gate without a heartbeat. A run that was
+        resumed at its last step takes none, so it needs no heartbeat.
         """
         red, self.event = [], event
+        if isinstance(event, Resumed):
+            self._resumed_at = event.step
+        elif isinstance(event, StepTaken | BatchDrawn):
+            self._resumed_at = None
         for state in self._of("runtime"):
             if not isinstance(event, state.watcher.events):
                 continue
@@ -173,7 +180,7 @@ class Gatekeeper:
                     red.append(state)
         if red:
             raise self._failure(red)
-        if isinstance(event, Finished):
+        if isinstance(event, Finished) and event.step != self._resumed_at:
             self._require_heartbeats()
 
     def charge(self, gate_id: str, seconds: float) -> None:
@@ -208,16 +215,27 @@ class Gatekeeper:
             s.gate.id: {
                 "checks": s.checks,
                 "heartbeat": s.heartbeat_last_step,
+                "first_failure": s.first_failure_step,
+                "outcome": s.verdict.outcome,
+                "message": s.verdict.message,
+                "measured": to_jsonable(dict(s.verdict.measured)),
                 "watcher": s.watcher.state_dict(),
             }
             for s in self._of("runtime")
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue counting from a checkpoint's state. A gate that is not in it starts at 0."""
+        """Continue from a checkpoint's state, counts and verdicts. A gate that is not in it starts
+        at 0, and one whose verdict an older version did not save stays not_run until its next.
+        """
         for mine in self._of("runtime"):
             if saved := state.get(mine.gate.id):
                 mine.checks, mine.heartbeat_last_step = saved["checks"], saved["heartbeat"]
+                if "outcome" in saved:
+                    mine.first_failure_step = saved["first_failure"]
+                    mine.verdict = Verdict(
+                        saved["outcome"], saved["message"], dict(saved["measured"])
+                    )
                 mine.watcher.load_state_dict(saved["watcher"])
 
     def _of(self, moment: str) -> list[GateState]:

@@ -23,7 +23,7 @@ from stackproof.contracts.events import (
     Sampled,
     Started,
 )
-from stackproof.contracts.gate import Verdict
+from stackproof.contracts.gate import Verdict, not_run
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.data_loader import Batch
 from stackproof.data.tokenizer import load_tokenizer
@@ -208,6 +208,8 @@ def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
             allowed=f"the state after step {bundle.base.step}",
         )
     keeper.load_state_dict(bundle.gates)
+    # The outcome of a replay shows what it measured itself, never the run's last verdict.
+    keeper.states[bundle.gate].verdict = not_run("the check was not called")
     if bundle.continued:
         keeper.observe(Resumed(step=state.step, path=str(base), cursor=state.data_loader.cursor))
     keeper.observe(Started(step=state.step, plan=bundle.plan))

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from stackproof.evidence.file_lock import file_lock
+from stackproof.spec.gates import load_spec
 from tests.cli.conftest import Stack, tiny
 from tests.cli.test_train_errors import assert_standard
 from tests.processes import NO_PREFLIGHT
@@ -149,13 +150,21 @@ def test_resuming_a_finished_run_changes_nothing(stack, text_file):
         assert_standard(stack("train", "--resume", "run"), 2, "another run is writing to run")
 
 
+def runtime_verdicts(record: dict) -> dict:
+    runtime = {g.id for g in load_spec().gates.values() if g.moment == "runtime"}
+    shown = ("verdict", "first_failure_step", "measured", "message")
+    return {g["id"]: tuple(g[n] for n in shown) for g in record["gates"] if g["id"] in runtime}
+
+
 def test_a_kill_between_the_last_checkpoint_and_the_record_loses_nothing(stack, text_file):
     assert stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run").code == 0
     path = stack.folder / "run" / "metadata.json"
-    before = json.loads(path.read_text())["metrics"]
+    recorded = json.loads(path.read_text())
+    before, verdicts = recorded["metrics"], runtime_verdicts(recorded)
     path.unlink()
     assert stack("train", "--resume", "run").code == 0
-    after = json.loads(path.read_text())["metrics"]
+    recorded = json.loads(path.read_text())
+    after = recorded["metrics"]
     same = (
         "steps",
         "tokens_seen",
@@ -166,3 +175,5 @@ def test_a_kill_between_the_last_checkpoint_and_the_record_loses_nothing(stack, 
         "ema_loss_nats",
     )
     assert {n: before[n] for n in same} == {n: after[n] for n in same}
+    assert verdicts["loss.first"][0] == "pass"
+    assert runtime_verdicts(recorded) == verdicts

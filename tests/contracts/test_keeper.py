@@ -1,13 +1,18 @@
-"""The Gatekeeper: a check that breaks is no verdict, and hides none."""
+"""The Gatekeeper: a check that breaks is no verdict, and hides none. A resume loses none."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import (
+    BatchDrawn,
     Finished,
     ModuleModes,
+    Resumed,
+    Started,
     StateCompared,
     StepTaken,
     WeightsUpdated,
@@ -15,11 +20,17 @@ from stackproof.contracts.events import (
 from stackproof.contracts.gate import RuntimeCheck, judge, resolve
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
+from stackproof.spec.canonical import canonical_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.records import Waiver
 from tests.subjects import changed
 
 TWO = ("loss.golden", "optim.clip-spike")
+
+
+FINITE = StepTaken(3, 2.0, 1.0, 1.0, 1.0, 1e-3, 8, 8, 0, 0.0, 0.0, 0.0)
+NOT_FINITE = StepTaken(4, math.nan, math.inf, 1.0, 1.0, 1e-3, 8, 8, 0, 0.0, 0.0, 0.0)
+DRAWN = BatchDrawn(10, 72, 80, tuple(range(8)), 0, 64)
 
 
 def broken(*arguments):
@@ -150,3 +161,76 @@ def test_every_runtime_check_has_the_base_that_names_what_it_has_not_judged(spec
     checks = {g.id: resolve(g) for g in spec.gates.values() if g.moment == "runtime"}
     without = [i for i, check in checks.items() if not issubclass(check, RuntimeCheck)]
     assert checks and without == []
+
+
+def resumed(spec, state, gate_id, **options):
+    keeper = Gatekeeper(spec, only=(gate_id,), **options)
+    keeper.load_state_dict(json.loads(json.dumps(state, allow_nan=False)))
+    return keeper
+
+
+def without_time(keeper):
+    (result,) = json.loads(canonical_json([r.model_dump() for r in keeper.results()]))
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("outcome", ["not_run", "pass", "fail"])
+def test_a_resumed_run_continues_with_the_verdicts_of_before(spec, outcome):
+    waiver = Waiver(id="runtime.finite", reason="to see what comes after", expires="9999-12-31")
+    before = Gatekeeper(spec, only=("runtime.finite",), waivers=(waiver,))
+    if outcome != "not_run":
+        before.observe(FINITE if outcome == "pass" else NOT_FINITE)
+    assert before.results()[0].verdict == outcome
+    after = resumed(spec, before.state_dict(), "runtime.finite", waivers=(waiver,))
+    assert without_time(after) == without_time(before)
+    # The next verdict replaces a green one, and never a red one.
+    for keeper in (before, after):
+        keeper.observe(replace(FINITE, step=5))
+    assert without_time(after) == without_time(before)
+    assert after.results()[0].first_failure_step == (4 if outcome == "fail" else None)
+    with pytest.raises(GateFailed):
+        resumed(spec, before.state_dict(), "runtime.finite").observe(replace(NOT_FINITE, step=6))
+
+
+def test_a_state_of_an_older_version_keeps_the_counts_without_a_verdict(spec):
+    before = Gatekeeper(spec, only=("runtime.finite",))
+    before.observe(FINITE)
+    known = ("checks", "heartbeat", "watcher")
+    old = {i: {name: s[name] for name in known} for i, s in before.state_dict().items()}
+    after = resumed(spec, old, "runtime.finite")
+    (result,) = after.results()
+    assert (result.verdict, result.checks, result.heartbeat_last_step) == ("not_run", 1, 3)
+    after.observe(replace(FINITE, step=4))
+    assert after.results()[0].verdict == "pass"
+
+
+@pytest.mark.parametrize("state", ["without the gate", "with half of it"])
+def test_a_run_that_is_resumed_at_its_last_step_needs_no_heartbeat(spec, state):
+    before = Gatekeeper(spec, only=("runtime.mode",))
+    if state == "with half of it":
+        before.observe(ModuleModes(9, "evaluation", ()))
+    saved = before.state_dict() if state == "with half of it" else {}
+    keeper = resumed(spec, saved, "runtime.mode")
+    for event in (Resumed(9, "step-9", 72), Started(9, {}), Finished(9, "completed")):
+        keeper.observe(event)
+    (result,) = keeper.results()
+    assert (result.verdict, result.checks) == (("pass", 1) if saved else ("not_run", 0))
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([], id="neither resumed nor started"),
+        pytest.param([Started(9, {})], id="never resumed"),
+        pytest.param([Resumed(8, "step-8", 64), Started(8, {})], id="no event of its step"),
+        pytest.param([Resumed(8, "step-8", 64), replace(FINITE, step=9)], id="a step"),
+        pytest.param([Resumed(9, "step-9", 72), replace(FINITE, step=9)], id="the step again"),
+        pytest.param([Resumed(9, "step-9", 72), DRAWN], id="a batch"),
+    ],
+)
+def test_a_silent_gate_of_any_other_run_halts_it(spec, events):
+    keeper = resumed(spec, {}, "runtime.mode")
+    for event in events:
+        keeper.observe(event)
+    with pytest.raises(GateFailed, match="without one verdict of this gate on"):
+        keeper.observe(Finished(9, "completed"))
