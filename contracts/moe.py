@@ -334,7 +334,7 @@ def _selection_bias(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 def _step_error(loads_LE: Tensor, biases_LE: Tensor, rate: float) -> float:
     """Largest distance of a bias from one step of ±rate against the load of the whole update,
-    over the rate; NaN where even loads ask for no step.
+    over the rate; NaN where the loads are even, so that no step is due.
     """
     loads_LE, biases_LE = loads_LE.double().cpu(), biases_LE.double().cpu()
     wanted_LE = torch.sign(loads_LE.mean(-1, keepdim=True) - loads_LE)

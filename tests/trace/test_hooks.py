@@ -9,11 +9,12 @@ from torch import nn
 
 from stackproof.kernels import dispatch
 from stackproof.model import hugging_face
+from stackproof.spec.architecture import FEED_FORWARD, Seen
 from stackproof.spec.errors import UsageError
 from stackproof.trace import trace
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.maps import map_of
-from stackproof.trace.points import OPERATIONS, Input, NameMap, Output, sites
+from stackproof.trace.points import OPERATIONS, READERS, Input, NameMap, Output, sites
 from stackproof.trace.scratch import buffer_pool
 from stackproof.trace.trace import logits_of
 from tests.trace import models
@@ -42,6 +43,18 @@ def test_logits_are_the_same_to_the_bit_and_every_point_is_seen_once_in_order(si
         "logits",
     ]
     assert all(p.operation in OPERATIONS.values() for p in points)
+
+
+@pytest.mark.parametrize("kind", FEED_FORWARD)
+def test_every_point_of_a_feed_forward_has_an_operation_and_readers(kind):
+    """A point without readers would have its wrong gradient reported at another place."""
+    hidden = (Seen.SILU, Seen.NOWHERE)  # computed beside the model, or without a point
+    for value in (v for v in FEED_FORWARD[kind].values if v.seen not in hidden):
+        slot = value.slot if value.seen is Seen.ROUTING else f"ffn.{value.slot}"
+        for table, name in ((OPERATIONS, "OPERATIONS"), (READERS, "READERS")):
+            assert slot in table or value.slot in table, (
+                f"stack/trace/points.py: {name} lacks {slot}"
+            )
 
 
 @pytest.mark.parametrize(
