@@ -300,7 +300,7 @@ def test_an_adapter_that_stops_emitting_an_event_is_found(
 ):
     """One event of our trainer, and one of another."""
     monkeypatch.setattr(train_callbacks.GateEvents, "on_sample", lambda *arguments: None)
-    stack_fresh(tmp_path, museum_folder, only=())
+    stack_fresh(tmp_path, museum_folder, only=("loss.first",))
     missing = unwatched(BY_NAME["train"], emitted)
     assert missing["sampling.coherence"] == {"Sampled"}
     assert set().union(*missing.values()) == {"Sampled"}
