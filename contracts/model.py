@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, least, worst, worst_at
+from stackproof.contracts.loss import IGNORE
 from stackproof.contracts.oracle import rotary_angles
 from stackproof.contracts.subject import MicroBatch, Subject
-
-IGNORE = -100
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from stackproof.contracts.loss import IGNORE
+
 SAMPLED = 64
 STRIPS = 16
 # of the gradient's norm; the right target left at most 2.1e-3 in bfloat16, another 0.87 or more

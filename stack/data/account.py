@@ -12,7 +12,7 @@ from stackproof.data import corpus, dedup, receipts
 from stackproof.data.prepare import Dataset
 from stackproof.data.subject import data_set_subject
 from stackproof.spec.building import RecordBuilder, artefact, write_atomically
-from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.canonical import canonical_lines, sha256_file
 from stackproof.spec.errors import DataError, GateFailed
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
@@ -96,9 +96,7 @@ def write_record(
 ) -> Record:
     """Write sources.jsonl and metadata.json into the folder of a data set and return the record."""
     folder, manifest = dataset.directory, dataset.manifest
-    write_atomically(
-        folder / SOURCES, b"".join(canonical_json(row) + b"\n" for row in source_rows(manifest))
-    )
+    write_atomically(folder / SOURCES, canonical_lines(source_rows(manifest)))
     builder.environment = environment()
     builder.inputs = [
         artefact(path, root=Path.cwd(), name=name, license=source.license)

@@ -89,8 +89,8 @@ def find(name: str) -> Target:
     """The Python function behind "module:name", under properties, cached properties,
     class methods, icontract and other decorators.
 
-    Raises IntegrityError if there is no such function, or if it is compiled by torch or Triton and
-    would not run its Python code.
+    Raises IntegrityError if the function does not exist, or if it is compiled by torch or Triton
+    and would not run its Python code.
     """
     module, _, path = name.partition(":")
     owner: Any = importlib.import_module(module)

@@ -91,15 +91,17 @@ class RunStopping(Stopping):
             )
         if self.given:
             return self.given
+        if cfg.stop.kind != "patience":  # it waits for no gain
+            return min(cfg.eval.batches, available)
         std = paired_difference_std(self.training, self.evaluation, self.batch_rows)
         return min(max(cfg.eval.batches, wanted_batches(cfg.stop, std)), available)
 
 
 def wanted_batches(stop: Any, difference_std: float) -> int:
-    """Held-out batches in which the smallest gain that the rule waits for stands out of the noise;
-    1 for a rule that waits for none, or a spread that is not finite, which gates report.
+    """Held-out batches in which the smallest gain that a rule with patience waits for is above the
+    noise; 1 for a spread that is not finite, which gates report.
     """
-    if stop.kind != "patience" or not math.isfinite(difference_std):
+    if not math.isfinite(difference_std):
         return 1
     gains = (stop.expected_gain_nats, stop.min_delta_nats)
     return stopping.batches_needed(difference_std, min(x for x in gains if x > 0))

@@ -74,7 +74,7 @@ GENERATORS: dict[str, Callable[..., list[str]]] = {
     ],
     "exit-codes": lambda repo: _table(["code", "meaning"], EXIT_CODES.items()),
     "rules": lambda repo: _table(
-        ["code", "what it holds"], ([f"`{r.code}`", r.title] for r in RULES.values())
+        ["code", "rule"], ([f"`{r.code}`", r.title] for r in RULES.values())
     ),
     "record-facts": _record_facts,
 }
