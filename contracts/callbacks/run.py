@@ -16,6 +16,7 @@ from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.callbacks.subject import ForeignTraining, foreign_subject
 from stackproof.contracts.callbacks.watch import Watch
 from stackproof.contracts.gate import Verdict
+from stackproof.contracts.vector_math import select_vector_functions
 
 
 class GatedRun:
@@ -38,6 +39,7 @@ class GatedRun:
         record: str | Path | None = None,
         reuses_rows: bool = False,
     ):
+        select_vector_functions()
         options = {"skip": tuple(skip), "only": only, "reuses_rows": reuses_rows}
         self._new_session = partial(Session, mode, **options)
         self._log_path = log_path or (Path(record) / LOG if record else None)

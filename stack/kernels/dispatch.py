@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackproof.contracts.vector_math import select_vector_functions
 from stackproof.kernels import choice
 from stackproof.kernels.attention import document_mask, window_mask
 from stackproof.kernels.choice import Choice
@@ -21,6 +22,9 @@ from stackproof.kernels.table import OPERATIONS, TORCH, TRITON, Kernel, operatio
 
 __all__ = [*OPERATIONS, "document_mask", "takes_masks", "window_mask"]  # what models call
 Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+# Whatever computes with the model imports this module first.
+select_vector_functions()
 
 # Imported kernel modules; those in Triton are imported when one is chosen.
 _modules: dict[str, ModuleType] = {

@@ -1,0 +1,63 @@
+"""MKL's functions are selected by one thread, before anything is computed."""
+
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stackproof.contracts import vector_math
+from stackproof.contracts.callbacks.plain import Gate
+
+# The functions that torch 2.13 computes by MKL (aten/src/ATen/cpu/vml.h).
+BY_MKL = "acos asin atan cos erf erfc erfinv exp expm1 log log10 sin sqrt tan tanh trunc".split()
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen[func.overloadpacket.__name__, result.dtype, result.numel()] += 1
+        return result
+
+
+def test_each_function_is_called_on_one_element_in_both_types():
+    with Calls() as calls:
+        vector_math.select_vector_functions.__wrapped__()
+    wanted = {(name, dtype, 1) for name in BY_MKL for dtype in (torch.float32, torch.float64)}
+    assert wanted <= set(calls.seen)
+    assert {numel for _, _, numel in calls.seen} == {1}
+
+
+def test_the_argument_lies_in_every_domain():
+    one = torch.full((1,), vector_math.ARGUMENT, dtype=torch.float64)
+    assert all(math.isfinite(float(f(one))) for f in vector_math.FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    "module", ["model.build", "train.start", "trace.trace", "export.parity", "replay.replay"]
+)
+def test_what_computes_selects_at_import(module):
+    code = f"""
+import importlib
+importlib.import_module("stackproof.{module}")
+from stackproof.contracts import vector_math
+print(vector_math.select_vector_functions.cache_info().currsize)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_gates_of_another_trainer_select_first(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        "stackproof.contracts.callbacks.run.select_vector_functions", lambda: called.append(1)
+    )
+    Gate("log")
+    assert called == [1]
