@@ -25,6 +25,7 @@ from stackproof.model.init import Linear, row_of
 from stackproof.model.transformer import Transformer
 from stackproof.spec import ROOT
 from stackproof.spec.architecture import D_FF, D_MODEL, INPUT, TABLE, Matrix, Part, Seen, Value
+from stackproof.spec.errors import IntegrityError
 from stackproof.spec.formulas import flops_per_token, parameter_count, saved_per_token
 from stackproof.trace.maps import ours
 from stackproof.trace.points import sites
@@ -258,7 +259,7 @@ def test_a_missing_entry_is_refused_by_every_reader(monkeypatch, key, reader):
     READERS[reader](cfg)
     monkeypatch.delitem(TABLE[key], OF_WHOLE[key])
     with pytest.raises(
-        ValueError, match=rf"model\.{key}\.kind = {OF_WHOLE[key]}.*spec/architecture"
+        IntegrityError, match=rf"spec/architecture.*model\.{key}\.kind = {OF_WHOLE[key]}"
     ):
         READERS[reader](cfg)
 
