@@ -18,7 +18,7 @@ from stackproof.museum.observe import fruits_of_run
 from stackproof.museum.plant import load_museum
 from stackproof.recipes.pocket import pocket
 from stackproof.spec.errors import GateFailed
-from stackproof.train import callbacks
+from stackproof.train import losses
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
@@ -277,10 +277,10 @@ def test_the_plants_of_our_loss_halt_the_run(cfg, tmp_path, monkeypatch, plant, 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_measurement_changes_no_bit_of_the_run(cfg, tmp_path, monkeypatch, dtype):
     cfg, fruits = with_train(cfg, dtype=dtype), []
-    read = callbacks.LossOfFirstStep._read
+    read = losses.LossOfFirstStep._read
     n_read = []
     monkeypatch.setattr(
-        callbacks.LossOfFirstStep, "_read", lambda *given: n_read.append(1) or read(*given)
+        losses.LossOfFirstStep, "_read", lambda *given: n_read.append(1) or read(*given)
     )
     for name, gates in (("measured", (GRADIENT,)), ("bare", ())):
         folder = tmp_path / name
