@@ -272,9 +272,12 @@ def _step(gate, model, optimizer, rows):
     optimizer.zero_grad()
 
 
-def test_an_unknown_mode_or_gate_is_refused():
+def test_an_unknown_mode_gate_or_option_is_refused():
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="option") as unknown, gated(model, optimizer, skips=()):
+        pass
+    assert unknown.value.value == "skips" and "skip" in unknown.value.allowed
     with pytest.raises(ConfigError, match="mode"), gated(model, optimizer, mode="loud"):
         pass
     with (
