@@ -91,22 +91,19 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     most = limits.rel_error_max
     return decide_all(
-        {
-            f"attention of layer {layer} differs from the float64 oracle": not errors[layer]
-            <= most,
-            f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does": (
-                not far <= most
-            ),
-            "logits differ from the float64 oracle": not worst((own_error, drawn_error)) <= most,
-            "rotary tables differ from the definition": (
-                not tables_off <= limits.table_abs_error_max
-            ),
-            f"{beyond} layers do not attend to exactly the keys of their window": bool(beyond),
-            f"{weakest} hardly changes the logits": not effect >= limits.effect_min,
-            "the choices of too many tokens are within rounding of a tie": (
-                not judged >= limits.judged_frac_min
-            ),
-        },
+        [
+            not errors[layer] <= most
+            and f"attention of layer {layer} differs from the float64 oracle",
+            not far <= most
+            and f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does",
+            not worst((own_error, drawn_error)) <= most and "logits differ from the float64 oracle",
+            not tables_off <= limits.table_abs_error_max
+            and "rotary tables differ from the definition",
+            bool(beyond) and f"{beyond} layers do not attend to exactly the keys of their window",
+            not effect >= limits.effect_min and f"{weakest} hardly changes the logits",
+            not judged >= limits.judged_frac_min
+            and "the choices of too many tokens are within rounding of a tie",
+        ],
         attention_rel_error=errors[layer],
         full_length_rel_error=far,
         logit_rel_error=own_error,

@@ -49,17 +49,17 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     to_see = min(x for x in (gain, declared["min_delta_nats"]) if x > 0)
     rate = false_stops / SIMULATIONS
     return decide_all(
-        {
-            f"{false_stops} of {SIMULATIONS} simulated runs stop on noise": (
-                not rate <= limits.false_stop_rate_max
-            ),
-            misread: bool(misread),
-            "a plateau does not stop the run exactly at best + patience": bool(late or early),
-            (
+        [
+            not rate <= limits.false_stop_rate_max
+            and f"{false_stops} of {SIMULATIONS} simulated runs stop on noise",
+            bool(misread) and misread,
+            bool(late or early) and "a plateau does not stop the run exactly at best + patience",
+            not detectable <= to_see
+            and (
                 f"{n_batches} held-out batches can detect a gain of {detectable:.3g} nats, a gain "
                 f"of {to_see:g} must be detected"
-            ): not detectable <= to_see,
-        },
+            ),
+        ],
         false_stop_rate=rate,
         plateau_delay_rounds=max(abs(late), abs(early)),
         detectable_gain_nats=detectable,
