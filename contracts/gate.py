@@ -147,6 +147,13 @@ def decides(gate_id: str) -> Callable:
     return mark
 
 
+def measured_by(*instruments: Callable) -> Callable:
+    """Name the functions that measure what a check judges from an event. A check does not reach
+    them by itself; named here, they are part of its gate's fingerprint.
+    """
+    return lambda check: check
+
+
 def resolve(gate: Gate) -> Any:
     """The check that a gate names. Raises IntegrityError if it is missing or bound to another
     gate.
