@@ -122,7 +122,7 @@ def _rel(got: Tensor, expected: Tensor) -> float:
 
 
 def _distinct_ids(rows: int, length: int, vocab_size: int) -> Tensor:
-    """No token twice in a row: a router that sees embeddings alone scores repeated tokens alike,
+    """No token twice in a row: a router that reads embeddings alone scores repeated tokens alike,
     and rounding would break the tie.
     """
     draw = torch.Generator().manual_seed(12)
@@ -167,8 +167,8 @@ def _error_at_end(
 
 
 def _beyond_window(attend: Callable, a: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether a window too wide for the oracle's rows is not kept: the first query past it sees the
-    first key, or the last in it not.
+    """Whether a window too wide for the oracle's rows is not kept: the first query past it reads
+    the first key, or the last in it does not.
     """
     window = a["attention"]["window"]
     if window is None or not ORACLE_TOKENS <= window < a["max_seq_len"]:

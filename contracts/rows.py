@@ -100,9 +100,9 @@ class Rows(RuntimeCheck):
         for source, epoch, window in zip(
             event.sources, event.epochs, event.sample_ids, strict=True
         ):
-            arm = self.plan["sources"][source]
-            wrong_epochs += epoch != self.drawn[source] // arm["n_windows"]
-            outside += not arm["first"] <= window < arm["first"] + arm["n_windows"]
+            held = self.plan["sources"][source]
+            wrong_epochs += epoch != self.drawn[source] // held["n_windows"]
+            outside += not held["first"] <= window < held["first"] + held["n_windows"]
             self.drawn[source] += 1
         if wrong_epochs or event.epoch != max(event.epochs):
             return failed(

@@ -21,7 +21,7 @@ PROBE_ROWS = 24
 @decides("evaluation.stop-rule")
 def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly
-    when declared, and sees the gain it waits for: 2 standard errors of the paired difference at the
+    when declared, and detects the awaited gain: 2 standard errors of the paired difference at the
     run's own number of held-out batches are below it. Where the rule has a least improvement that
     counts (min_delta_nats), that must stand out as well: its standard error is at most half of it.
 

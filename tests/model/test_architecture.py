@@ -365,7 +365,7 @@ class DoubledModule(torch.nn.Module):
         return self.down(self.up(x_BTD))
 
 
-def test_a_new_variant_is_told_file_by_file_where_it_is_left_out(monkeypatch):
+def test_an_incomplete_variant_is_named_file_by_file(monkeypatch):
     cfg = WithDoubled(**test_parity.SIZES)
     with pytest.raises(AssertionError, match=r"spec/architecture\.py lacks this variant"):
         require_everywhere(cfg)

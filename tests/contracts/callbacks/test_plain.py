@@ -50,13 +50,13 @@ def loop(
     zero=True,
     before_step=lambda model: None,
     micro=1,
-    **told,
+    **options,
 ):
     """Train by hand with the gates around it; returns the gate."""
     torch.manual_seed(0)
     model = model or Tiny()
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with gated(model, optimizer, **told) as gate:
+    with gated(model, optimizer, **options) as gate:
         for i, rows in enumerate(data or batches()):
             logits = model(rows[:, :-1])
             value = (
