@@ -50,18 +50,20 @@ def reloads(limits: SimpleNamespace, subject: Subject) -> Verdict:
     differing = _differing(live, saved.reloaded_checksums)
     live_tied, reloaded_tied = saved.tied
     return decide_all(
-        {problem: True for problem in saved.format_problems}
-        | {
-            "no tensor of the live model was compared": not live,
-            (
+        [
+            *saved.format_problems,
+            not live and "no tensor of the live model was compared",
+            live_tied != reloaded_tied
+            and (
                 f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded "
                 "again they are not"
-            ): live_tied != reloaded_tied,
-            (
+            ),
+            len(differing) > limits.differing_max
+            and (
                 f"{len(differing)} tensor(s), loaded again, are not the live ones: "
                 f"{first_of(differing, 4)}"
-            ): len(differing) > limits.differing_max,
-        },
+            ),
+        ],
         differing=len(differing),
         compared=len(live),
         live_tied=live_tied,

@@ -21,7 +21,8 @@ Shapes = dict[str, tuple[int, ...]]
 def parameter_shapes(a: Mapping[str, Any], vocab_size: int) -> Shapes:
     """Names and shapes (out, in) of all that a checkpoint of the resolved `model` section holds.
 
-    Selection biases are included. Raises ValueError for a variant without an entry in the table.
+    Selection biases are included. Raises IntegrityError for a variant without an entry in the
+    table.
     """
     return {t.name: t.shape for t in tensors(a, vocab_size)}
 

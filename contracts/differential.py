@@ -91,22 +91,19 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     most = limits.rel_error_max
     return decide_all(
-        {
-            f"attention of layer {layer} differs from the float64 oracle": not errors[layer]
-            <= most,
-            f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does": (
-                not far <= most
-            ),
-            "logits differ from the float64 oracle": not worst((own_error, drawn_error)) <= most,
-            "rotary tables differ from the definition": (
-                not tables_off <= limits.table_abs_error_max
-            ),
-            f"{beyond} layers do not attend to exactly the keys of their window": bool(beyond),
-            f"{weakest} hardly changes the logits": not effect >= limits.effect_min,
-            "the choices of too many tokens are within rounding of a tie": (
-                not judged >= limits.judged_frac_min
-            ),
-        },
+        [
+            not errors[layer] <= most
+            and f"attention of layer {layer} differs from the float64 oracle",
+            not far <= most
+            and f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does",
+            not worst((own_error, drawn_error)) <= most and "logits differ from the float64 oracle",
+            not tables_off <= limits.table_abs_error_max
+            and "rotary tables differ from the definition",
+            bool(beyond) and f"{beyond} layers do not attend to exactly the keys of their window",
+            not effect >= limits.effect_min and f"{weakest} hardly changes the logits",
+            not judged >= limits.judged_frac_min
+            and "the choices of too many tokens are within rounding of a tie",
+        ],
         attention_rel_error=errors[layer],
         full_length_rel_error=far,
         logit_rel_error=own_error,
@@ -125,7 +122,7 @@ def _rel(got: Tensor, expected: Tensor) -> float:
 
 
 def _distinct_ids(rows: int, length: int, vocab_size: int) -> Tensor:
-    """No token twice in a row: a router that sees embeddings alone scores repeated tokens alike,
+    """No token twice in a row: a router that reads embeddings alone scores repeated tokens alike,
     and rounding would break the tie.
     """
     draw = torch.Generator().manual_seed(12)
@@ -170,8 +167,8 @@ def _error_at_end(
 
 
 def _beyond_window(attend: Callable, a: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether a window too wide for the oracle's rows is not kept: the first query past it sees the
-    first key, or the last in it not.
+    """Whether a window too wide for the oracle's rows is not kept: the first query past it reads
+    the first key, or the last in it does not.
     """
     window = a["attention"]["window"]
     if window is None or not ORACLE_TOKENS <= window < a["max_seq_len"]:

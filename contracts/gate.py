@@ -55,11 +55,13 @@ def decide(ok: bool, message: str, **measured: Scalar) -> Verdict:
     return passed("", **measured) if ok else failed(message, **measured)
 
 
-def decide_all(problems: Mapping[str, bool], where: str = "", **measured: Scalar) -> Verdict:
-    """Green if no problem was found, else red with the messages of all that were. `problems` maps
-    each message to whether the problem was found; `where` comes before them.
+def decide_all(
+    problems: Iterable[str | Literal[False]], where: str = "", **measured: Scalar
+) -> Verdict:
+    """Green if every problem is False, else red with the messages of all others, after `where`.
+    A problem is written `condition and message`, where the condition is a bool.
     """
-    wrong = [text for text, found in problems.items() if found]
+    wrong = [message for message in problems if message is not False]
     return decide(not wrong, where + "; ".join(wrong), **measured)
 
 
@@ -143,6 +145,13 @@ def decides(gate_id: str) -> Callable:
         return check
 
     return mark
+
+
+def measured_by(*instruments: Callable) -> Callable:
+    """Name the functions that measure what a check judges from an event. A check does not reach
+    them by itself; named here, they are part of its gate's fingerprint.
+    """
+    return lambda check: check
 
 
 def resolve(gate: Gate) -> Any:

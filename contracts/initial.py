@@ -47,14 +47,13 @@ def init_law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     buffer_error = worst([tables_error, *(float(t.double().abs().max()) for t in held)])
     n_declared = subject.declared.n_parameters
     return decide_all(
-        {
-            f"{where} does not follow its declared law": not z[where] <= limits.z_max,
-            f"{pair} hold the same draws": not alike <= limits.z_max,
-            "rotary tables differ from a fresh computation, or a kept buffer is not 0": (
-                not buffer_error <= limits.buffer_abs_error_max
-            ),
-            f"{n_entries} parameters, {n_declared} by the formula": n_entries != n_declared,
-        },
+        [
+            not z[where] <= limits.z_max and f"{where} does not follow its declared law",
+            not alike <= limits.z_max and f"{pair} hold the same draws",
+            not buffer_error <= limits.buffer_abs_error_max
+            and "rotary tables differ from a fresh computation, or a kept buffer is not 0",
+            n_entries != n_declared and f"{n_entries} parameters, {n_declared} by the formula",
+        ],
         z=z[where],
         worst=where,
         likeness_z=alike,

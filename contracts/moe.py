@@ -81,17 +81,18 @@ def dispatch_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     layer_error = _layer_error(layer, weights, architecture)
     most = limits.rel_error_max
     return decide_all(
-        {
-            (
+        [
+            swapped > 0
+            and (
                 f"{swapped} tokens are sent to other experts than those of the highest scores, the "
                 "lower of equals first"
-            ): swapped > 0,
-            "weights are not the declared ones": not weight_error <= most,
-            "weights of a token do not sum to 1": not sum_error <= most,
-            "sparse dispatch differs from a loop over tokens": not error <= most,
-            "tokens taken and dropped are miscounted": miscounted > 0,
-            "the run's own layer differs from a loop over tokens": not layer_error <= most,
-        },
+            ),
+            not weight_error <= most and "weights are not the declared ones",
+            not sum_error <= most and "weights of a token do not sum to 1",
+            not error <= most and "sparse dispatch differs from a loop over tokens",
+            miscounted > 0 and "tokens taken and dropped are miscounted",
+            not layer_error <= most and "the run's own layer differs from a loop over tokens",
+        ],
         rel_error=error,
         layer_rel_error=layer_error,
         weight_error=weight_error,
@@ -208,20 +209,16 @@ def _balance_term(limits: SimpleNamespace, subject: Subject) -> Verdict:
     )
     entry_error = _entry_error(subject)
     return decide_all(
-        {
-            "the balance term differs from its formula": (
-                not formula_error <= limits.formula_rel_error_max
-            ),
-            "the balance term of an even assignment is not 1": (
-                not even_error <= limits.even_error_max
-            ),
-            "an uneven assignment costs no more than an even one": (
-                not excess >= limits.uneven_excess_min
-            ),
-            "routers do not receive the balance term with its weight, once per update": (
-                not entry_error <= limits.entry_rel_error_max
-            ),
-        },
+        [
+            not formula_error <= limits.formula_rel_error_max
+            and "the balance term differs from its formula",
+            not even_error <= limits.even_error_max
+            and "the balance term of an even assignment is not 1",
+            not excess >= limits.uneven_excess_min
+            and "an uneven assignment costs no more than an even one",
+            not entry_error <= limits.entry_rel_error_max
+            and "routers do not receive the balance term with its weight, once per update",
+        ],
         formula_rel_error=formula_error,
         even_error=even_error,
         uneven_excess=excess,

@@ -92,13 +92,12 @@ class LivePoints(_InARow):
         ]
         large = max(seen, key=lambda name: seen[name]["absmax"])
         return decide_all(
-            {
-                f"{first_of(broken)} hold values that are not finite": bool(broken),
-                f"{first_of(dead)} no longer vary at all": bool(dead),
-                f"{large} has grown to {seen[large]['absmax']:.4g}": (
-                    seen[large]["absmax"] > self.limits.absmax_max
-                ),
-            },
+            [
+                bool(broken) and f"{first_of(broken)} hold values that are not finite",
+                bool(dead) and f"{first_of(dead)} no longer vary at all",
+                seen[large]["absmax"] > self.limits.absmax_max
+                and f"{large} has grown to {seen[large]['absmax']:.4g}",
+            ],
             f"step {event.step}: ",
             absmax=seen[large]["absmax"],
             dead_std=min(figures["std"] for figures in seen.values()),

@@ -100,9 +100,9 @@ class Rows(RuntimeCheck):
         for source, epoch, window in zip(
             event.sources, event.epochs, event.sample_ids, strict=True
         ):
-            arm = self.plan["sources"][source]
-            wrong_epochs += epoch != self.drawn[source] // arm["n_windows"]
-            outside += not arm["first"] <= window < arm["first"] + arm["n_windows"]
+            held = self.plan["sources"][source]
+            wrong_epochs += epoch != self.drawn[source] // held["n_windows"]
+            outside += not held["first"] <= window < held["first"] + held["n_windows"]
             self.drawn[source] += 1
         if wrong_epochs or event.epoch != max(event.epochs):
             return failed(
@@ -160,34 +160,35 @@ class LearnableBatch(RuntimeCheck):
     def observe(self, event: ModelInput) -> Verdict:
         limits = self.limits
         bad_id = event.max_id if event.min_id >= 0 else event.min_id
-        problems = {
-            f"id {bad_id} is outside the embedding of {event.embedding_rows} rows": (
-                event.min_id < 0
-                or (bool(event.embedding_rows) and event.max_id >= event.embedding_rows)
-            ),
-            f"rows of {event.length} tokens exceed the {event.max_length} positions": (
-                bool(event.max_length) and event.length > event.max_length
-            ),
-            "no label is left to learn from": (
-                event.n_labels > 0 and event.n_valid < limits.valid_min
-            ),
-            f"{event.n_stops} stop token(s) end learned text, none has a label": (
-                event.n_stops > 0 and event.n_stops_learned == 0
-            ),
-            f"{event.n_padding_labels} label(s) are on padding": (
-                event.n_padding_labels > limits.padding_labels_max
-            ),
-            (
-                f"{event.n_left_padded} row(s) begin with padding that the attention_mask marks as "
-                "text"
-            ): event.n_left_padded > limits.left_padded_max,
-            (
-                f"only {event.n_places_up} of {event.n_places} position_ids are one more than the "
-                "one before"
-            ): event.n_places_up < limits.places_up_frac_min * event.n_places,
-        }
         return decide_all(
-            problems,
+            [
+                (
+                    event.min_id < 0
+                    or (bool(event.embedding_rows) and event.max_id >= event.embedding_rows)
+                )
+                and f"id {bad_id} is outside the embedding of {event.embedding_rows} rows",
+                bool(event.max_length)
+                and event.length > event.max_length
+                and f"rows of {event.length} tokens exceed the {event.max_length} positions",
+                event.n_labels > 0
+                and event.n_valid < limits.valid_min
+                and "no label is left to learn from",
+                event.n_stops > 0
+                and event.n_stops_learned == 0
+                and f"{event.n_stops} stop token(s) end learned text, none has a label",
+                event.n_padding_labels > limits.padding_labels_max
+                and f"{event.n_padding_labels} label(s) are on padding",
+                event.n_left_padded > limits.left_padded_max
+                and (
+                    f"{event.n_left_padded} row(s) begin with padding that the attention_mask "
+                    "marks as text"
+                ),
+                event.n_places_up < limits.places_up_frac_min * event.n_places
+                and (
+                    f"only {event.n_places_up} of {event.n_places} position_ids are one more than "
+                    "the one before"
+                ),
+            ],
             f"step {event.step}: ",
             max_id=event.max_id,
             embedding_rows=event.embedding_rows,

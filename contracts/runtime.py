@@ -78,14 +78,12 @@ class Mode(RuntimeCheck):
         n, repeat = len(event.wrong), event.repeat_abs or 0.0
         first = (event.wrong[0] or "the model") if n else ""
         return decide_all(
-            {
-                f"{n} module(s) not in {event.phase} mode, first {first}": (
-                    n > self.limits.wrong_modules_max
-                ),
-                f"two evaluations of one batch give logits {repeat:.3g} apart": (
-                    repeat > self.limits.repeat_abs_max
-                ),
-            },
+            [
+                n > self.limits.wrong_modules_max
+                and f"{n} module(s) not in {event.phase} mode, first {first}",
+                repeat > self.limits.repeat_abs_max
+                and f"two evaluations of one batch give logits {repeat:.3g} apart",
+            ],
             f"step {event.step}, {event.phase}: ",
             phase=event.phase,
             wrong_modules=n,

@@ -86,21 +86,19 @@ class Rate(RuntimeCheck):
         worst = max(error, key=lambda g: math.inf if math.isnan(error[g]) else error[g], default="")
         rel_error = error.get(worst, 0.0)
         self.zeros = self.zeros + 1 if min(event.used.values()) == 0 else 0
-        problems = {
-            (
-                f"the learning rate of {worst} is {event.used.get(worst, 0.0):.6g}, declared is "
-                f"{declared.get(worst, 0.0):.6g}"
-            ): not rel_error <= self.limits.rel_error_max,
-            f"the schedule has ticked {event.ticks} times in {event.updates} updates": (
-                event.ticks - event.updates > self.limits.ticks_ahead_max
-            ),
-            f"a learning rate is 0 at {self.zeros} updates in a row": (
-                self.zeros > self.limits.zero_updates_max
-            ),
-        }
         first = next(iter(event.used))
         return decide_all(
-            problems,
+            [
+                not rel_error <= self.limits.rel_error_max
+                and (
+                    f"the learning rate of {worst} is {event.used.get(worst, 0.0):.6g}, declared "
+                    f"is {declared.get(worst, 0.0):.6g}"
+                ),
+                event.ticks - event.updates > self.limits.ticks_ahead_max
+                and f"the schedule has ticked {event.ticks} times in {event.updates} updates",
+                self.zeros > self.limits.zero_updates_max
+                and f"a learning rate is 0 at {self.zeros} updates in a row",
+            ],
             f"step {event.step}: ",
             **({"rel_error": rel_error} if error else {}),
             ticks=event.ticks,

@@ -21,7 +21,7 @@ PROBE_ROWS = 24
 @decides("evaluation.stop-rule")
 def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly
-    when declared, and sees the gain it waits for: 2 standard errors of the paired difference at the
+    when declared, and detects the awaited gain: 2 standard errors of the paired difference at the
     run's own number of held-out batches are below it. Where the rule has a least improvement that
     counts (min_delta_nats), that must stand out as well: its standard error is at most half of it.
 
@@ -49,17 +49,17 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     to_see = min(x for x in (gain, declared["min_delta_nats"]) if x > 0)
     rate = false_stops / SIMULATIONS
     return decide_all(
-        {
-            f"{false_stops} of {SIMULATIONS} simulated runs stop on noise": (
-                not rate <= limits.false_stop_rate_max
-            ),
-            misread: bool(misread),
-            "a plateau does not stop the run exactly at best + patience": bool(late or early),
-            (
+        [
+            not rate <= limits.false_stop_rate_max
+            and f"{false_stops} of {SIMULATIONS} simulated runs stop on noise",
+            bool(misread) and misread,
+            bool(late or early) and "a plateau does not stop the run exactly at best + patience",
+            not detectable <= to_see
+            and (
                 f"{n_batches} held-out batches can detect a gain of {detectable:.3g} nats, a gain "
                 f"of {to_see:g} must be detected"
-            ): not detectable <= to_see,
-        },
+            ),
+        ],
         false_stop_rate=rate,
         plateau_delay_rounds=max(abs(late), abs(early)),
         detectable_gain_nats=detectable,

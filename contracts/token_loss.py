@@ -4,8 +4,18 @@ teaches each position.
 
 import math
 
+from stackproof.contracts.callbacks.losses import loss_measured
+from stackproof.contracts.callbacks.reading import read, resolve
 from stackproof.contracts.events import Event, LossMeasured, Started
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Verdict,
+    decide,
+    decides,
+    failed,
+    measured_by,
+    not_run,
+)
 
 
 @decides("loss.first")
@@ -57,6 +67,7 @@ class FirstLoss(RuntimeCheck):
 
 
 @decides("loss.logit-gradient")
+@measured_by(read, resolve, loss_measured)
 class LogitGradient(RuntimeCheck):
     """At every judged position the gradient at the logits is that of cross-entropy with the next
     token, with the weight 1/N of the step's N labels, in whatever micro-batch it is; masked

@@ -27,25 +27,24 @@ class GradientKept(RuntimeCheck):
 
     def observe(self, event: GradientsAccumulated) -> Verdict:
         limits = self.limits
-        problems = {
-            f"gradients of norm {event.stale_norm:.4g} were left from before": (
-                event.stale_norm > limits.stale_norm_max
-            ),
-            f"gradients changed after {event.lost} of {event.micro_steps} micro-steps": (
-                event.lost > limits.lost_max
-            ),
-            (
-                "some tensors' gradients were changed before the update, by factors "
-                f"{event.factor_spread:.3g} apart"
-            ): not event.factor_spread <= limits.factor_spread_max,
-            (
-                f"{event.micro_steps} backward passes without an update; an update took at most "
-                f"{event.usual} before"
-            ): event.micro_steps
-            > limits.passes_factor_max * (event.usual or limits.first_passes_max),
-        }
         return decide_all(
-            problems,
+            [
+                event.stale_norm > limits.stale_norm_max
+                and f"gradients of norm {event.stale_norm:.4g} were left from before",
+                event.lost > limits.lost_max
+                and f"gradients changed after {event.lost} of {event.micro_steps} micro-steps",
+                not event.factor_spread <= limits.factor_spread_max
+                and (
+                    "some tensors' gradients were changed before the update, by factors "
+                    f"{event.factor_spread:.3g} apart"
+                ),
+                event.micro_steps
+                > limits.passes_factor_max * (event.usual or limits.first_passes_max)
+                and (
+                    f"{event.micro_steps} backward passes without an update; an update took at "
+                    f"most {event.usual} before"
+                ),
+            ],
             f"step {event.step}: ",
             stale_norm=event.stale_norm,
             lost=event.lost,
@@ -97,24 +96,25 @@ class Movement(RuntimeCheck):
         limits = self.limits
         least = limits.changed_tensor_frac_min if event.lr >= limits.visible_lr_min else 0.0
         changed = event.changed_frac
-        problems = {
-            f"{first_of(event.frozen_changed, 4)} is frozen and changed": (
-                len(event.frozen_changed) > limits.frozen_moved_max
-            ),
-            (
-                f"{event.stillest} has a gradient and has not changed in {event.longest_still} "
-                "updates"
-            ): event.longest_still > limits.still_updates_max,
-            (
-                "the first update goes the wrong way along its gradient (cosine "
-                f"{event.uphill or 0.0:.3g})"
-            ): event.uphill is not None and not event.uphill <= limits.uphill_cosine_max,
-            f"only {changed or 0.0:.0%} of the parameter tensors changed": (
-                changed is not None and (changed < least or changed == 0)
-            ),
-        }
         return decide_all(
-            problems,
+            [
+                len(event.frozen_changed) > limits.frozen_moved_max
+                and f"{first_of(event.frozen_changed, 4)} is frozen and changed",
+                event.longest_still > limits.still_updates_max
+                and (
+                    f"{event.stillest} has a gradient and has not changed in {event.longest_still} "
+                    "updates"
+                ),
+                event.uphill is not None
+                and not event.uphill <= limits.uphill_cosine_max
+                and (
+                    "the first update goes the wrong way along its gradient (cosine "
+                    f"{event.uphill or 0.0:.3g})"
+                ),
+                changed is not None
+                and (changed < least or changed == 0)
+                and f"only {changed or 0.0:.0%} of the parameter tensors changed",
+            ],
             f"step {event.step}: ",
             **(
                 {"changed_tensor_frac": changed}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from stackproof.spec.errors import IntegrityError
 
 VERDICTS = "contracts.gate"
-MESSAGE_AT = {"decide": 1, "failed": 0, "passed": 0, "not_run": 0, "Verdict": 1}
+MESSAGE_AT = {"decide": 1, "failed": 0, "passed": 0, "not_run": 0, "Verdict": 1, "decide_all": 0}
 WORDS = ["words"]
 LEFT_OUT = {"ctx", "kind", "type_comment", "type_params", "returns", "annotation", "simple"}
 
@@ -426,4 +426,8 @@ class Writer:
                 return [self.words(left), self.words(right)]
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 return ["IfExp", self.write(test), self.words(body), self.words(orelse)]
+            case ast.BoolOp(op=ast.And(), values=[*conditions, message]):
+                return ["and", self.write(conditions), self.words(message)]
+            case ast.List(elts=messages):
+                return ["List", *map(self.words, messages)]
         return self.write(node)

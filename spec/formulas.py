@@ -13,8 +13,8 @@ from stackproof.spec.architecture import Q_WIDTH, Buffer, Matrix, Model
 def parameter_count(model: Model, vocab_size: int) -> int:
     """Parameters of a decoder from its resolved `model` section.
 
-    A part that an old section omits counts as its first variant. Raises ValueError for a variant
-    without an entry in the architecture table.
+    A part that an old section omits counts as its first variant. Raises IntegrityError for a
+    variant without an entry in the architecture table.
     """
     held = resolved.tensors(model, vocab_size)
     return sum(t.entries for t in held if not isinstance(t.weight, Buffer))
@@ -46,7 +46,7 @@ def saved_per_token(model: Model) -> int:
     """
     numbers = resolved.sizes(model)
     return max(
-        sum(value.kept * value.width.of(numbers) for value in resolved.block_values(model, layer))
+        sum(v.kept * resolved.width_of(v, numbers) for v in resolved.block_values(model, layer))
         for layer in range(model["n_layers"])
     )
 

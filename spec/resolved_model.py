@@ -13,11 +13,15 @@ from stackproof.spec.architecture import (
     FIRST_VARIANTS,
     HEAD,
     TABLE,
+    Dim,
     Mixture,
     Model,
     Value,
     Weight,
 )
+from stackproof.spec.errors import IntegrityError
+
+TABLE_FILE = "spec/architecture.py"
 
 
 @dataclass(frozen=True)
@@ -47,26 +51,50 @@ def section(model: Model, key: str) -> Mapping[str, Any]:
 
 
 def part(model: Model, key: str) -> Any:
-    """The table's entry for the declared variant. Raises ValueError if the table has no entry."""
+    """The table's entry for the declared variant. Raises IntegrityError if the table has no
+    entry.
+    """
     kind = section(model, key)["kind"]
     if (found := TABLE[key].get(kind)) is None:
-        raise ValueError(
-            f"the architecture table has no entry for model.{key}.kind = {kind}; "
-            f"known: {', '.join(TABLE[key])}. Add an entry to spec/architecture.py"
+        raise IntegrityError(
+            f"{TABLE_FILE} has no entry for model.{key}.kind = {kind}",
+            allowed=", ".join(TABLE[key]),
+            next_step=f"add the entry {kind} to {TABLE_FILE}, or correct its name there",
         )
     return found
 
 
-def sizes(model: Model, vocab_size: int = 0) -> dict[str, Any]:
-    """The value of each symbol."""
+def sizes(model: Model, vocab_size: int = 0) -> dict[str, int]:
+    """The value of each symbol: the whole numbers of the section, and those that it implies."""
     experts = section(model, "ffn").get("n_experts", 1)
-    return dict(model) | {"vocab_size": vocab_size, "n_experts": experts}
+    numbers = {key: value for key, value in model.items() if type(value) is int}
+    return numbers | {"vocab_size": vocab_size, "n_experts": experts}
+
+
+def shape_of(dims: tuple[Dim, ...], numbers: Mapping[str, int], entry: str) -> tuple[int, ...]:
+    """The sizes of an entry of the table. Raises IntegrityError if one is not a Dim of known
+    symbols.
+    """
+    try:
+        return tuple(dim.of(numbers) for dim in dims)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise IntegrityError(
+            f"{TABLE_FILE}: {entry} has a shape that is not made of known symbols",
+            value=dims,
+            allowed=f"a tuple of Dim, each a tuple of {', '.join(sorted(numbers))}",
+            next_step=f"correct the shape in {TABLE_FILE}",
+        ) from e
+
+
+def width_of(value: Value, numbers: Mapping[str, int]) -> int:
+    """Features of a value per token."""
+    return shape_of((value.width,), numbers, f"the value {value.slot or value.module}")[0]
 
 
 def tensors(model: Model, vocab_size: int) -> list[Tensor]:
     """All weights of a checkpoint of the model in order, buffers included.
 
-    Raises ValueError for a variant without an entry.
+    Raises IntegrityError for a variant without an entry, or an entry of unknown symbols.
     """
     shape = (vocab_size, model["d_model"])
     found = [Tensor("embed.weight", shape, EMBEDDING), *_weights(model, "positions", "positions.")]
@@ -101,8 +129,8 @@ def _weights(model: Model, key: str, prefix: str, met: Fraction = Fraction(1)) -
     declared, numbers = section(model, key), sizes(model)
     for weight in part(model, key).weights:
         if weight.when is None or weight.when.holds(declared):
-            shape = tuple(dim.of(numbers) for dim in weight.shape)
-            yield Tensor(prefix + weight.name, shape, weight, met)
+            entry = f"the weight {weight.name} of model.{key}.kind = {declared['kind']}"
+            yield Tensor(prefix + weight.name, shape_of(weight.shape, numbers, entry), weight, met)
 
 
 def gated(model: Model, layer: int) -> bool:

@@ -33,7 +33,7 @@ class GateCallback(GatedRun, TrainerCallback):
     """Runs the preflight gates when training begins, then judges every step, evaluation, save and
     resume of its Trainer.
 
-    The options are those of GatedRun; verdicts go to `gates.jsonl` in the output folder by default.
+    The options are `Options`; verdicts go to `gates.jsonl` in the output folder by default.
     The first process writes the record when training ends or a gate halts it. `reuses_rows` follows
     from `num_iterations` above 1 in trainers of TRL.
     """

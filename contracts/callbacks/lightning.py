@@ -1,14 +1,14 @@
 """Gates inside `lightning.pytorch.Trainer`: `Trainer(…, callbacks=[GateCallback()])`."""
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from stackproof.contracts.callbacks.record import End, trainer_of
 from stackproof.contracts.callbacks.run import GatedRun
-from stackproof.contracts.callbacks.session import Mode
+from stackproof.contracts.callbacks.session import Mode, Options
 from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
 from stackproof.contracts.callbacks.watch import Watch
 
@@ -21,12 +21,17 @@ class GateCallback(GatedRun, Callback):
 
     The language model is the LightningModule itself, or its one child that maps ids (B, T) to
     logits (B, T, V); `model` names its attribute if there are several children. The other options
-    are those of GatedRun; verdicts go to `gates.jsonl` in the root folder by default. The record is
+    are `Options`; verdicts go to `gates.jsonl` in the root folder by default. The record is
     written when the run ends, also on an error.
     """
 
     def __init__(
-        self, mode: Mode = "raise", *, model: str = "", tokenizer: Any = None, **options: Any
+        self,
+        mode: Mode = "raise",
+        *,
+        model: str = "",
+        tokenizer: Any = None,
+        **options: Unpack[Options],
     ):
         super().__init__(mode, **options)
         self._name, self._tokenizer = model, tokenizer

@@ -110,7 +110,8 @@ def loss_measured(
     n_changed_rows: int | None = None,
 ) -> LossMeasured:
     """The event of one step from the readings of its backward passes. `n_labels` is the number of
-    its labels, None where the trainer's loss may leave out some of them.
+    its labels, None where the trainer's loss may leave out some of them; `reported_nats` is the
+    loss that the trainer reports, NaN where not every position is read.
     """
     offsets = [o for r in readings for o in r.offsets]
     wrong = [o for o in offsets if o != 1]

@@ -1,9 +1,8 @@
 """Gates around a plain training loop: one import and one `with`, nothing inside the loop."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import unwrapped
 from stackproof.contracts.callbacks.record import End, trainer_of
 from stackproof.contracts.callbacks.run import GatedRun
-from stackproof.contracts.callbacks.session import Mode
+from stackproof.contracts.callbacks.session import Mode, Options
 from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
 from stackproof.contracts.callbacks.watch import Watch
 
@@ -64,17 +63,13 @@ def gated(
     max_grad_norm: float | None = None,
     scaler: Any = None,
     mode: Mode = "raise",
-    log_path: str | Path | None = None,
-    skip: Iterable[str] = (),
-    only: Iterable[str] | None = None,
-    record: str | Path | None = None,
-    reuses_rows: bool = False,
+    **options: Unpack[Options],
 ) -> Iterator[Gate]:
     """Run the preflight gates on the live model, then judge every step until the block ends.
 
     The model maps ids (B, T) to logits (B, T, V), alone or with a loss, and is called as a module.
     `max_grad_norm` is the norm that the loop clips to (infinity: no clipping), `scaler` a
-    GradScaler; the other options are those of GatedRun, and no log is written without a path. The
+    GradScaler; the other options are `Options`, and no log is written without a path. The
     record is written when the block ends, also on an error. Objects prepared by `accelerate` and
     compiled models are accepted; preflight judges the original model. Raises GateFailed at the
     first red gate that halts; with mode "log" nothing is raised.
@@ -87,9 +82,7 @@ def gated(
         trained, scaler, max_grad_norm=max_grad_norm, absolute=one_process
     )
     trainer = trainer_of(torch.optim.Optimizer, "torch") | {"name": "a loop written by hand"}
-    gate = Gate(
-        mode, log_path=log_path, skip=skip, only=only, record=record, reuses_rows=reuses_rows
-    )
+    gate = Gate(mode, **options)
     gate._open()
     gate._open_record(trained, trainer, {"max_grad_norm": max_grad_norm})
     gate._preflight(trained)

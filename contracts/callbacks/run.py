@@ -1,22 +1,22 @@
 """One run of another trainer under gates: what all adapters share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import untouched
 from stackproof.contracts.callbacks.record import LOG, Cost, RunRecord
-from stackproof.contracts.callbacks.session import Mode, Session, timed
+from stackproof.contracts.callbacks.session import Mode, Options, Session, timed
 from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.callbacks.subject import ForeignTraining, foreign_subject
 from stackproof.contracts.callbacks.watch import Watch
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.vector_math import select_vector_functions
+from stackproof.spec.errors import ConfigError
 
 
 class GatedRun:
@@ -24,26 +24,19 @@ class GatedRun:
     the methods below at the events of that trainer.
 
     Raises GateFailed at the first red gate that halts; with `mode="log"` nothing is raised.
-    Verdicts go to `log_path`, as JSON lines, and to logging. `skip` leaves out gates by id, `only`
-    all others. `record` names a folder for the record of the run. `reuses_rows`: rows come again in
-    their order, or trained rows are scored, on purpose.
+    Verdicts also go to logging. Raises ConfigError for an unknown option.
     """
 
-    def __init__(
-        self,
-        mode: Mode = "raise",
-        *,
-        log_path: str | Path | None = None,
-        skip: Iterable[str] = (),
-        only: Iterable[str] | None = None,
-        record: str | Path | None = None,
-        reuses_rows: bool = False,
-    ):
+    def __init__(self, mode: Mode = "raise", **options: Unpack[Options]):
+        if odd := options.keys() - Options.__annotations__:
+            raise ConfigError(
+                "an option of the gates is unknown",
+                value=min(odd),
+                allowed=", ".join(Options.__annotations__),
+            )
         select_vector_functions()
-        options = {"skip": tuple(skip), "only": only, "reuses_rows": reuses_rows}
-        self._new_session = partial(Session, mode, **options)
-        self._log_path = log_path or (Path(record) / LOG if record else None)
-        self._record = record
+        self._mode, self._record = mode, options.get("record")
+        self._options = options | {"skip": tuple(options.get("skip", ()))}
         self.session: Session | None = None
         self._watch: Watch | None = None
         self._saves = digest.SaveHistory()
@@ -68,8 +61,10 @@ class GatedRun:
         """Training begins: install the gates. `folder` holds the log if no path was given."""
         self._detach()
         self._watch = None
-        log_path = self._log_path or (Path(folder) / LOG if folder else None)
-        self.session = self._new_session(log_path=log_path, on_halt=self._detach)
+        options = self._options
+        if (home := self._record or folder) and not options.get("log_path"):
+            options = options | {"log_path": Path(home) / LOG}
+        self.session = Session(self._mode, options, self._detach)
 
     def _open_record(
         self, trained: Trained, trainer: Mapping[str, Any], configured: Mapping[str, Any]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -47,28 +47,33 @@ def timed(method: Callable) -> Callable:
     return counted
 
 
+class Options(TypedDict, total=False):
+    """Options of every adapter beside its mode. `log_path` takes the verdicts as JSON lines. `skip`
+    leaves out gates by id, `only` all others. `record` names a folder for the record of the run.
+    `reuses_rows`: rows come again in their order, or trained rows are scored, on purpose.
+    """
+
+    log_path: str | Path | None
+    skip: Iterable[str]
+    only: Iterable[str] | None
+    record: str | Path | None
+    reuses_rows: bool
+
+
 class Session:
     """The gates of kind `foreign` in one run. In mode `raise` a red gate that halts calls `on_halt`
     and raises GateFailed; in mode `log` nothing is raised.
 
     Every verdict of a preflight or artifact gate, and every red one of a runtime gate, is written
-    to `log_path` as one line, and to logging. `skip` leaves out gates by id, `only` all others.
-    `reuses_rows`: rows come again in their order, or trained rows are scored, on purpose. Raises
-    ConfigError for an unknown mode or gate.
+    to the option `log_path` as one line, and to logging. Raises ConfigError for an unknown mode or
+    gate.
     """
 
-    def __init__(
-        self,
-        mode: Mode = "raise",
-        *,
-        log_path: str | Path | None = None,
-        skip: Iterable[str] = (),
-        only: Iterable[str] | None = None,
-        reuses_rows: bool = False,
-        on_halt: Callable[[], None] = lambda: None,
-    ):
+    def __init__(self, mode: Mode, options: Options, on_halt: Callable[[], None]):
         if mode not in ("raise", "log"):
             raise ConfigError("mode is neither raise nor log", value=mode, allowed="raise | log")
+        skip, only = options.get("skip", ()), options.get("only")
+        log_path = options.get("log_path")
         self.spec = spec = load_spec()
         known = {g.id for g in spec.required(KIND)}
         if odd := sorted({*skip, *(only or ())} - known):
@@ -83,7 +88,7 @@ class Session:
         self.record: RunRecord | None = None
         self.preflight_s, self.watching_s, self.steps, self.in_gates = 0.0, 0.0, 0, False
         self._absent: list[GateResult] = []
-        if reuses_rows:
+        if options.get("reuses_rows"):
             self.leave_out(ROWS_GATE, "reuses_rows: rows come again on purpose")
 
     def leave_out(self, gate_id: str, why: str) -> None:

@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig
-from stackproof.contracts.callbacks.losses import loss_measured
-from stackproof.contracts.callbacks.reading import IGNORE, read, resolve
 from stackproof.contracts.events import (
     ActivationsTraced,
     BatchDrawn,
     Evaluated,
     Finished,
     HeldOutRows,
-    LossMeasured,
     MemorizationMeasured,
     ModuleModes,
     RatesUsed,
@@ -46,8 +42,8 @@ from stackproof.trace.points_log import points_lines
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
-from stackproof.train.losses import count_valid
-from stackproof.train.state import AUTOCAST, TrainState, differing, gradient_crc32
+from stackproof.train.losses import LossOfFirstStep
+from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 
@@ -116,103 +112,6 @@ class TrainingSplit:
         return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
 
 
-class LossOfFirstStep:
-    """Measures the loss of the first step of a process at the input of the head, at every position
-    and before the update, from the hidden states and their gradient.
-
-    While the step is taken, `state.features` is wrapped. The step's numbers stay as they are.
-    """
-
-    gates = ("loss.logit-gradient", "loss.first")
-
-    def __init__(self) -> None:
-        self.done, self.seconds = False, 0.0
-
-    def watch(self, state: TrainState, batches: Sequence[Batch]) -> None:
-        """The next passes of the model are those of `batches`, in their order."""
-        if not self.done:
-            self.batches, self.features, self.n_forward = batches, state.features, 0
-            self.unread, self.changed = [], []
-            state.features = partial(self._forward, state)
-
-    def _forward(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Any]:
-        x_BTD, report = self.features(*inputs)
-        batch = self.batches[self.n_forward % len(self.batches)]
-        self.n_forward += 1
-        x_BTD.register_hook(partial(self._read, state, batch, inputs, x_BTD.detach()))
-        return x_BTD, report
-
-    def _read(
-        self,
-        state: TrainState,
-        batch: Batch,
-        inputs: tuple[Tensor | None, ...],
-        x_BTD: Tensor,
-        gradient: Tensor,
-    ) -> None:
-        if x_BTD.shape[:2] != batch.input_ids.shape:
-            return  # other rows: this micro-batch counts as left out
-        began, device = time.perf_counter(), x_BTD.device
-        ids_BT, labels_BT = batch.input_ids.to(device), batch.labels.to(device)
-        # At the end of a piece of a document, the next token is not in the row.
-        within = torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
-        if batch.document_ids is not None:
-            within = batch.document_ids.diff().to(device) == 0
-        next_BT = labels_BT.clamp_min(0)
-        next_BT[:, :-1] = torch.where(within, ids_BT[:, 1:], next_BT[:, :-1])
-        dtype = AUTOCAST[state.cfg.train.dtype] or x_BTD.dtype
-        unread = read(
-            x_BTD.to(dtype),
-            gradient,
-            ids_BT,
-            labels_BT == IGNORE,
-            next_BT=next_BT,
-            head=state.model.head_weight.detach(),
-            scale=state.scaler.get_scale(),
-        )
-        self.unread.append(unread)
-        self.changed.append(changed_rows(inputs, batch, device))
-        self.seconds += time.perf_counter() - began
-
-    def measured(self, state: TrainState, report: StepReport, n_rounds: int) -> LossMeasured | None:
-        """The event of the step, whose gradients were computed `n_rounds` times; the last ones
-        count. None after the first step, or if the update was not made.
-        """
-        if self.done:
-            return None
-        began = time.perf_counter()
-        self.done, state.features = report.applied, self.features
-        if not self.done:
-            return None
-        n = len(self.batches)
-        off = abs(len(self.unread) - n * n_rounds)  # passes that are missing or too many
-        readings, changed = resolve(self.unread[-n:], self.changed[-n:])
-        event = loss_measured(
-            report.step,
-            readings,
-            n_labels=sum(count_valid(b.labels) for b in self.batches),
-            reported_nats=report.loss_nats,
-            n_changed_rows=int(sum(changed)) + off * len(self.batches[0].input_ids),
-        )
-        self.batches, self.unread, self.changed = (), [], []
-        self.seconds += time.perf_counter() - began
-        return event
-
-
-def changed_rows(inputs: tuple[Tensor | None, ...], batch: Batch, device: torch.device) -> Tensor:
-    """Number of rows that entered a forward pass with other tokens or document ids than they were
-    drawn with, (1,) float64.
-    """
-    drawn, entered = (batch.input_ids, batch.document_ids), (inputs[0], *inputs[2:3], None)
-    changed = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=device)
-    for wanted, got in zip(drawn, entered):
-        if wanted is None or got is None or wanted.shape != got.shape:
-            changed |= wanted is not got
-        else:
-            changed |= (wanted.to(device) != got).any(1)
-    return changed.sum(dtype=torch.float64)[None]
-
-
 class GateEvents(Callback):
     """Shows a run to its runtime gates as the events of contracts/events.py."""
 
@@ -257,7 +156,10 @@ class GateEvents(Callback):
             )
         )
         n_rounds = 1 + report.overflow_retries + is_recomputed(trainer.cfg.train, step)
-        if loss := self.loss.measured(trainer.state, report, n_rounds):
+        loss = self.loss.measured(
+            trainer.state, n_rounds, applied=report.applied, reported_nats=report.loss_nats
+        )
+        if loss:
             trainer.keeper.charge(self.loss.gates[0], self.loss.seconds)
             observe(loss)
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))

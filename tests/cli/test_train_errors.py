@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from stackproof.spec.architecture import D_FF, ONES, TABLE, Dim, Part, Seen, Value, Vector
 from tests.cli.conftest import Stack, tiny
 from tests.processes import NO_PREFLIGHT, STACK
 
@@ -70,6 +71,40 @@ def test_dry_run_shows_every_override(stack):
         and done.json["config"]["train"]["max_steps"] == 77
     )
     assert [o["key"] for o in done.json["overrides"]] == ["optim.lr", "train.max_steps", "device"]
+
+
+def gain(*shape) -> dict[str, Part]:
+    return {"rmsnorm": Part((Vector("weight", shape, ONES),))}
+
+
+BROKEN = {
+    "an unknown symbol": (
+        gain(Dim(("d_modle",))),
+        "the weight weight of model.norm.kind = rmsnorm",
+    ),
+    "a name for a Dim": (gain("d_model"), "'d_model'"),
+    "a section for a size": (gain(Dim(("ffn",))), "names=('ffn',)"),
+    "a Dim for a shape": ({"rmsnorm": Part((Vector("weight", D_FF, ONES),))}, "names=('d_ff',)"),
+    "an unknown width": (
+        {"rmsnorm": Part(values=(Value("", Seen.OUTPUT, "", Dim(("d_modle",))),))},
+        "the value attention_norm",
+    ),
+    "no entry": ({"rmsnrm": Part()}, "no entry for model.norm.kind = rmsnorm"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_entry_of_the_architecture_table_is_named(in_process, monkeypatch, broken):
+    """By file, entry and value, with what is allowed."""
+    entries, words = BROKEN[broken]
+    code, sound = in_process("train", "--dry-run")
+    assert code == 0 and sound["derived"]["n_params"] > 0
+    monkeypatch.setitem(TABLE, "norm", entries)
+    code, error = in_process("train", "--dry-run")
+    assert code == error["exit_code"] == 6 and error["error"] == "IntegrityError"
+    assert "spec/architecture.py" in error["what"] and words in f"{error['what']} {error['value']}"
+    allowed = "rmsnrm" if broken == "no entry" else "d_model"
+    assert allowed in error["allowed"] and "spec/architecture.py" in error["next_step"]
 
 
 def test_absent_gpu_is_an_error_not_a_fallback(stack, text_file):

@@ -8,7 +8,15 @@ from itertools import permutations
 import pytest
 
 from stackproof.contracts.events import ModuleModes, WeightsUpdated
-from stackproof.contracts.gate import RuntimeCheck, least, limits_of, resolve, worst, worst_at
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    decide_all,
+    least,
+    limits_of,
+    resolve,
+    worst,
+    worst_at,
+)
 from tests.contracts.test_rows import drawn, plan, taken, watching
 
 JUDGED = {
@@ -40,6 +48,16 @@ def test_the_worst_of_measurements_does_not_pass_over_nan():
     for of_none in (worst, least):
         with pytest.raises(ValueError):
             of_none(())
+
+
+def test_every_problem_is_in_the_message():
+    """Also two of the same words; a NaN is red without a problem."""
+    verdict = decide_all([1 > 0 and "wide", 1 > 2 and "low", 2 > 1 and "wide"], "step 3: ", n=2)
+    assert (verdict.outcome, verdict.message) == ("fail", "step 3: wide; wide")
+    assert verdict.measured == {"n": 2}
+    assert decide_all([1 > 2 and "low"], "step 3: ").passed
+    assert decide_all([False], x=math.nan).outcome == "fail"
+    assert decide_all([1 > 0 and ""]).outcome == "fail", "a problem without words is one"
 
 
 def test_what_was_judged_is_still_judged_after_a_resume(spec):

@@ -3,6 +3,7 @@ all others, and the gradient at the logits.
 """
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,10 @@ from stackproof.museum.collection import museum_config
 from stackproof.museum.observe import fruits_of_run
 from stackproof.museum.plant import load_museum
 from stackproof.recipes.pocket import pocket
+from stackproof.spec import ROOT
 from stackproof.spec.errors import GateFailed
-from stackproof.train import callbacks
+from stackproof.spec.fingerprint import code_below
+from stackproof.train import losses
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
@@ -277,10 +280,10 @@ def test_the_plants_of_our_loss_halt_the_run(cfg, tmp_path, monkeypatch, plant, 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_measurement_changes_no_bit_of_the_run(cfg, tmp_path, monkeypatch, dtype):
     cfg, fruits = with_train(cfg, dtype=dtype), []
-    read = callbacks.LossOfFirstStep._read
+    read = losses.LossOfFirstStep._read
     n_read = []
     monkeypatch.setattr(
-        callbacks.LossOfFirstStep, "_read", lambda *given: n_read.append(1) or read(*given)
+        losses.LossOfFirstStep, "_read", lambda *given: n_read.append(1) or read(*given)
     )
     for name, gates in (("measured", (GRADIENT,)), ("bare", ())):
         folder = tmp_path / name
@@ -288,3 +291,28 @@ def test_the_measurement_changes_no_bit_of_the_run(cfg, tmp_path, monkeypatch, d
         assert bool(n_read) is bool(gates)
         n_read.clear()
     assert fruits[0] == fruits[1]
+
+
+# --- what the reading is made of ------------------------------------------------------------------
+
+NUMERICS = {
+    "largest part that is not explained": ("reading", "FIT_MAX = 0.1", "FIT_MAX = 0.2"),
+    "place that is left out": ("reading", "\nCLEAR = 0.05", "\nCLEAR = 0.5"),
+    "place that is left out of all": ("reading", "EVERY_CLEAR = 1e-3", "EVERY_CLEAR = 1e-2"),
+    "number of places": ("reading", "SAMPLED = 64", "SAMPLED = 8"),
+    "size of a group": ("reading", "max(1, len(single) // unread.group)", "1"),
+    "unit of a weight": ("losses", "weight_min=low * n", "weight_min=low"),
+}
+
+
+@pytest.mark.parametrize("change", NUMERICS)
+def test_a_change_of_the_reading_opens_the_gate_of_the_gradient_again(tmp_path, change):
+    file, old, new = NUMERICS[change]
+    for room in ("contracts", "spec"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("*.pyc"))
+    check, path = "contracts.token_loss:LogitGradient", tmp_path / f"contracts/callbacks/{file}.py"
+    before, text = code_below(ROOT).hash(check), path.read_text()
+    assert code_below(tmp_path).hash(check) == before and text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    code_below.cache_clear()
+    assert code_below(tmp_path).hash(check) != before

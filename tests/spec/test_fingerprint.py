@@ -24,6 +24,10 @@ def decide(ok, message, **measured):
     if any(v != v for v in measured.values()):
         return Verdict("fail", message)
     return Verdict("pass", "") if ok else Verdict("fail", message)
+
+def decide_all(problems, **measured):
+    wrong = [message for message in problems if message is not False]
+    return decide(not wrong, "; ".join(wrong), **measured)
 '''
 NUMBERS = '''
 import math
@@ -73,13 +77,21 @@ def unrelated():
 '''  # noqa: E501
 
 
+MANY = """
+from stackproof.contracts.gate import decide_all
+
+def golden(limits, rows):
+    return decide_all([not rows and limits.n < 1 and f"{rows} is odd", limits.n > 2 and "wide"])
+"""
+
+
 @pytest.fixture
 def tree(tmp_path):
     for folder in ("contracts", "spec"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("")
     (tmp_path / "spec/errors.py").write_text("class DataError(Exception):\n    pass\n")
-    for name, text in {"gate": GATE, "numbers": NUMBERS, "loss": CHECK}.items():
+    for name, text in {"gate": GATE, "numbers": NUMBERS, "loss": CHECK, "many": MANY}.items():
         (tmp_path / f"contracts/{name}.py").write_text(text)
     return tmp_path
 
@@ -170,6 +182,19 @@ def test_a_change_of_what_is_decided_is_seen(tree, change):
     before = digest(tree)
     edit(tree, *change)
     assert digest(tree) != before
+
+
+def test_only_the_words_of_a_problem_are_free(tree):
+    before = digest(tree, "contracts.many:golden")
+    edit(tree, "many", '"wide"', '"much too wide"')
+    edit(tree, "many", "{rows} is odd", "{rows} rows")
+    assert digest(tree, "contracts.many:golden") == before
+    for old, new in (("limits.n < 1", "limits.n < 2"), ("{rows} rows", "{limits} rows")):
+        edit(tree, "many", old, new)
+        assert digest(tree, "contracts.many:golden") != before
+        edit(tree, "many", new, old)
+    edit(tree, "many", ', limits.n > 2 and "much too wide"', "")
+    assert digest(tree, "contracts.many:golden") != before
 
 
 def test_renaming_a_helper_and_its_parameter_is_free(tree):

@@ -50,13 +50,13 @@ def loop(
     zero=True,
     before_step=lambda model: None,
     micro=1,
-    **told,
+    **options,
 ):
     """Train by hand with the gates around it; returns the gate."""
     torch.manual_seed(0)
     model = model or Tiny()
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with gated(model, optimizer, **told) as gate:
+    with gated(model, optimizer, **options) as gate:
         for i, rows in enumerate(data or batches()):
             logits = model(rows[:, :-1])
             value = (
@@ -272,9 +272,12 @@ def _step(gate, model, optimizer, rows):
     optimizer.zero_grad()
 
 
-def test_an_unknown_mode_or_gate_is_refused():
+def test_an_unknown_mode_gate_or_option_is_refused():
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="option") as unknown, gated(model, optimizer, skips=()):
+        pass
+    assert unknown.value.value == "skips" and "skip" in unknown.value.allowed
     with pytest.raises(ConfigError, match="mode"), gated(model, optimizer, mode="loud"):
         pass
     with (

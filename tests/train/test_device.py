@@ -1,5 +1,5 @@
-"""Which kernels a run uses: by key, by a shipped record, by a comparison made here, or by the
-record of a run that goes on.
+"""The device of a run: its kernels, by key, by a shipped record, by a comparison made here or by
+the record of a run that goes on; and the operations of a step, against a count of its products.
 """
 
 import json
@@ -7,15 +7,20 @@ import json
 import pytest
 import torch
 
-from stackproof.config import NeverStop
+from stackproof.config import DifferentialAttention, MixtureOfExperts, ModelConfig, NeverStop
+from stackproof.config.model import HardCapacity, MixtureOfDepths
+from stackproof.contracts.gate import call_check
 from stackproof.kernels import choice, chunked_attention, dispatch, measured, parity
 from stackproof.kernels.choice import Choice, Fastest
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import launch
 from stackproof.museum.collection import museum_config
+from stackproof.recipes import RECIPES
 from stackproof.replay.rerun import rerun
 from stackproof.spec.errors import EnvironmentUnfit, IntegrityError
 from stackproof.spec.records import read_record
+from stackproof.subject.assemble import subject_of
+from stackproof.train import device
 from stackproof.train.device import kernels_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh, read_config, resume
@@ -36,8 +41,6 @@ def cfg(museum_folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch, private_cache):
     """A folder of the user's cache that holds what was compared here."""
-    from stackproof.train import device
-
     monkeypatch.setattr(device, "cache_directory", lambda: tmp_path / "kernels-cache")
     monkeypatch.setattr(choice, "MEASURED", {})
     return tmp_path / "kernels-cache"
@@ -330,4 +333,63 @@ def test_kernels_of_a_processor_with_other_instructions_are_refused(cfg, names):
     assert (
         in_force(cfg, {k: v for k, v in of_torch.items() if "attention" not in k})["linear"].kernel
         == "torch"
+    )
+
+
+# --- operations of a step -------------------------------------------------------------------------
+
+SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64)
+DENSE = ModelConfig(**SIZES)
+VARIANTS = {
+    "dense": DENSE,
+    "untied": DENSE.model_copy(update={"tied_head": False}),
+    "differential": DENSE.model_copy(update={"attention": DifferentialAttention()}),
+    "experts": DENSE.model_copy(update={"ffn": MixtureOfExperts(n_experts=8, top_k=2)}),
+    "experts with little room": DENSE.model_copy(
+        update={"ffn": MixtureOfExperts(n_experts=8, top_k=2, capacity_factor=1.0)}
+    ),
+    "soft depth": DENSE.model_copy(update={"depth": MixtureOfDepths()}),
+    "pocket": RECIPES["pocket"]().model,
+}
+
+
+@pytest.fixture
+def ratio(spec, small_cfg, dataset):
+    """Declared over counted operations of a run with another model."""
+
+    def of(model: ModelConfig) -> float:
+        subject = subject_of(with_model(small_cfg, model), dataset, torch.device("cpu"))
+        return call_check(spec.gates["runtime.flops"], subject).measured["declared_over_counted"]
+
+    return of
+
+
+def with_model(cfg, model, tokens_per_step=2048):
+    train = cfg.train.model_copy(update={"tokens_per_step": tokens_per_step})
+    return cfg.model_copy(update={"model": model, "train": train})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_count_is_the_formula(ratio, name):
+    """To the operation; what a full expert would drop in training is run in evaluation."""
+    assert ratio(VARIANTS[name]) == 1.0
+
+
+def test_hard_depth_is_no_matter_of_a_formula(ratio):
+    """Which blocks a token meets depends on its scores: the gate is not for it. Measured 0.92."""
+    model = DENSE.model_copy(
+        update={"depth": MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5))}
+    )
+    assert 0.8 < ratio(model) < 0.99
+
+
+def test_attention_is_left_out_of_what_is_compared(ratio, small_cfg):
+    longer = DENSE.model_copy(update={"max_seq_len": 128})
+    assert ratio(longer) == 1.0
+    whole, short = (
+        device.flops_per_step(with_model(small_cfg, model, tokens_per_step=1), 500)
+        for model in (longer, DENSE)
+    )
+    assert whole - short == 12 * 3 * 32 * 64 // 2, (
+        "twelve products of the width per further visible key and layer, half of them seen"
     )
