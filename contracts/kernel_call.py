@@ -20,6 +20,7 @@ from stackproof.contracts.loss import IGNORE
 
 COMPARED_NUMBERS = 2**22  # in the largest tensor of a comparison; a larger call compares some rows
 PIECE_NUMBERS = 2**20  # of these in memory at a time
+QUERIES = 64  # of attention at a time; without a mask the keys behind them are left out
 LEAST = 2  # rows, or heads with all their rows, in every comparison
 TABLES = ("cos", "sin")  # floating-point arguments without a gradient
 WHOLE = ("weight", "bias")  # arguments that belong to all rows
@@ -322,7 +323,7 @@ class Heads:
         cotangent = self.select(case.cotangent(0, drawn[q].shape)).double()
         found = {_gradient(n): torch.zeros_like(x, dtype=torch.float64) for n, x in qkv.items()}
         found = {_output(0): torch.zeros_like(cotangent)} | found
-        n_queries = max(1, min(T, PIECE_NUMBERS // (G * S)))
+        n_queries = max(1, min(T, QUERIES, PIECE_NUMBERS // (G * S)))
         for heads in _slices(len(self.b), PIECE_NUMBERS // (G * S * n_queries)):
             rows, held = self.b[heads], {n: case.wide(n, qkv[n][heads]) for n in keys}
             for queries in _slices(T, n_queries):
