@@ -6,8 +6,8 @@ R rows: vectors of a result
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from hashlib import blake2b
 from inspect import signature
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackproof.contracts.kernel_reference import REFERENCES
+from stackproof.contracts.kernel_reference import AFTER_PRODUCT, REFERENCES
 from stackproof.contracts.loss import IGNORE
 
 COMPARED_NUMBERS = 2**22  # in the largest tensor of a comparison; a larger call compares some rows
 PIECE_NUMBERS = 2**20  # of these in memory at a time
+QUERIES = 64  # of attention at a time; without a mask the keys behind them are left out
 LEAST = 2  # rows, or heads with all their rows, in every comparison
 TABLES = ("cos", "sin")  # floating-point arguments without a gradient
 WHOLE = ("weight", "bias")  # arguments that belong to all rows
@@ -45,7 +46,8 @@ class Case:
     """One call of an operation, its arguments by name. Differentiable tensors are held as a
     `Layout`.
 
-    `autocast` is the precision of torch.autocast around the call, None outside of it.
+    `autocast` is the precision of torch.autocast around the call, None outside of it. `rows` are
+    those to compare; None: all, or a random choice of a large call.
     """
 
     operation: str
@@ -53,6 +55,7 @@ class Case:
     device: torch.device
     autocast: torch.dtype | None = None
     seed: int = 0
+    rows: slice | None = None
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
@@ -166,8 +169,51 @@ class Case:
         x = (x.to(self.autocast) if rounds else x.detach()).double()
         return x.requires_grad_() if name in self.layouts else x
 
-    def by_reference(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        return _called(self.operation, REFERENCES[self.operation], arguments)
+    def by_reference(
+        self, arguments: Mapping[str, Any], weight: "_Weight | None" = None
+    ) -> tuple[Tensor, ...]:
+        if weight is None:
+            return _called(self.operation, REFERENCES[self.operation], arguments)
+        (_, x), *rest = arguments.items()
+        return _all(AFTER_PRODUCT[self.operation](weight.product(x), **dict(rest)))
+
+
+class _Weight:
+    """A matrix of an operation that begins with x·weightᵀ. In float64 it is held some rows at a
+    time, and its gradient as one sum.
+    """
+
+    def __init__(self, weight_MD: Tensor, wide: Callable[[Tensor], Tensor]):
+        self.gradient = torch.zeros_like(weight_MD, dtype=torch.float64)
+        self._weight_MD, self._wide = weight_MD, wide
+        self._slices = _slices(len(weight_MD), PIECE_NUMBERS // weight_MD.shape[1])
+
+    def product(self, x_RD: Tensor) -> Tensor:
+        """x·weightᵀ; its backward adds to `gradient`."""
+        return _Product.apply(x_RD, self)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((at, self._wide(self._weight_MD[at])) for at in self._slices)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight: _Weight) -> Tensor:
+        ctx.save_for_backward(x_RD)
+        ctx.weight = weight
+        y_RM = x_RD.new_empty(len(x_RD), len(weight.gradient))
+        for at, piece_CD in weight.pieces():
+            y_RM[:, at] = x_RD @ piece_CD.T
+        return y_RM
+
+    @staticmethod
+    def backward(ctx: Any, slope_RM: Tensor) -> tuple[Tensor, None]:
+        (x_RD,) = ctx.saved_tensors
+        ctx.weight.gradient.addmm_(slope_RM.T, x_RD)
+        grad_RD = torch.zeros_like(x_RD)
+        for at, piece_CD in ctx.weight.pieces():
+            grad_RD.addmm_(slope_RM[:, at], piece_CD)
+        return grad_RD, None
 
 
 class Rows:
@@ -185,7 +231,10 @@ class Rows:
         self.total = torch.Size(self.lead).numel()
         self.compared = min(self.total, max(LEAST, COMPARED_NUMBERS // self.width))
         self.at: Tensor | None = None
-        if self.compared < self.total:
+        if case.rows is not None:
+            self.at = torch.arange(self.total, device=case.device)[case.rows]
+            self.compared = len(self.at)
+        elif self.compared < self.total:
             chance = torch.Generator().manual_seed(case.seed)
             inner = 1 + torch.randperm(self.total - 2, generator=chance)[: self.compared - 2]
             ends = torch.tensor([0, self.total - 1])
@@ -216,11 +265,15 @@ class Rows:
             for n, x in drawn.items()
             if isinstance(x, Tensor) and not n.startswith(WHOLE)
         }
-        whole = {n: case.wide(n, x) for n, x in drawn.items() if n not in rows}
+        weight, rest = None, drawn.keys() - rows.keys()
+        if case.operation in AFTER_PRODUCT:
+            name = next(n for n in case.layouts if n.startswith("weight"))
+            weight, rest = _Weight(drawn[name], partial(case.wide, name)), rest - {name}
+        whole = {n: case.wide(n, drawn[n]) for n in rest}
         found, cotangents = defaultdict(list), []
         for piece in _slices(self.compared, PIECE_NUMBERS // self.width):
             leaves = {n: case.wide(n, x[piece]) for n, x in rows.items()}
-            outputs = case.by_reference(whole | leaves)
+            outputs = case.by_reference(leaves | whole, weight)
             cotangents = cotangents or [
                 self.select(case.cotangent(i, (*self.lead, o.shape[-1]) if o.ndim else ()))
                 for i, o in enumerate(outputs)
@@ -232,7 +285,8 @@ class Rows:
             for n in rows.keys() & case.layouts.keys():
                 found[_gradient(n)].append(leaves[n].grad)
         joined = {n: torch.cat(x) if x[0].ndim else torch.stack(x).sum() for n, x in found.items()}
-        return joined | {_gradient(n): whole[n].grad for n in whole.keys() & case.layouts.keys()}
+        joined |= {_gradient(n): whole[n].grad for n in whole.keys() & case.layouts.keys()}
+        return joined if weight is None else joined | {_gradient("weight"): weight.gradient}
 
 
 class Heads:
@@ -269,7 +323,7 @@ class Heads:
         cotangent = self.select(case.cotangent(0, drawn[q].shape)).double()
         found = {_gradient(n): torch.zeros_like(x, dtype=torch.float64) for n, x in qkv.items()}
         found = {_output(0): torch.zeros_like(cotangent)} | found
-        n_queries = max(1, min(T, PIECE_NUMBERS // (G * S)))
+        n_queries = max(1, min(T, QUERIES, PIECE_NUMBERS // (G * S)))
         for heads in _slices(len(self.b), PIECE_NUMBERS // (G * S * n_queries)):
             rows, held = self.b[heads], {n: case.wide(n, qkv[n][heads]) for n in keys}
             for queries in _slices(T, n_queries):
@@ -314,6 +368,10 @@ def _called(
         *(arguments[n] for n, keyword in given if not keyword),
         **{n: arguments[n] for n, keyword in given if keyword},
     )
+    return _all(outputs)
+
+
+def _all(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -330,7 +388,8 @@ class KernelCall:
 
     @property
     def title(self) -> str:
-        return f"{self.case.operation} by {self.kernel} on {self.case.shapes}"
+        rows = f", rows {at.start} to {at.stop - 1}" if (at := self.case.rows) else ""
+        return f"{self.case.operation} by {self.kernel} on {self.case.shapes}{rows}"
 
     def compared(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs and gradients by name, of the part to compare: of the kernel, and of the
@@ -338,6 +397,11 @@ class KernelCall:
         """
         drawn = self.case.draw()
         return self.case.results(self.function, drawn), self.case.expected(drawn)
+
+    def on_every_row(self, n: int) -> "list[KernelCall]":
+        """This call with `n` rows compared at a time, together all."""
+        parts = _slices(self.case.part.total, n)
+        return [replace(self, case=replace(self.case, rows=at)) for at in parts]
 
 
 class DistinctCalls:

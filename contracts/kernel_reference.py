@@ -62,8 +62,13 @@ def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor
     """x·weightᵀ + bias over the last axis, computed in float64 and rounded once to the dtype of the
     input.
     """
-    y = x.double() @ weight_MD.double().T
-    return (y if bias_M is None else y + bias_M.double()).to(x.dtype)
+    bias_M = None if bias_M is None else bias_M.double()
+    return biased(x.double() @ weight_MD.double().T, bias_M).to(x.dtype)
+
+
+def biased(y: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """A product of a linear layer, with its bias."""
+    return y if bias_M is None else y + bias_M
 
 
 def rms_norm(
@@ -101,11 +106,26 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the logits x·weightᵀ."""
+    logits_RV = x_RD @ weight_VD.T
+    return cross_entropy(
+        logits_RV, labels_R, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss
+    )
+
+
+def cross_entropy(
+    logits_RV: Tensor,
+    labels_R: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Σ −log p(label) over labels that are not `ignore_index`, and z_loss · Σ (log normaliser)²,
-    in the dtype of the input.
+    in the dtype of the logits.
     """
     kept_R = labels_R != ignore_index
-    logits_RV = x_RD[kept_R] @ weight_VD.T
+    logits_RV = logits_RV[kept_R]
     if softcap is not None:
         logits_RV = softcap * torch.tanh(logits_RV / softcap)
     norm_R = logits_RV.logsumexp(-1)
@@ -117,3 +137,5 @@ REFERENCES = {
     function.__name__: function
     for function in (attention, swiglu, linear, rms_norm, rope, linear_cross_entropy)
 }
+# Those of operations that begin with the product x·weightᵀ, as functions of it.
+AFTER_PRODUCT = {"linear": biased, "linear_cross_entropy": cross_entropy}

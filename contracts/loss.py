@@ -3,7 +3,7 @@ is cut into micro-batches.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from stackproof.contracts.subject import MicroBatch, Model, Subject, Trainee, Tr
 
 IGNORE = -100
 LONGEST_ROW = 64
+PIECE_NUMBERS = 2**22  # of a tensor, in float64 at a time
 
 
 # Softmax does not feel a key bias where positions are not rotated: that gradient is rounding alone,
@@ -32,14 +33,29 @@ def gradient_errors(
     """‖got − expected‖ / ‖expected‖ by name, in float64; infinity for what is absent or not a
     number. The divisor is at least `least_frac` of the norm of all `expected` together.
     """
-    least = least_frac * math.hypot(*(float(g.double().norm()) for g in expected.values()))
+    norms = {name: _norm(g for (g,) in in_float64(x)) for name, x in expected.items()}
+    least = least_frac * math.hypot(*norms.values())
     errors = {}
     for name, gradient in expected.items():
-        off = float((got[name].double() - gradient.double()).norm()) if name in got else math.inf
-        scale = max(float(gradient.double().norm()), least)
+        off = math.inf
+        if name in got:
+            off = _norm(a - b for a, b in in_float64(got[name], gradient))
+        scale = max(norms[name], least)
         error = off / scale if scale else (0.0 if off == 0 else math.inf)
         errors[name] = error if error == error else math.inf
     return errors
+
+
+def in_float64(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors with an equal number of rows, in float64, some rows at a time."""
+    rows = [torch.atleast_1d(x) for x in tensors]
+    n = max(1, PIECE_NUMBERS * len(rows[0]) // max(1, rows[0].numel()))
+    for piece in zip(*(x.split(n) for x in rows), strict=True):
+        yield tuple(x.double() for x in piece)
+
+
+def _norm(pieces: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(x.norm()) for x in pieces))
 
 
 def random_rows(model: Model, n_rows: int, seed: int) -> MicroBatch:

@@ -4,6 +4,8 @@ never on the noise.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,8 +38,7 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
             if not stopped
             else failed("a rule that never stops stopped")
         )
-    n_batches, batch_rows = subject.stopping.n_eval_batches, subject.stopping.batch_rows
-    std = paired_difference_std(subject.training, subject.evaluation, batch_rows)
+    n_batches, std = subject.stopping.n_eval_batches, subject.stopping.spread.std_nats
     gain = declared["expected_gain_nats"]
     false_stops = sum(
         _stops_on_noise(make_rule(), seed, n_batches, std, gain) for seed in range(SIMULATIONS)
@@ -68,16 +69,27 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     )
 
 
-def paired_difference_std(training: Training, evaluation: Evaluation, batch_rows: int) -> float:
-    """Spread over held-out batches of the loss difference between two evaluations, nats. Measured
-    around an update of a fresh model, where it is largest, row by row, and scaled to the batch.
+@dataclass(frozen=True)
+class PairedSpread:
+    """Spread over held-out batches of `batch_rows` rows of the loss difference between two
+    evaluations.
     """
-    trainee, rows = training.trainee(), evaluation.held_out_batches(1, PROBE_ROWS)
-    rounds = []
-    for _ in range(2):
-        trainee.step(trainee.draw())
-        rounds.append(torch.tensor([trainee.evaluate(row) for row in rows]))
-    return float((rounds[1] - rounds[0]).std()) / batch_rows**0.5
+
+    training: Training
+    evaluation: Evaluation
+    batch_rows: int
+
+    @cached_property
+    def std_nats(self) -> float:
+        """Measured once, around an update of a fresh model, where it is largest, row by row, and
+        scaled to the batch.
+        """
+        trainee, rows = self.training.trainee(), self.evaluation.held_out_batches(1, PROBE_ROWS)
+        rounds = []
+        for _ in range(2):
+            trainee.step(trainee.draw())
+            rounds.append(torch.tensor([trainee.evaluate(row) for row in rows]))
+        return float((rounds[1] - rounds[0]).std()) / self.batch_rows**0.5
 
 
 def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gain: float) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # commands that judge nothing answer without torch
     import torch
     from torch import Tensor, nn
 
+    from stackproof.contracts.stopping import PairedSpread
     from stackproof.contracts.subject.data import TextEncoder
     from stackproof.contracts.subject.training import MicroBatch
 
@@ -102,8 +103,8 @@ class Stopping:
         """Held-out batches of each evaluation."""
 
     @value
-    def batch_rows(self) -> int:
-        """Rows of a held-out batch."""
+    def spread(self) -> PairedSpread:
+        """That of the run's training and evaluation, for its held-out batches."""
 
 
 class Sampling:

@@ -3,6 +3,7 @@
 import torch
 
 from stackproof.config import RunConfig
+from stackproof.contracts.stopping import PairedSpread
 from stackproof.contracts.subject import Subject
 from stackproof.data.prepare import Dataset
 from stackproof.data.subject import BuiltCorpus, RunCurriculum, RunDataLoader, RunTokenizer
@@ -33,6 +34,7 @@ def subject_of(
     """
     parts, state = (cfg, dataset, device), state or build_state(cfg, dataset, device)
     training, evaluation = RunTraining(*parts, state), RunEvaluation(*parts)
+    spread = PairedSpread(training, evaluation, cfg.eval.batch_size)
     return Subject(
         declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
         corpus=BuiltCorpus(dataset),
@@ -46,6 +48,6 @@ def subject_of(
         kernels=RunKernels(*parts),
         half_precision=RunHalfPrecision(*parts),
         evaluation=evaluation,
-        stopping=RunStopping(cfg, dataset, training, evaluation, n_eval_batches),
+        stopping=RunStopping(cfg, dataset, spread, n_eval_batches),
         sampling=RunSampling(*parts),
     )

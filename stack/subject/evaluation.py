@@ -9,14 +9,13 @@ from typing import Any
 from torch import nn
 
 from stackproof.config import RunConfig
-from stackproof.contracts.stopping import paired_difference_std
+from stackproof.contracts.stopping import PairedSpread
 from stackproof.contracts.subject import (
     Evaluation,
     MicroBatch,
     StopDeclaration,
     Stopping,
     TextEncoder,
-    Training,
 )
 from stackproof.data.data_loader import Batch, eval_batches
 from stackproof.data.prepare import Dataset
@@ -57,8 +56,7 @@ class RunStopping(Stopping):
 
     cfg: RunConfig
     dataset: Dataset
-    training: Training
-    evaluation: Evaluation
+    spread: PairedSpread
     given: int | None = None
 
     def rule(self) -> stopping.StopRule:
@@ -67,10 +65,6 @@ class RunStopping(Stopping):
     @property
     def declared(self) -> StopDeclaration:
         return self.cfg.stop.model_dump()
-
-    @property
-    def batch_rows(self) -> int:
-        return self.cfg.eval.batch_size
 
     @cached_property
     def n_eval_batches(self) -> int:
@@ -93,8 +87,8 @@ class RunStopping(Stopping):
             return self.given
         if cfg.stop.kind != "patience":  # it waits for no gain
             return min(cfg.eval.batches, available)
-        std = paired_difference_std(self.training, self.evaluation, self.batch_rows)
-        return min(max(cfg.eval.batches, wanted_batches(cfg.stop, std)), available)
+        wanted = wanted_batches(cfg.stop, self.spread.std_nats)
+        return min(max(cfg.eval.batches, wanted), available)
 
 
 def wanted_batches(stop: Any, difference_std: float) -> int:

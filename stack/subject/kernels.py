@@ -54,7 +54,8 @@ class RunKernels(RunParts, Kernels):
 
         with torch.no_grad(), declared_autocast(cfg, device), dispatch.replacing(observed):
             x_BTD, _ = model.hidden_states(*model_inputs(batch, device))
-            losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
+            head_VD = model.head_weight.detach()
+            losses.linear_cross_entropy_sum(x_BTD, head_VD, batch.labels.to(device))
 
     def head_loss(self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> Tensor:
         x_RD, head_VD, labels_R = (t.to(self.device) for t in (x_RD, head_VD, labels_R))

@@ -148,7 +148,8 @@ class RunTrainee(Trainee):
         state, labels_BT = self.state, batch.labels.to(self.state.device)
         with in_mode(state.model, False), state.autocast():
             x_BTD, _ = state.model.hidden_states(*model_inputs(batch, state.device))
-            nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, labels_BT)
+            head_VD = state.model.head_weight.detach()  # the loss would make its gradient as well
+            nats = losses.linear_cross_entropy_sum(x_BTD, head_VD, labels_BT)
         return float(nats) / losses.count_valid(batch.labels)
 
     def residual_blocks(self) -> "list[RunBlock]":

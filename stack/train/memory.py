@@ -90,7 +90,7 @@ def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int
     Raises EnvironmentUnfit if they are not free, before anything is built.
     """
     predicted, free = predict_bytes(cfg, vocab_size), available_bytes(device)
-    # Elsewhere the copy and the references of preflight are in host memory.
+    # Elsewhere the copy is in host memory; the peak of preflight is measured on a CPU only.
     on_cpu = device.type == "cpu"
     training = predicted["peak"] + (predicted["copy"] if on_cpu else 0)
     preflight = predicted["preflight"] if on_cpu else 0

@@ -18,6 +18,7 @@ from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatche
 from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.model import overfit_batch
+from stackproof.contracts.stopping import PairedSpread
 from stackproof.contracts.subject import Evaluation, Stopping, Subject, Trainee, Training
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stackproof.museum.plant import load_museum, touches
@@ -25,7 +26,7 @@ from stackproof.spec.errors import DataError
 from stackproof.subject.assemble import subject_of
 from stackproof.subject.evaluation import wanted_batches
 from stackproof.train import loop
-from tests.subjects import changed
+from tests.subjects import altered, changed
 
 FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
 GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
@@ -97,12 +98,11 @@ SPREAD = 0.03 * (1 - 1e-6)  # below the limit by more than float32 rounds
 
 
 class FixedStopping(Stopping):
-    """A rule, what is declared of it, and a number of batches."""
-
-    batch_rows = 4
+    """A rule, what is declared of it, and a number of batches of four rows."""
 
     def __init__(self, rule, n_eval_batches=16, **declared):
         self.rule, self.n_eval_batches, self.declared = rule, n_eval_batches, DECLARED | declared
+        self.spread = PairedSpread(Spread(), Spread(), 4)
 
 
 class Spread(Training, Evaluation, Trainee):
@@ -130,8 +130,7 @@ class Spread(Training, Evaluation, Trainee):
 
 
 def judged(spec, rule, **changes):
-    measured = {"training": Spread(), "evaluation": Spread()}
-    subject = Subject(stopping=FixedStopping(rule, **changes), **measured)
+    subject = Subject(stopping=FixedStopping(rule, **changes))
     return call_check(spec.gates["evaluation.stop-rule"], subject)
 
 
@@ -202,6 +201,19 @@ def test_the_held_out_split_has_at_least_two_batches(small_cfg, dataset):
 def test_a_run_that_goes_on_keeps_its_number_of_batches(small_cfg, dataset):
     subject = subject_of(small_cfg, dataset, torch.device("cpu"), n_eval_batches=3)
     assert subject.stopping.n_eval_batches == 3
+
+
+def test_number_of_batches_and_gate_share_one_measured_spread(spec, small_cfg, dataset):
+    cfg = small_cfg.model_copy(update={"stop": Patience()})
+    subject, measured = subject_of(cfg, dataset, torch.device("cpu")), []
+    spread = subject.stopping.spread
+    trainee = lambda: measured.append(1) or subject.training.trainee()  # noqa: E731
+    object.__setattr__(spread, "training", altered(subject.training, trainee=trainee))
+    assert subject.stopping.n_eval_batches >= 2
+    verdict = call_check(spec.gates["evaluation.stop-rule"], subject)
+    assert measured == [1] and verdict.measured["detectable_gain_nats"] == pytest.approx(
+        2 * spread.std_nats / subject.stopping.n_eval_batches**0.5
+    )
 
 
 # --- runtime --------------------------------------------------------------------------------------

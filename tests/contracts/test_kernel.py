@@ -16,9 +16,9 @@ from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.kernel import scale_error
 from stackproof.contracts.kernel_call import DistinctCalls
-from stackproof.contracts.loss import gradient_errors
+from stackproof.contracts.loss import IGNORE, gradient_errors
 from stackproof.data.prepare import prepare
-from stackproof.kernels import HEAD_CHUNK_BYTES, cross_entropy
+from stackproof.kernels import HEAD_CHUNK_BYTES, cross_entropy, eager
 from stackproof.kernels.table import OPERATIONS
 from stackproof.model import build as compiling
 from stackproof.museum.plant import load_museum
@@ -483,6 +483,46 @@ def test_chunks_are_those_that_the_head_computes(spec, small_cfg, dataset, monke
         monkeypatch.setattr(cross_entropy, "chunks", lambda n_rows, vocab_size: [slice(0, n_rows)])
         verdict = call_check(spec.gates[PARITY], subject)
         assert verdict.outcome == "fail" and "in one chunk" in verdict.message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_without_observed_borders_is_judged_on_every_row(
+    spec, small_cfg, dataset, monkeypatch, dtype
+):
+    """One lost row of 1,152 lies between the compared ones where borders are observed. Where they
+    are not, all rows are compared, in half precision some at a time.
+    """
+    gate, changes = spec.gates[PARITY], {"micro_batch_size": 4, "tokens_per_step": 4 * 288}
+    subject, calls = run_with(small_cfg, dataset, kernels={LCE: "library"}, dtype=dtype, **changes)
+    (call,) = (c for c in calls if c.case.operation == LCE)
+    monkeypatch.setattr(kernel_call, "COMPARED_NUMBERS", 2**12)
+    call = replace(call, case=replace(call.case))
+    between = (call.case.arguments["labels_R"] != IGNORE).index_fill(0, call.case.part.at, False)
+
+    def loses_a_row(x, weight, labels, **options):
+        kept = labels.index_fill(0, between.nonzero()[0], IGNORE)
+        return call.function(x, weight, kept, **options)
+
+    lost = replace(call, function=loses_a_row)
+    assert judged(gate, subject, [lost]).passed
+    with kernels_of(subject.kernels.cfg, CPU):
+        verdict, sound = judged(gate, subject, [lost]), judged(gate, subject, [call])
+    assert sound.passed and sound.measured["compared_rows"] == sound.measured["rows"] == 1152
+    assert verdict.outcome == "fail" and "rows 0 to" in verdict.message
+    assert sound.measured["compared_calls"] == 1 and sound.measured["chunk_rows"] == 0
+
+
+def test_a_head_with_some_observed_products_counts_as_not_observed(spec, subject):
+    """Rows above 16 are computed by a library: the number of rows in its chunks is unknown."""
+    honest = subject.kernels.head_loss
+
+    def half_hidden(x, head, labels):
+        if len(x) <= 16:
+            return honest(x, head, labels)
+        return eager.library_linear_cross_entropy(x, head, labels)[0]
+
+    verdict = call_check(spec.gates[PARITY], changed(subject, kernels={"head_loss": half_hidden}))
+    assert verdict.passed and verdict.measured["chunk_rows"] == verdict.measured["borders"] == 0
 
 
 def test_chunks_of_triton_are_small_too(subject):
