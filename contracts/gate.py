@@ -148,8 +148,8 @@ def decides(gate_id: str) -> Callable:
 
 
 def measured_by(*instruments: Callable) -> Callable:
-    """Name the functions that measure what a check judges from an event. A check does not reach
-    them by itself; named here, they are part of its gate's fingerprint.
+    """Name the functions that measure what a check is given, by an event or by its subject. A check
+    does not reach them by itself; named here, they are part of its gate's fingerprint.
     """
     return lambda check: check
 

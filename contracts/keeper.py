@@ -276,7 +276,7 @@ class Gatekeeper:
                 allowed="at least one verdict per run",
                 next_step=(
                     "lower the interval of its events (eval.every, sample.every, "
-                    "checkpoint.every), or waive the gate with a reason"
+                    "checkpoint.every, train.sdc_check_every), or waive the gate with a reason"
                 ),
             )
 
@@ -292,7 +292,8 @@ class Gatekeeper:
             for k, v in state.verdict.measured.items()
         )
         allowed = ", ".join(
-            f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in gate.limits.items()
+            f"{k} {v.direction} {v.value:g} {v.unit}".removesuffix(" 1")
+            for k, v in gate.limits.items()
         )
         return GateFailed(
             gate.id,

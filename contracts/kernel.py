@@ -39,15 +39,19 @@ def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
             "no border",
             borders=0,
         )
+    if not chunk_rows and all(call.case.operation != HEAD for call in calls):
+        return failed(
+            "the model has not called the head, so this check has seen no border", borders=0
+        )
     errors = {"rel_error": head, "half_rel_error": {}, "half_scale_error": {}}
     parts = [p for call in calls for p in ([call] if chunk_rows else _every_row(call, limits))]
-    for call in parts:
+    for number, call in enumerate(parts, 1):
         got, wanted = call.compared()
         found = {"half_rel_error" if call.case.half else "rel_error": gradient_errors(got, wanted)}
         if call.case.half:
             found["half_scale_error"] = {n: scale_error(got[n], x) for n, x in wanted.items()}
         for kind, named in found.items():
-            errors[kind] |= {f"{name} of {call.title}": error for name, error in named.items()}
+            errors[kind] |= {f"{n} of {call.title} (call {number})": e for n, e in named.items()}
     errors = {kind: named for kind, named in errors.items() if named}
     where = {kind: max(named, key=named.__getitem__) for kind, named in errors.items()}
     worst = {kind: named[where[kind]] for kind, named in errors.items()}
@@ -84,7 +88,7 @@ def scale_error(got: Tensor, expected: Tensor) -> float:
     does not.
     """
     sums = [(float((a * b).sum()), float(b.square().sum())) for a, b in in_float64(got, expected)]
-    product, norm = map(math.fsum, zip(*sums))
+    product, norm = map(sum, zip(*sums))
     error = abs(product / norm - 1) if norm else 0.0
     return error if error == error else math.inf
 
@@ -110,8 +114,9 @@ def _head_errors(kernels: Kernels) -> tuple[dict[str, float], int, int]:
     that were crossed).
 
     Every number of rows is tried, so that each border of a chunk lies at, before and behind the
-    last row once. Chunks are those that the head was seen to compute; 0 rows where its products
-    are not all seen, as those of a library are not. Some labels do not count.
+    last row once. Chunks are those whose products were observed. Where these are fewer rows
+    than given, as for a library or a head that drops rows before its product, chunk and borders
+    are 0. Some labels do not count.
     """
     errors, chunk_rows, borders, observed = {}, 0, 0, True
     for rows in HEAD_ROWS:

@@ -30,15 +30,16 @@ CANCELLED_FRAC = 5e-5
 def gradient_errors(
     got: Mapping[str, Tensor], expected: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC
 ) -> dict[str, float]:
-    """‖got − expected‖ / ‖expected‖ by name, in float64; infinity for what is absent or not a
-    number. The divisor is at least `least_frac` of the norm of all `expected` together.
+    """‖got − expected‖ / ‖expected‖ by name, in float64; infinity for what is absent, of another
+    shape or not a number. The divisor is at least `least_frac` of the norm of all `expected`
+    together.
     """
     norms = {name: _norm(g for (g,) in in_float64(x)) for name, x in expected.items()}
     least = least_frac * math.hypot(*norms.values())
     errors = {}
     for name, gradient in expected.items():
         off = math.inf
-        if name in got:
+        if name in got and got[name].shape == gradient.shape:
             off = _norm(a - b for a, b in in_float64(got[name], gradient))
         scale = max(norms[name], least)
         error = off / scale if scale else (0.0 if off == 0 else math.inf)

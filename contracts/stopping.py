@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from stackproof.contracts.gate import Verdict, decide_all, decides, failed, passed
+from stackproof.contracts.gate import (
+    Verdict,
+    decide_all,
+    decides,
+    failed,
+    measured_by,
+    passed,
+)
 from stackproof.contracts.subject import Evaluation, Subject, Training
 
 NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
@@ -20,7 +27,31 @@ CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4
 PROBE_ROWS = 24
 
 
+@dataclass(frozen=True)
+class PairedSpread:
+    """Spread over held-out batches of `batch_rows` rows of the loss difference between two
+    evaluations.
+    """
+
+    training: Training
+    evaluation: Evaluation
+    batch_rows: int
+
+    @cached_property
+    def std_nats(self) -> float:
+        """Measured once, around an update of a fresh model, where it is largest, row by row, and
+        scaled to the batch.
+        """
+        trainee, rows = self.training.trainee(), self.evaluation.held_out_batches(1, PROBE_ROWS)
+        rounds = []
+        for _ in range(2):
+            trainee.step(trainee.draw())
+            rounds.append(torch.tensor([trainee.evaluate(row) for row in rows]))
+        return float((rounds[1] - rounds[0]).std()) / self.batch_rows**0.5
+
+
 @decides("evaluation.stop-rule")
+@measured_by(PairedSpread)
 def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly
     when declared, and detects the awaited gain: 2 standard errors of the paired difference at the
@@ -67,29 +98,6 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
         expected_gain_nats=gain,
         n_eval_batches=n_batches,
     )
-
-
-@dataclass(frozen=True)
-class PairedSpread:
-    """Spread over held-out batches of `batch_rows` rows of the loss difference between two
-    evaluations.
-    """
-
-    training: Training
-    evaluation: Evaluation
-    batch_rows: int
-
-    @cached_property
-    def std_nats(self) -> float:
-        """Measured once, around an update of a fresh model, where it is largest, row by row, and
-        scaled to the batch.
-        """
-        trainee, rows = self.training.trainee(), self.evaluation.held_out_batches(1, PROBE_ROWS)
-        rounds = []
-        for _ in range(2):
-            trainee.step(trainee.draw())
-            rounds.append(torch.tensor([trainee.evaluate(row) for row in rows]))
-        return float((rounds[1] - rounds[0]).std()) / self.batch_rows**0.5
 
 
 def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gain: float) -> bool:

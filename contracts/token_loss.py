@@ -19,6 +19,7 @@ from stackproof.contracts.gate import (
 
 
 @decides("loss.first")
+@measured_by(read, resolve, loss_measured)
 class FirstLoss(RuntimeCheck):
     """The first loss of an untrained model is that of guessing, ln V; that of any other model is
     not far above it. It follows from the logits; the reported one is equal, where it is known.

@@ -34,7 +34,6 @@ class GatedRun:
                 value=min(odd),
                 allowed=", ".join(Options.__annotations__),
             )
-        select_vector_functions()
         self._mode, self._record = mode, options.get("record")
         self._options = options | {"skip": tuple(options.get("skip", ()))}
         self.session: Session | None = None
@@ -59,6 +58,7 @@ class GatedRun:
 
     def _open(self, folder: str | Path | None = None) -> None:
         """Training begins: install the gates. `folder` holds the log if no path was given."""
+        select_vector_functions()
         self._detach()
         self._watch = None
         options = self._options

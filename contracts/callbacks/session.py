@@ -17,6 +17,7 @@ from stackproof.contracts.events import StepTaken
 from stackproof.contracts.gate import Verdict, judge
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import SavedCheckpoint, Subject
+from stackproof.contracts.vector_math import select_vector_functions
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import GateResult
@@ -182,6 +183,7 @@ def judge_model(
     """Verdict of preflight gates on a live model, by default of all. None of them raises, and the
     model stays as it was.
     """
+    select_vector_functions()
     gates = gates or preflight_gates()
     with untouched(model):
         subject = foreign_subject(model, optimizer, tokenizer)

@@ -238,7 +238,7 @@ def notices(manifest: dict) -> list[str]:
         lost = 1 - receipt["bytes_out"] / max(1, receipt["bytes_in"])
         if lost > LOST_BYTES_FRAC:
             cut = (
-                "; documents = paragraph or line cuts files, so that less is lost"
+                "; --documents paragraph or line cuts files, so that less is lost"
                 if "long-paragraph" in receipt["dropped"]
                 else ""
             )

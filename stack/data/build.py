@@ -354,8 +354,8 @@ class _Build:
             + (f"; {lost}" if lost else ""),
             allowed="at least one document on each side",
             next_step=(
-                "more documents (documents = paragraph or line cuts files), a larger "
-                "split.validation_frac, or split.kind = tail, which cuts each document in two"
+                "more documents (stack data build --documents paragraph cuts files), or --set a "
+                "larger split.validation_frac, or split.kind=tail, which cuts each document in two"
             ),
         )
 

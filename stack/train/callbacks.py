@@ -5,7 +5,7 @@ the check for silent data corruption, and mirrors to experiment trackers.
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -329,19 +329,30 @@ class SdcCheck(Callback):
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         if is_recomputed(trainer.cfg.train, trainer.state.step + 1):
-            started = time.perf_counter()
-            self.expected = gradient_checksums(trainer.state, batches)
-            self.seconds = time.perf_counter() - started
+            self._compute(trainer, batches)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        if self.expected is None:
-            return
+        if self.expected is not None:
+            self._compare(trainer, lambda: gradient_crc32(trainer.state.model))
+
+    def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
+        # Before an early stop its step is not known to be the last: compute its batches now.
+        if decision.stop and not is_recomputed(trainer.cfg.train, report.step):
+            self._compute(trainer, trainer.batches)
+            self._compare(trainer, lambda: gradient_checksums(trainer.state, trainer.batches))
+
+    def _compute(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         started = time.perf_counter()
-        found = gradient_crc32(trainer.state.model)
+        self.expected = gradient_checksums(trainer.state, batches)
+        self.seconds = time.perf_counter() - started
+
+    def _compare(self, trainer: Trainer, compute: Callable[[], dict[str, int]]) -> None:
+        started = time.perf_counter()
+        found = compute()
         changed, self.expected = differing(self.expected, found), None
         trainer.keeper.charge(RECOMPUTED_STEP, self.seconds + time.perf_counter() - started)
         trainer.keeper.observe(
-            Recomputed(step=report.step, n_compared=len(found), differing=changed)
+            Recomputed(step=trainer.state.step, n_compared=len(found), differing=changed)
         )
 
 

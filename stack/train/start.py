@@ -76,6 +76,8 @@ def fresh(
     """
     # The parent is verified before anything is created: a damaged one leaves no half-made child.
     loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
+    if loaded:
+        _refuse_finished(cfg, loaded)
     if continued:
         _refuse_continuing(cfg, overrides, loaded)
     # Lock the directory for the whole run: two processes must never write to it.
@@ -154,8 +156,8 @@ def completed(
     with file_lock(run_dir, "run"):
         checkpoint.load(checkpoint.find(run_dir))
     done = (
-        f"{run_dir} is {record.status}; nothing is left to do. --fork continues it under a "
-        "changed configuration"
+        f"{run_dir} is {record.status}; nothing is left to do. --fork with more train.max_steps "
+        "continues it"
     )
     CallbackList(callbacks).on_message(done)
     return record
@@ -343,21 +345,23 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
 # --- what is refused ------------------------------------------------------------------------------
 
 
+def _refuse_finished(cfg: RunConfig, loaded: checkpoint.Loaded) -> None:
+    """Raise ConfigError if a child of this checkpoint would take no step."""
+    if loaded.state["step"] >= cfg.train.max_steps:
+        raise ConfigError(
+            "the run has taken all of its steps, so a child would take none",
+            value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
+            next_step=(
+                "give a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork with "
+                "more train.max_steps"
+            ),
+        )
+
+
 def _refuse_continuing(
     cfg: RunConfig, overrides: Sequence[Override], loaded: checkpoint.Loaded
 ) -> None:
-    """Raise ConfigError for a changed key that is not continuable, for no change,
-    and for a run without steps left.
-    """
-    if loaded.state["step"] >= cfg.train.max_steps:
-        raise ConfigError(
-            "the run has taken all of its steps, so another mixture would change nothing",
-            value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
-            next_step=(
-                "--continue-from a checkpoint of an earlier step (DIR/checkpoints/step-…), or "
-                "--fork with more train.max_steps"
-            ),
-        )
+    """Raise ConfigError for a changed key that is not continuable, and for no change."""
     if refused := _outside(overrides, CONTINUABLE_KEYS):
         raise ConfigError(
             f"--continue-from changes the mixture alone, and {refused[0].key} is something else",

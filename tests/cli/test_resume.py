@@ -146,6 +146,9 @@ def test_resuming_a_finished_run_changes_nothing(stack, text_file):
         and "nothing is left to do" in done.err
     )
     assert (stack.folder / "run" / "metadata.json").read_bytes() == before
+    fork = ("train", "--fork", "run", "--run-dir", "child", "--set")
+    assert_standard(stack(*fork, "optim.lr=1e-3"), 2, "step 9 of 9", "train.max_steps")
+    assert not (stack.folder / "child").exists()
     with file_lock(stack.folder / "run", "run"):
         assert_standard(stack("train", "--resume", "run"), 2, "another run is writing to run")
 

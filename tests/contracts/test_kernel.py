@@ -2,6 +2,7 @@
 Where code generation is not the claim, the graph runs in eager.
 """
 
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -9,9 +10,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stackproof.config import Concatenated, MixtureOfExperts, known_keys
-from stackproof.contracts import kernel_call
+from stackproof.contracts import kernel_call, loss
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.kernel import scale_error
@@ -248,6 +250,13 @@ def judged(gate, subject, calls):
                 observe(call.case.operation, call.kernel, call.function, (), drawn)
 
     return call_check(gate, changed(subject, kernels={"observe_calls": observe_calls}))
+
+
+def call_of(operation, function, *given):
+    found = DistinctCalls()
+    found.observe(operation, "torch", function, given, {})
+    (call,) = found
+    return call
 
 
 def errors_of(call):
@@ -523,6 +532,36 @@ def test_a_head_with_some_observed_products_counts_as_not_observed(spec, subject
 
     verdict = call_check(spec.gates[PARITY], changed(subject, kernels={"head_loss": half_hidden}))
     assert verdict.passed and verdict.measured["chunk_rows"] == verdict.measured["borders"] == 0
+
+
+def test_a_model_that_does_not_call_its_unobserved_head_is_red(spec, subject):
+    library = eager.library_linear_cross_entropy
+    hidden = changed(subject, kernels={"head_loss": lambda *given: library(*given)[0]})
+    found = DistinctCalls()
+    subject.kernels.observe_calls(found.observe)
+    others = [call for call in found if call.case.operation != LCE]
+    verdict = judged(spec.gates[PARITY], hidden, others)
+    assert verdict.outcome == "fail" and "has not called the head" in verdict.message
+    assert judged(spec.gates[PARITY], hidden, found).passed
+
+
+@pytest.mark.parametrize("last", ["wrong", "right"])
+def test_a_wrong_call_is_red_whatever_equal_shapes_come_after_it(spec, subject, last):
+    """Two calls of one title, of which one is wrong by half on strided input."""
+    strided = torch.randn(8, 12, requires_grad=True)[:, ::2]
+    dense, weight = torch.randn(8, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    wrong = call_of("linear", lambda x, w: 0.5 * F.linear(x, w), strided, weight)
+    right = call_of("linear", F.linear, dense, weight)
+    assert wrong.title == right.title
+    calls = [right, wrong] if last == "wrong" else [wrong, right]
+    assert judged(spec.gates[PARITY], subject, calls).outcome == "fail"
+    assert judged(spec.gates[PARITY], subject, [right]).passed
+
+
+def test_infinities_of_both_signs_are_an_infinite_error(monkeypatch):
+    """They stand in different pieces, whose sums have no sum."""
+    monkeypatch.setattr(loss, "PIECE_NUMBERS", 1)
+    assert scale_error(torch.tensor([math.inf, -math.inf]), torch.ones(2)) == math.inf
 
 
 def test_chunks_of_triton_are_small_too(subject):

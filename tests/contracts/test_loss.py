@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from stackproof.contracts import loss
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.loss import CANCELLED_FRAC, gradient_errors, ragged_rows
 from stackproof.museum.plant import load_museum
@@ -160,3 +161,11 @@ def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, subject):
     with load_museum()["loss.z-term-reported"].apply():
         verdict = call_check(spec.gates["loss.golden"], subject)
     assert verdict.outcome == "fail" and verdict.measured["worst"] == "shifted"
+
+
+def test_a_gradient_of_another_shape_is_an_infinite_error(monkeypatch):
+    """Also where its last piece would broadcast."""
+    monkeypatch.setattr(loss, "PIECE_NUMBERS", 4)
+    for n in (4, 6, 9):
+        assert gradient_errors({"w": torch.ones(n)}, {"w": torch.ones(5)}) == {"w": math.inf}
+    assert gradient_errors({"w": torch.ones(5)}, {"w": torch.ones(5)}) == {"w": 0.0}

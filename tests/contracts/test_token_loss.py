@@ -306,13 +306,16 @@ NUMERICS = {
 
 
 @pytest.mark.parametrize("change", NUMERICS)
-def test_a_change_of_the_reading_opens_the_gate_of_the_gradient_again(tmp_path, change):
+def test_a_change_of_the_reading_opens_both_gates_again(tmp_path, change):
     file, old, new = NUMERICS[change]
     for room in ("contracts", "spec"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("*.pyc"))
-    check, path = "contracts.token_loss:LogitGradient", tmp_path / f"contracts/callbacks/{file}.py"
-    before, text = code_below(ROOT).hash(check), path.read_text()
-    assert code_below(tmp_path).hash(check) == before and text.count(old) == 1
+    path = tmp_path / f"contracts/callbacks/{file}.py"
+    checks = [f"contracts.token_loss:{name}" for name in ("FirstLoss", "LogitGradient")]
+    before, text = [code_below(ROOT).hash(check) for check in checks], path.read_text()
+    assert [code_below(tmp_path).hash(check) for check in checks] == before
+    assert text.count(old) == 1
     path.write_text(text.replace(old, new))
     code_below.cache_clear()
-    assert code_below(tmp_path).hash(check) != before
+    after = [code_below(tmp_path).hash(check) for check in checks]
+    assert all(was != now for was, now in zip(before, after))

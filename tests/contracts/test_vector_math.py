@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackproof.contracts import vector_math
-from stackproof.contracts.callbacks.plain import Gate
+from stackproof.contracts.callbacks import run, session
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.callbacks.session import judge_model, preflight_gates
 
 # The functions that torch 2.13 computes by MKL (aten/src/ATen/cpu/vml.h).
 BY_MKL = "acos asin atan cos erf erfc erfinv exp expm1 log log10 sin sqrt tan tanh trunc".split()
@@ -55,9 +57,13 @@ print(vector_math.select_vector_functions.cache_info().currsize)
 
 
 def test_gates_of_another_trainer_select_first(monkeypatch):
+    """When training begins, and before a live model is judged."""
     called = []
-    monkeypatch.setattr(
-        "stackproof.contracts.callbacks.run.select_vector_functions", lambda: called.append(1)
-    )
-    Gate("log")
+    for module in (run, session):
+        monkeypatch.setattr(module, "select_vector_functions", lambda: called.append(1))
+    model = torch.nn.Linear(2, 2)
+    with gated(model, torch.optim.SGD(model.parameters()), mode="log", only=("runtime.finite",)):
+        assert called[0] == 1
+    called.clear()
+    judge_model(model, gates=preflight_gates()[:1])
     assert called == [1]

@@ -135,7 +135,7 @@ def test_a_source_that_lost_most_of_its_text_is_named(tmp_path):
     (line,) = account.notices(manifest)
     assert (
         line.startswith("files: 50% of its bytes were dropped: 1 of 101 dropped as long-paragraph")
-        and "documents = paragraph" in line
+        and "--documents paragraph" in line
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stackproof.config import NeverStop
+from stackproof.config import NeverStop, Patience
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed
 from stackproof.train import step as steps
@@ -238,3 +238,37 @@ def test_one_flipped_bit_halts_the_run(museum_folder, tmp_path, monkeypatch):
         caught.value.gate_id == "runtime.recomputed-step"
         and caught.value.verdict.measured["differing"] == 1
     )
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_an_early_stop_before_the_interval_is_computed_twice_as_well(
+    museum_folder, tmp_path, monkeypatch, flips
+):
+    """No gain of 100 nats comes after the first of three evaluations."""
+    cfg, rule = museum_config(museum_folder), Patience(patience=2, min_delta_nats=100)
+    changes = {
+        "train": cfg.train.model_copy(update={"max_steps": 12, "sdc_check_every": 12}),
+        "eval": cfg.eval.model_copy(update={"every": 2}),
+        "stop": rule,
+    }
+    original, at_the_end = steps.accumulate, []
+
+    def flipping(state, batches):
+        result = original(state, batches)
+        at_the_end.extend([1] * (state.step == 6))
+        if flips and len(at_the_end) == 2:
+            next(state.model.parameters()).grad.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
+        return result
+
+    monkeypatch.setattr(steps, "accumulate", flipping)
+    only = ("runtime.recomputed-step",)
+    opened = fresh(cfg.model_copy(update=changes), (), tmp_path / "run", only=only)
+    if flips:
+        with pytest.raises(GateFailed) as caught:
+            train(opened)
+        assert caught.value.verdict.measured["differing"] == 1
+    else:
+        record = train(opened)
+        assert record.status == "early_stopped"
+        assert [g.verdict for g in record.gates] == ["pass"]
+    assert len(at_the_end) == 2
