@@ -15,9 +15,17 @@ if TYPE_CHECKING:  # commands that judge nothing answer without torch
     import torch
     from torch import Tensor, nn
 
-    from stackproof.contracts.stopping import PairedSpread
     from stackproof.contracts.subject.data import TextEncoder
     from stackproof.contracts.subject.training import MicroBatch
+
+
+class Spread(Protocol):
+    """How far the losses of held-out batches differ between two evaluations; see
+    `contracts.stopping.PairedSpread`.
+    """
+
+    @property
+    def std_nats(self) -> float: ...
 
 
 class TextScore(Protocol):
@@ -103,7 +111,7 @@ class Stopping:
         """Held-out batches of each evaluation."""
 
     @value
-    def spread(self) -> PairedSpread:
+    def spread(self) -> Spread:
         """That of the run's training and evaluation, for its held-out batches."""
 
 

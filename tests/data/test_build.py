@@ -488,7 +488,7 @@ def test_a_source_that_changes_during_the_build_is_refused(mixture, tmp_path):
 
 @pytest.mark.parametrize(("frac", "empty"), [(1e-6, "validation"), (1 - 1e-6, "train")])
 def test_an_empty_split_says_what_to_do(mixture, tmp_path, frac, empty):
-    with pytest.raises(DataError, match=rf"the {empty} split is empty[\s\S]*split\.kind = tail"):
+    with pytest.raises(DataError, match=rf"the {empty} split is empty[\s\S]*split\.kind=tail"):
         build.build(
             mixture.model_copy(update={"split": HashSplit(validation_frac=frac)}), tmp_path / "out"
         )

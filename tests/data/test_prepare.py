@@ -147,7 +147,7 @@ def test_one_document_gives_no_split_and_says_what_to_do(tmp_path):
     (tmp_path / "one.txt").write_text(
         "This is the only document here, and no split by documents can cut it."
     )
-    with pytest.raises(DataError, match=r"(?s)1 document\(s\) after filtering.*split\.kind = tail"):
+    with pytest.raises(DataError, match=r"(?s)1 document\(s\) after filtering.*split\.kind=tail"):
         prepare(
             DataConfig(corpus=Files(paths=(str(tmp_path / "one.txt"),))), cache_dir=tmp_path / "c"
         )
