@@ -42,6 +42,7 @@ from stackproof.trace.points_log import points_lines
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
+from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import LossOfFirstStep
 from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport
@@ -50,7 +51,7 @@ from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
 MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is searched
 TRACING_SHARE_MAX = 0.02  # of a run's time
-RECOMPUTED_STEP = "runtime.recomputed-step"
+RECOMPUTED_STEP, STEP_TIME = "runtime.recomputed-step", "runtime.step-time"
 
 
 class RunLog(Callback):
@@ -152,7 +153,7 @@ class GateEvents(Callback):
                 max_grad_norm=trainer.cfg.optim.max_grad_norm,
                 n_expected_tokens=report.n_tokens,
                 flops=trainer.flops_per_step,
-                peak_flops=trainer.peak_flops,
+                peak_flops=self._peak_flops(trainer, report),
             )
         )
         n_rounds = 1 + report.overflow_retries + is_recomputed(trainer.cfg.train, step)
@@ -165,6 +166,16 @@ class GateEvents(Callback):
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))
         # Every trained parameter has a gradient or decay, so an update changes all of them.
         observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac))
+
+    def _peak_flops(self, trainer: Trainer, report: StepReport) -> float:
+        """The probed peak rate. After a faster step it is probed again, since other work may have
+        slowed the first probe.
+        """
+        if trainer.flops_per_step > trainer.peak_flops * report.wall_s:
+            started = time.perf_counter()
+            trainer.peak_flops = max(trainer.peak_flops, probe_peak_flops(trainer.state.device))
+            trainer.keeper.charge(STEP_TIME, time.perf_counter() - started)
+        return trainer.peak_flops
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
         state, val, found = trainer.state, report.evaluation, report.memorization

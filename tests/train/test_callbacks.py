@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stackproof.config import NeverStop, Patience
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed
+from stackproof.train import callbacks, start
 from stackproof.train import step as steps
 from stackproof.train.callbacks import TensorBoard, gradient_checksums
 from stackproof.train.loop import train
@@ -272,3 +273,22 @@ def test_an_early_stop_before_the_interval_is_computed_twice_as_well(
         assert record.status == "early_stopped"
         assert [g.verdict for g in record.gates] == ["pass"]
     assert len(at_the_end) == 2
+
+
+@pytest.mark.parametrize(("free_flops", "verdict"), [(1e15, "pass"), (1.0, "fail")])
+def test_a_step_above_the_peak_is_judged_by_a_second_probe(
+    cfg, tmp_path, monkeypatch, free_flops, verdict
+):
+    """The first probe, of one operation per second, was taken beside other work."""
+    probed = iter([1.0, free_flops])
+    monkeypatch.setattr(start, "probe_peak_flops", lambda device: next(probed))
+    monkeypatch.setattr(callbacks, "probe_peak_flops", lambda device: next(probed))
+    opened = fresh(cfg, (), tmp_path / "run", only=("runtime.step-time",))
+    if verdict == "pass":
+        record = train(opened)
+    else:
+        with pytest.raises(GateFailed) as caught:
+            train(opened)
+        record = caught.value.record
+    (gate,) = record.gates
+    assert gate.verdict == verdict and next(probed, None) is None
