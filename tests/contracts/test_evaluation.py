@@ -5,7 +5,6 @@ founding note ship-two-001.
 import dataclasses
 import json
 import math
-import shutil
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -24,13 +23,11 @@ from stackproof.contracts.subject import Evaluation, Stopping, Subject, Trainee,
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import DataError
-from stackproof.spec.fingerprint import code_below
 from stackproof.subject.assemble import subject_of
 from stackproof.subject.evaluation import wanted_batches
 from stackproof.train import loop
+from tests.fingerprints import around_a_change
 from tests.subjects import altered, changed
-
-ROOT = Path(__file__).resolve().parents[2]
 
 FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
 GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
@@ -385,11 +382,6 @@ def test_stop_rule_counts_a_gain_exactly_from_what_is_declared(spec, subject, ch
     [("PROBE_ROWS = 24", "PROBE_ROWS = 2"), ("self.batch_rows**0.5", "self.batch_rows")],
 )
 def test_a_change_of_the_measured_spread_opens_the_gate_again(tmp_path, old, new):
-    for room in ("contracts", "spec"):
-        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("*.pyc"))
-    check, path = "contracts.stopping:stop_rule", tmp_path / "contracts/stopping.py"
-    before, text = code_below(tmp_path).hash(check), path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    code_below.cache_clear()
-    assert code_below(tmp_path).hash(check) != before
+    check = "contracts.stopping:stop_rule"
+    (before,), (after,) = around_a_change(tmp_path, "contracts/stopping.py", old, new, [check])
+    assert before != after

@@ -3,7 +3,6 @@ all others, and the gradient at the logits.
 """
 
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,14 +17,13 @@ from stackproof.museum.collection import museum_config
 from stackproof.museum.observe import fruits_of_run
 from stackproof.museum.plant import load_museum
 from stackproof.recipes.pocket import pocket
-from stackproof.spec import ROOT
 from stackproof.spec.errors import GateFailed
-from stackproof.spec.fingerprint import code_below
 from stackproof.train import losses
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from stackproof.train.state import TrainState
+from tests.fingerprints import around_a_change
 
 GATE, GRADIENT = "loss.first", "loss.logit-gradient"
 GUESSING = math.log(257)
@@ -308,14 +306,6 @@ NUMERICS = {
 @pytest.mark.parametrize("change", NUMERICS)
 def test_a_change_of_the_reading_opens_both_gates_again(tmp_path, change):
     file, old, new = NUMERICS[change]
-    for room in ("contracts", "spec"):
-        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("*.pyc"))
-    path = tmp_path / f"contracts/callbacks/{file}.py"
     checks = [f"contracts.token_loss:{name}" for name in ("FirstLoss", "LogitGradient")]
-    before, text = [code_below(ROOT).hash(check) for check in checks], path.read_text()
-    assert [code_below(tmp_path).hash(check) for check in checks] == before
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    code_below.cache_clear()
-    after = [code_below(tmp_path).hash(check) for check in checks]
+    before, after = around_a_change(tmp_path, f"contracts/callbacks/{file}.py", old, new, checks)
     assert all(was != now for was, now in zip(before, after))
