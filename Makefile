@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
-.PHONY: train test lint docs bench bench-fresh gpu prove integrity clean
+.PHONY: train test stress lint docs bench bench-fresh gpu prove integrity clean
 
 ## train: everything from nothing to a trained, gated, recorded model
 train: $(VENV)/.train
@@ -25,6 +25,10 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) install --quiet -e '.[dev]' -c constraints.txt
 	@touch $@
+
+## stress: the long rounds of fault injection, hours; SEED=n repeats a round, ONLY=name selects tests
+stress: $(VENV)/.dev
+	STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fault_injection $(if $(ONLY),-k $(ONLY))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

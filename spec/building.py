@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stackproof.spec.canonical import sha256_file, sha256_json
+from stackproof.spec.files import write_atomically
 from stackproof.spec.gates import Spec
 from stackproof.spec.provenance import code_state
 from stackproof.spec.records import (
@@ -153,15 +154,3 @@ class RecordBuilder:
         )
         write_atomically(directory / "metadata.json", record.to_bytes())
         return record
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a small file atomically and durably: a reader sees the old or the new content, also
-    after a power failure.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)

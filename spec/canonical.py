@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import rfc8785
 
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import MAX_TEXT_BYTES, open_regular, read_bytes
 
 MAX_SAFE_INTEGER = 2**53 - 1
-MAX_JSON_BYTES = 64 * 2**20
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def to_jsonable(value: Any) -> Any:
@@ -62,9 +64,11 @@ def sha256_json(value: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks of 1 MiB."""
+    """Hex sha256 of a regular file, read in blocks of 1 MiB.
+    Raises OSError if it cannot be read, FileRefused for a file of another kind.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -103,27 +107,53 @@ def _finite_float(text: str) -> float:
     return value
 
 
+def _no_lone_surrogates(value: Any) -> None:
+    """Raise ValueError for text that has no UTF-8 form."""
+    match value:
+        case str():
+            value.encode("utf-8")
+        case list():
+            for item in value:
+                _no_lone_surrogates(item)
+        case dict():
+            for key, item in value.items():
+                _no_lone_surrogates(key)
+                _no_lone_surrogates(item)
+
+
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """The strictly parsed value of a JSON file.
+
+    Raises OSError as `read_bytes`, IntegrityError as `parse_strict`.
+    """
+    return parse_strict(read_bytes(path, max_bytes), origin=str(path))
+
+
 def parse_strict(data: bytes, *, origin: str) -> Any:
     """Parse untrusted JSON strictly.
 
     Raises IntegrityError naming `origin` for other encodings than UTF-8, a byte-order mark,
-    duplicate keys, NaN, overflow, deep nesting, over-long integers, or text above MAX_JSON_BYTES.
+    duplicate keys, NaN, overflow, deep nesting, over-long integers, lone surrogates, or text above
+    MAX_TEXT_BYTES.
     """
-    if len(data) > MAX_JSON_BYTES:
+    if len(data) > MAX_TEXT_BYTES:
         raise IntegrityError(
             f"{origin} is too large to be a record",
             value=f"{len(data)} bytes",
-            allowed=f"at most {MAX_JSON_BYTES}",
+            allowed=f"at most {MAX_TEXT_BYTES}",
         )
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_no_constant,
             parse_float=_finite_float,
         )
+        if SURROGATE.search(data):
+            _no_lone_surrogates(value)
     except (ValueError, RecursionError) as e:
         raise IntegrityError(
             f"{origin} is not strict JSON: {e}",
             next_step="restore the file from git or from the run directory",
         ) from e
+    return value

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import read_text
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -27,10 +28,11 @@ def validated(kind: type[Kind], value: Any, *, origin: str, next_step: str = "")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file. Raises IntegrityError if it cannot be read."""
+    """A TOML file. Raises IntegrityError if it cannot be read or parsed."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as e:
+        return tomllib.loads(read_text(path))
+    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting.
+    except (OSError, ValueError, RecursionError) as e:
         raise IntegrityError(f"cannot read {path}: {e}") from e
 
 

@@ -19,6 +19,8 @@ from zlib import crc32
 
 import numpy as np
 
+from stackproof.spec.files import create, open_regular
+
 DTYPES = {  # from the first laid out to the last, as the library does it
     "U64": (8, "<u8"),
     "I64": (8, "<i8"),
@@ -80,8 +82,8 @@ def read_header(path: Path) -> Header:
 
     Raises BadTensorFile for an invalid file, OSError for an unreadable one.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
         start = f.read(8)
         if size < 10:
             raise BadTensorFile(_foreign(start) or f"the file has only {size} bytes")
@@ -172,7 +174,7 @@ def digests(path: Path) -> tuple[str, dict[str, str]]:
         dict.fromkeys(tensors, 0),
         memoryview(bytearray(READ_BYTES)),
     )
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         whole.update(f.read(min((e.start for e in tensors.values()), default=path.stat().st_size)))
         for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
             left = entry.stop - entry.start
@@ -208,7 +210,7 @@ def created(path: Path, tensors: dict[str, Any]) -> Iterator[BinaryIO]:
     The reserved size is below the final one, so that a truncated file never has the full length.
     Raises OSError.
     """
-    with open(path, "wb") as f:
+    with create(path, replace=True) as f:
         _reserve(f.fileno(), sum(t.nbytes for t in tensors.values()))
         yield f
 
@@ -269,7 +271,7 @@ def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
     Raises BadTensorFile naming the first part that differs.
     """
     block = np.empty(SLICE_BYTES, np.uint8)
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         for name, piece in _pieces(tensors, metadata):
             part, expected = "the header" if name is None else f"tensor {name}", _bytes_of(piece)
             read = block[: len(expected)]
@@ -383,12 +385,3 @@ def memmap(path: Path, name: str) -> np.ndarray:
     return np.memmap(
         path, dtype=DTYPES[entry.dtype][1], mode="r", offset=entry.start, shape=entry.shape
     )
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

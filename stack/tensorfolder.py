@@ -13,6 +13,7 @@ from torch import Tensor
 from stackproof import tensorfile
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError
+from stackproof.spec.files import sync
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write(folder: Path, content: Content) -> bytes:
         }
     manifest = canonical_json({"schema": content.schema, "files": files})
     _write_and_sync(folder / "manifest.json", manifest)
-    tensorfile.sync(folder)
+    sync(folder)
     return manifest
 
 
@@ -78,7 +79,7 @@ def in_place(temporary: Path, final: Path) -> Iterator[None]:
         os.replace(final, replaced)
     try:
         os.replace(temporary, final)
-        tensorfile.sync(final.parent)
+        sync(final.parent)
         yield
     except Exception:
         shutil.rmtree(final, ignore_errors=True)

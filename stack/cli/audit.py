@@ -40,7 +40,8 @@ def audit_models(
     """
     from stackproof.evaluate import audit
     from stackproof.evaluate.suite import load_suite, suite_file
-    from stackproof.spec.building import artefact, write_atomically
+    from stackproof.spec.building import artefact
+    from stackproof.spec.files import write_atomically
 
     for directory in earlier:
         folder_at(

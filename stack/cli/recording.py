@@ -38,7 +38,7 @@ class OpenRecord:
 
     def write_series(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON lines beside the record."""
-        from stackproof.spec.building import write_atomically
+        from stackproof.spec.files import write_atomically
 
         write_atomically(self.path(name), canonical_lines(rows))
         self.series.append(name)

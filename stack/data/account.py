@@ -11,9 +11,10 @@ from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data import corpus, dedup, receipts
 from stackproof.data.prepare import Dataset
 from stackproof.data.subject import data_set_subject
-from stackproof.spec.building import RecordBuilder, artefact, write_atomically
+from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.canonical import canonical_lines, sha256_file
 from stackproof.spec.errors import DataError, GateFailed
+from stackproof.spec.files import write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import GateResult, Record, read_record

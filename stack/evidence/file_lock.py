@@ -5,29 +5,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stackproof.spec.errors import UsageError
+from stackproof.spec.files import open_to_append
+
+LOCK = ".lock"
 
 
 @contextmanager
-def file_lock(folder: Path, what: str) -> Iterator[None]:
-    """Lock a folder for `what`. Raises UsageError if another process holds the lock. The lock ends
-    with its process.
+def file_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Lock a folder for `what`; with `wait` when the process that holds it has ended.
+
+    The lock ends with its process; its file stays, since a file that is deleted and made again can
+    be locked twice. Raises UsageError if another process holds the lock, OSError if the file cannot
+    be opened or locked.
     """
-    with open(folder / ".lock", "w") as f:
+    with open_to_append(folder / LOCK) as f:
         try:
             import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # no file locks on this platform
-            pass
-        except OSError as e:
+            yield
+            return
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as e:
             raise UsageError(
                 f"another {what} is writing to {folder}",
                 next_step="wait for it, or name another folder",
             ) from e
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+        yield
 
 
 def refuse_occupied(path: Path, option: str) -> None:

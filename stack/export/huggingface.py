@@ -25,8 +25,8 @@ from stackproof.export.reading import Folder, read_tensor
 from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, to_theirs
 from stackproof.model.transformer import Transformer
-from stackproof.spec.building import write_atomically
 from stackproof.spec.errors import CheckpointError
+from stackproof.spec.files import sync, write_atomically
 from stackproof.spec.records import GateResult
 from stackproof.train.checkpoint import model_tensors
 
@@ -214,11 +214,11 @@ def readable(source: Folder) -> Iterator[Path]:
 
 def _into_place(temporary: Path, out: Path) -> None:
     """Everything on the disk, then one rename, then the name on the disk."""
-    tensorfile.sync(temporary)
+    sync(temporary)
     if out.exists():
         out.rmdir()
     os.replace(temporary, out)
-    tensorfile.sync(out.parent)
+    sync(out.parent)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -28,10 +28,11 @@ from stackproof.museum import script
 from stackproof.museum.collection import exportable, museum_config, write_texts
 from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stackproof.museum.plant import Plant, Trainer, load_museum
-from stackproof.spec.building import RecordBuilder, write_atomically
+from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import canonical_lines, sha256_file, sha256_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.failures import load_catalogue
+from stackproof.spec.files import write_atomically
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import OUTCOMES, GateResult, Kill, Record
 from stackproof.subject.assemble import subject_of

@@ -19,9 +19,9 @@ from stackproof import tensorfile, tensorfolder
 from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
 from stackproof.model.foreign import plain_name
-from stackproof.spec.building import write_atomically
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import CheckpointError, IntegrityError
+from stackproof.spec.files import write_atomically
 from stackproof.train import optimizer as opt
 from stackproof.train.rng import default_rng_state, set_default_rng_state
 from stackproof.train.state import TrainState

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stackproof.spec.building import RecordBuilder, iso, write_atomically
+from stackproof.spec.building import RecordBuilder, iso
 from stackproof.spec.canonical import canonical_json, parse_strict
 from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
+from stackproof.spec.files import write_atomically
 
 SERIES = (
     "metrics.jsonl",

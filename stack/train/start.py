@@ -18,9 +18,10 @@ from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
-from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now, write_atomically
+from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
 from stackproof.spec.canonical import canonical_json, sha256_file
 from stackproof.spec.errors import ConfigError, DataError, StreamExhausted
+from stackproof.spec.files import write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment

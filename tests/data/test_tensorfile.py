@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -304,9 +305,21 @@ def test_a_type_the_format_lacks_is_refused(tmp_path, tensor):
     assert not (tmp_path / "f").exists()
 
 
-def test_a_full_disk_is_an_oserror():
-    with pytest.raises(OSError, match="No space left"):
-        tensorfile.write(Path("/dev/full"), {"a": np.zeros(100_000)}, {})
+def test_a_write_that_the_system_cuts_off_is_an_oserror(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)  # which would refuse before a write
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tensorfile.write(tmp_path / "f", {"a": np.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_device_is_neither_written_nor_replaced():
+    with pytest.raises(OSError, match="/dev/full is a device"):
+        tensorfile.write(Path("/dev/full"), {"a": np.zeros(2)}, {})
+    assert Path("/dev/full").is_char_device()
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EOPNOTSUPP])

@@ -112,8 +112,8 @@ class Request:
         """Write the points as series, the document as trace.json, the CSV file if requested, and
         the record.
         """
-        from stackproof.spec.building import write_atomically
         from stackproof.spec.canonical import canonical_json
+        from stackproof.spec.files import write_atomically
 
         gradients = document.get("gradients", {})
         series = {"points.jsonl": document["points"], "chain.jsonl": document.get("chain")}

@@ -1,0 +1,159 @@
+"""Opens, writes and deletes files of folders that other people may have made.
+
+Only regular files are opened, up to a size. Nothing is written or deleted through a link.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_TEXT_BYTES = 32 * 2**20
+TEMPORARY = ".tmp"
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a link",
+}
+
+
+class FileRefused(OSError):
+    """A file that is not opened, written or deleted: it is of the wrong kind, too large, or not
+    UTF-8. An OSError, so that what handles unreadable files handles it as well.
+    """
+
+    def __init__(self, path: Path, why: str, number: int = errno.EINVAL):
+        super().__init__(number, why, str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, also through a link. Never waits for a pipe.
+
+    Raises FileRefused for a folder, pipe, device or socket, OSError if it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most `max_bytes`.
+
+    Raises FileRefused for a larger file or one of another kind, OSError if it cannot be read.
+    """
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        data = f.read(max_bytes + 1) if size <= max_bytes else b""
+    if max(size, len(data)) > max_bytes:
+        raise FileRefused(
+            path, f"holds more than the {max_bytes} bytes that are allowed", errno.EFBIG
+        )
+    return data
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The content of a regular UTF-8 file. Raises FileRefused for other bytes, and as
+    `read_bytes`.
+    """
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise FileRefused(path, f"is not UTF-8 at byte {e.start}") from e
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file atomically and durably: a reader sees the old or the new content, also after a
+    power failure. A link of that name is replaced, and its target stays as it is.
+
+    Raises FileRefused if the folder is a link, OSError if the file cannot be written.
+    """
+    require_own(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with create(temporary, replace=True) as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed `write_atomically` left in a folder that no other process writes to."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def create(path: Path, *, replace: bool = False) -> BinaryIO:
+    """A new file, open for writing; with `replace` in place of a regular file or a link.
+
+    Raises FileExistsError if anything has that name already, with `replace` FileRefused if it is a
+    pipe, device, socket or folder.
+    """
+    if replace:
+        with suppress(FileNotFoundError):
+            _require_regular(path, os.lstat(path).st_mode, or_link=True)
+            path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A regular file opened at its end, made if it is missing.
+
+    Raises FileRefused for a link or a file of another kind, OSError if it cannot be opened.
+    """
+    with suppress(FileNotFoundError):
+        _require_regular(path, os.lstat(path).st_mode)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "ab")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder with its content; nothing if it does not exist. Links in it are deleted, not
+    followed.
+
+    Raises FileRefused if the folder is a link, OSError if it cannot be deleted.
+    """
+    require_own(path)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def require_own(folder: Path) -> None:
+    """Raises FileRefused if a folder that is written to is a link."""
+    if folder.is_symlink():
+        raise FileRefused(folder, "is a link; files are not written or deleted through links")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_regular(path: Path, mode: int, *, or_link: bool = False) -> None:
+    if not (stat.S_ISREG(mode) or (or_link and stat.S_ISLNK(mode))):
+        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise FileRefused(path, f"is {kind}; a regular file is required")

@@ -1,0 +1,140 @@
+"""What is opened, written and deleted, and what is refused."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from stackproof.spec.canonical import parse_strict, read_json, sha256_file
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import (
+    FileRefused,
+    create,
+    open_regular,
+    open_to_append,
+    read_bytes,
+    read_text,
+    remove_folder,
+    remove_leftovers,
+    write_atomically,
+)
+
+
+def made(kind: str, path: Path):
+    """Something at a path that is no regular file."""
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "socket":
+            socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+@pytest.mark.parametrize("read", [open_regular, read_bytes, read_text, read_json, sha256_file])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket"])
+def test_only_regular_files_are_read_and_a_pipe_is_not_waited_for(tmp_path, read, kind):
+    made(kind, tmp_path / "f")
+    with pytest.raises(OSError) as error:
+        read(tmp_path / "f")
+    # A socket cannot even be opened; the system has its own message.
+    assert kind in str(error.value) or error.value.errno == 6
+
+
+def test_a_regular_file_is_read_through_a_link(tmp_path):
+    (tmp_path / "f").write_bytes(b"text")
+    (tmp_path / "link").symlink_to("f")
+    assert read_bytes(tmp_path / "link", 4) == b"text"
+
+
+def test_a_file_above_the_limit_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "f", "wb") as f:
+        f.truncate(2**40)  # takes no room on the disk, and would not fit into memory
+    with pytest.raises(FileRefused, match="more than the 33554432 bytes"):
+        read_bytes(tmp_path / "f")
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path):
+    (tmp_path / "f").write_bytes(b"ab\xff")
+    with pytest.raises(FileRefused, match="not UTF-8 at byte 2"):
+        read_text(tmp_path / "f")
+
+
+@pytest.mark.parametrize("data", [b'"\\ud800"', b'{"\\udfff":1}', b'["\\uD8aa"]'])
+def test_a_lone_surrogate_is_not_json_and_a_pair_is(data):
+    with pytest.raises(IntegrityError, match="not strict JSON"):
+        parse_strict(data, origin="x")
+    assert parse_strict(b'"\\ud83d\\ude00"', origin="x") == "\N{GRINNING FACE}"
+
+
+def test_an_atomic_write_replaces_a_link_and_leaves_its_target(tmp_path):
+    (tmp_path / "target").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "target").read_bytes() == b"mine"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_bytes() == b"new"
+
+
+def test_a_prepared_temporary_is_not_written_through(tmp_path):
+    (tmp_path / "target").write_bytes(b"mine")
+    (tmp_path / f".f.{os.getpid()}.tmp").symlink_to("target")
+    write_atomically(tmp_path / "f", b"new")
+    assert (tmp_path / "target").read_bytes() == b"mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "target"]
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_temporary(tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "f", b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_what_a_killed_write_left_is_deleted(tmp_path):
+    (tmp_path / ".f.123.tmp").write_bytes(b"half")
+    (tmp_path / "f.tmp").write_bytes(b"of a user")
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["f.tmp"]
+
+
+def test_nothing_is_appended_through_a_link_or_to_a_pipe(tmp_path):
+    (tmp_path / "target").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("target")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(FileRefused, match=f"{name} is a {name}"):
+            open_to_append(tmp_path / name)
+    with open_to_append(tmp_path / "target") as f:
+        f.write(b"!")
+    assert (tmp_path / "target").read_bytes() == b"mine!"
+
+
+def test_a_linked_folder_is_neither_written_to_nor_deleted(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "f").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("folder")
+    with pytest.raises(FileRefused, match="is a link"):
+        remove_folder(tmp_path / "link")
+    with pytest.raises(FileRefused, match="is a link"):
+        write_atomically(tmp_path / "link" / "f", b"new")
+    assert (tmp_path / "folder" / "f").read_bytes() == b"mine"
+    remove_folder(tmp_path / "folder")
+    remove_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_new_file_never_takes_the_place_of_another(tmp_path):
+    (tmp_path / "f").symlink_to("nothing")
+    with pytest.raises(FileExistsError):
+        create(tmp_path / "f")
+    create(tmp_path / "f", replace=True).close()
+    assert (tmp_path / "f").is_file() and not (tmp_path / "nothing").exists()
