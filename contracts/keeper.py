@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stackproof.contracts.events import BatchDrawn, Event, Finished, Resumed, StepTaken
+from stackproof.contracts.events import BatchDrawn, Event, Finished, Resumed, Started, StepTaken
 from stackproof.contracts.gate import (
     Judgement,
     RuntimeCheck,
@@ -23,6 +23,8 @@ from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
 from stackproof.spec.records import GateResult, Waiver
+
+KEPT_MOMENTS = ("runtime", "artifact")  # whose verdicts belong to the steps before a checkpoint
 
 
 @dataclass
@@ -58,6 +60,31 @@ class GateState:
             self.verdict = found.verdict
             if found.verdict.outcome == "fail":
                 self.first_failure_step = step if step is not None else 0
+
+    def state_dict(self) -> dict:
+        """Counts, verdict and what the check remembers, JSON-ready."""
+        return {
+            "checks": self.checks,
+            "heartbeat": self.heartbeat_last_step,
+            "first_failure": self.first_failure_step,
+            "outcome": self.verdict.outcome,
+            "message": self.verdict.message,
+            "measured": to_jsonable(dict(self.verdict.measured)),
+            "not_run": self.not_run,
+            "not_run_reason": self.not_run_reason,
+            "watcher": self.watcher.state_dict() if self.watcher else {},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue with the state of a checkpoint, which may lack what is newer."""
+        self.checks, self.heartbeat_last_step = saved["checks"], saved["heartbeat"]
+        self.not_run = saved.get("not_run", 0)
+        self.not_run_reason = saved.get("not_run_reason", "")
+        if "outcome" in saved:
+            self.first_failure_step = saved["first_failure"]
+            self.verdict = Verdict(saved["outcome"], saved["message"], dict(saved["measured"]))
+        if self.watcher:
+            self.watcher.load_state_dict(saved["watcher"])
 
     @property
     def message(self) -> str:
@@ -165,7 +192,7 @@ class Gatekeeper:
             started = time.perf_counter()
             verdict = state.watcher.observe(event)
             state.seconds += time.perf_counter() - started
-            if verdict is None:
+            if verdict is None or self._is_repeated(state, verdict):
                 continue
             state.checks += 1
             state.heartbeat_last_step = event.step
@@ -182,6 +209,13 @@ class Gatekeeper:
             raise self._failure(red)
         if isinstance(event, Finished) and event.step != self._resumed_at:
             self._require_heartbeats()
+
+    def _is_repeated(self, state: GateState, verdict: Verdict) -> bool:
+        """Whether a resumed run judges its declared plan again. It was counted when the run began;
+        another outcome counts.
+        """
+        again = isinstance(self.event, Started) and self._resumed_at is not None
+        return again and state.checks > 0 and verdict.outcome == state.verdict.outcome
 
     def charge(self, gate_id: str, seconds: float) -> None:
         """Count time that the run spent on measurements for a gate, outside of its check, as the
@@ -210,33 +244,25 @@ class Gatekeeper:
         ]
 
     def state_dict(self) -> dict:
-        """State of the runtime gates, JSON-ready, for the checkpoint."""
-        return {
-            s.gate.id: {
-                "checks": s.checks,
-                "heartbeat": s.heartbeat_last_step,
-                "first_failure": s.first_failure_step,
-                "outcome": s.verdict.outcome,
-                "message": s.verdict.message,
-                "measured": to_jsonable(dict(s.verdict.measured)),
-                "watcher": s.watcher.state_dict(),
-            }
-            for s in self._of("runtime")
-        }
+        """State of the runtime and artifact gates, JSON-ready, for the checkpoint. Preflight gates
+        are judged again by each process.
+        """
+        return {s.gate.id: s.state_dict() for m in KEPT_MOMENTS for s in self._of(m)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, moments: Sequence[str] = KEPT_MOMENTS) -> None:
         """Continue from a checkpoint's state, counts and verdicts. A gate that is not in it starts
         at 0, and one whose verdict an older version did not save stays not_run until its next.
         """
-        for mine in self._of("runtime"):
+        for mine in (s for m in moments for s in self._of(m)):
             if saved := state.get(mine.gate.id):
-                mine.checks, mine.heartbeat_last_step = saved["checks"], saved["heartbeat"]
-                if "outcome" in saved:
-                    mine.first_failure_step = saved["first_failure"]
-                    mine.verdict = Verdict(
-                        saved["outcome"], saved["message"], dict(saved["measured"])
-                    )
-                mine.watcher.load_state_dict(saved["watcher"])
+                mine.load_state_dict(saved)
+
+    def carry(self, gate_id: str, step: int, verdict: Verdict) -> None:
+        """Keep a red verdict of an earlier process, whose step is taken again."""
+        state = self.states[gate_id]
+        if state.first_failure_step is None:
+            state.first_failure_step, state.verdict = step, verdict
+            state.checks = max(1, state.checks)
 
     def _of(self, moment: str) -> list[GateState]:
         """The gates that are judged at one moment of a run."""

@@ -112,8 +112,15 @@ class RecordBuilder:
         gates: Iterable[GateResult] = (),
         series: Iterable[str] = (),
     ) -> Record:
-        """Write `directory/metadata.json` atomically and return the record."""
-        finished = utc_now()
+        """Write `directory/metadata.json` atomically and return the record. Raises OSError."""
+        # By the monotonic clock, since the system's may have been set back. A resumed run has only
+        # the latter; there the time since its start is at least 0.
+        elapsed_s = (
+            (utc_now() - self.started).total_seconds()
+            if self._clock is None
+            else time.monotonic() - self._clock
+        )
+        finished = self.started + dt.timedelta(seconds=max(0.0, elapsed_s))
         record = Record(
             schema=SCHEMA,
             id=self.id,
@@ -144,12 +151,7 @@ class RecordBuilder:
             parents=tuple(self.parents),
             started_at=iso(self.started),
             finished_at=iso(finished),
-            wall_s=round(
-                (finished - self.started).total_seconds()
-                if self._clock is None
-                else time.monotonic() - self._clock,
-                3,
-            ),
+            wall_s=round((finished - self.started).total_seconds(), 3),
             device_s=round(self.device_s, 3),
         )
         write_atomically(directory / "metadata.json", record.to_bytes())

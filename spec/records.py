@@ -8,7 +8,9 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
+from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen, Spec
 from stackproof.spec.tables import validated
 
@@ -221,12 +223,15 @@ def parse_record(data: bytes, *, origin: str) -> Record:
 
 
 def read_record(path: Path) -> Record:
-    """Read one `metadata.json`. Raises IntegrityError if it is missing or invalid."""
+    """Read one `metadata.json`. Raises IntegrityError if it is missing, invalid, or other than when
+    its run ended.
+    """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as e:
         raise IntegrityError(
             f"cannot read record {path}: {e.strerror}",
             next_step="give a run directory that holds metadata.json",
         ) from e
+    require_unchanged(path.parent, path.name, data)
     return parse_record(data, origin=str(path))

@@ -8,12 +8,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
 from torch import Tensor
 
 from stackproof import tensorfile
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError
-from stackproof.spec.files import sync
+from stackproof.spec.files import create, sync
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import HEX64
+
+
+class Declared(Frozen):
+    """What a manifest states of a file: sha256, size, and the CRC-32 of each tensor. Former
+    versions have `tensors` instead, which nothing reads.
+    """
+
+    sha256: str = Field(pattern=HEX64)
+    bytes: int = Field(ge=0)
+    crc32: dict[str, str] = {}
+    tensors: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ def compare(folder: Path, content: Content, manifest: bytes) -> None:
             raise _changed(folder / name, "it is not what was written")
 
 
-def verify(folder: Path, files: Mapping[str, dict], *, by_tensor: bool) -> None:
+def verify(folder: Path, files: Mapping[str, Declared], *, by_tensor: bool) -> None:
     """Compare every file with the manifest's size, sha256 and, with `by_tensor`,
     the CRC-32 of each tensor.
 
@@ -123,21 +137,21 @@ def verify(folder: Path, files: Mapping[str, dict], *, by_tensor: bool) -> None:
         file.result()
 
 
-def verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
+def verify_file(path: Path, entry: Declared, *, by_tensor: bool) -> None:
     """`verify` of one file."""
-    older = {"next_step": "resume from an older step folder"}
+    older = {"next_step": "stack train --resume DIR --at STEP takes an older step folder"}
     damaged = CheckpointError(
         f"{path} is damaged",
-        allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes",
+        allowed=f"sha256 {entry.sha256[:12]}…, {entry.bytes} bytes",
         **older,
     )
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", **older)
-    if path.stat().st_size != entry["bytes"]:
+    if path.stat().st_size != entry.bytes:
         raise CheckpointError(
             f"{path} is truncated or padded",
             value=f"{path.stat().st_size} bytes",
-            allowed=f"{entry['bytes']} bytes",
+            allowed=f"{entry.bytes} bytes",
             **older,
         )
     try:
@@ -146,7 +160,7 @@ def verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
         )
     except (OSError, tensorfile.BadTensorFile) as e:
         raise CheckpointError(f"{path}: {e}", **older) from e
-    declared = entry.get("crc32", {}) if by_tensor else checksums
+    declared = entry.crc32 if by_tensor else checksums
     if wrong := sorted(
         n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)
     ):
@@ -156,7 +170,7 @@ def verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
             allowed="bytes as they were written",
             **older,
         ) from damaged
-    if sha256 != entry["sha256"]:
+    if sha256 != entry.sha256:
         raise damaged
 
 
@@ -169,7 +183,7 @@ def _changed(path: Path, what: str) -> CheckpointError:
 
 
 def _write_and_sync(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
+    with create(path) as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())

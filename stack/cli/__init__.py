@@ -5,7 +5,18 @@ import sys
 
 import typer
 
-from stackproof.cli import data, doctor, evaluate, evidence, export, gates, tokenizer, trace, train
+from stackproof.cli import (
+    data,
+    doctor,
+    evaluate,
+    evidence,
+    export,
+    gates,
+    inspect,
+    tokenizer,
+    trace,
+    train,
+)
 from stackproof.cli.output import emitted
 from stackproof.spec.errors import EnvironmentUnfit, StackproofError
 
@@ -25,7 +36,7 @@ app = typer.Typer(
 )
 
 
-for module in (train, evaluate, trace, export, data, tokenizer, gates, evidence, doctor):
+for module in (train, evaluate, inspect, trace, export, data, tokenizer, gates, evidence, doctor):
     app.add_typer(module.app)
 
 

@@ -1,4 +1,4 @@
-"""`stack evaluate`, `stack sample`, `stack inspect`."""
+"""`stack evaluate`, `stack sample`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,8 +7,8 @@ from typer import Option, Typer
 
 from stackproof.cli.load_model import OpenedModel
 from stackproof.cli.options import Checkpoint, Json, RecordDir, examples
-from stackproof.cli.output import emit, print_facts, print_line, print_table
-from stackproof.cli.paths import model_at, refuse_unused, text_at
+from stackproof.cli.output import emit, print_facts, print_line
+from stackproof.cli.paths import refuse_unused, text_at
 from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.spec.errors import DataError, UsageError
 
@@ -222,68 +222,3 @@ def sample(
         for one in samples:
             print_line(one["prompt"] + one["text"])
             print_line(f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", "dim")
-
-
-@app.command()
-def inspect(model: Checkpoint, json: Json = False) -> None:
-    """Show architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is
-    INVALID.
-    """
-    from stackproof.spec.errors import CheckpointError
-    from stackproof.spec.formulas import parameter_count
-    from stackproof.train import checkpoint
-
-    document = _described(checkpoint.find(model_at(model)))
-    if document["checksum"] == "VALID":
-        document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
-    if not emit(document, json):
-        print_facts("Checkpoint", document, "tensors", "model")
-        if "tensors" in document:
-            rows = [
-                [t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"]
-                for t in document["tensors"]
-            ]
-            print_table("Tensors", ["name", "shape", "dtype", "parameters"], rows)
-    if document["checksum"] == "INVALID":
-        raise CheckpointError(
-            "checksum INVALID: " + document["problem"],
-            value=document["value"],
-            next_step="resume from an older step folder",
-        )
-
-
-def _described(folder: Path) -> dict:
-    """Architecture, tensors, counts and checksum of a step folder.
-    A damaged folder is reported as INVALID.
-    """
-    import json
-
-    from stackproof.config import recorded_config
-    from stackproof.spec.errors import CheckpointError
-    from stackproof.train import checkpoint
-
-    try:
-        loaded = checkpoint.load(folder)
-    except CheckpointError as e:
-        problem = {"problem": e.what, "value": None if e.value is None else str(e.value)}
-        return {"path": str(folder), "checksum": "INVALID", **problem}
-    state = loaded.state
-    dtype = lambda t: str(t.dtype).removeprefix("torch.")  # noqa: E731
-    tensors = [
-        {"name": n, "shape": list(t.shape), "dtype": dtype(t), "numel": t.numel()}
-        for n, t in loaded.model.items()
-    ]
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    return {
-        "path": str(folder),
-        "checksum": "VALID",
-        "architecture": recorded_config(state["config"]).model.summary(),
-        **{k: state[k] for k in ("step", "tokens_seen", "vocab_size")},
-        "model": state["config"]["model"],
-        "n_params": sum(t["numel"] for t in tensors),
-        "n_tensors": len(tensors),
-        "bytes": sum((folder / f).stat().st_size for f in (*checkpoint.FILES, "manifest.json")),
-        "sha256": manifest["files"]["model.safetensors"]["sha256"],
-        "best": checkpoint.pointed(folder.parent, "best") == folder,
-        "tensors": tensors,
-    }

@@ -40,6 +40,10 @@ def train(
     resume: Annotated[
         Path | None, Option(help="Continue the run in this folder, bit for bit.")
     ] = None,
+    at: Annotated[
+        int | None,
+        Option(min=0, help="With --resume: the step to continue from. Default: the latest."),
+    ] = None,
     fork: Annotated[
         Path | None, Option(help="Start a child run from this run's checkpoint, with changes.")
     ] = None,
@@ -97,6 +101,12 @@ def train(
             value=f"{recipe} and --depth {depth}",
             next_step="drop one of them",
         )
+    if at is not None and not resume:
+        raise UsageError(
+            "--at chooses a checkpoint of --resume",
+            value=f"--at {at}",
+            next_step="add --resume DIR; --fork takes the folder of a step",
+        )
     runs = {"--resume": resume, "--fork": fork, "--continue-from": continue_from}
     for flag, folder in runs.items():
         if folder is not None:
@@ -132,7 +142,8 @@ def train(
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
     if resume:
         given = (resume, overrides, cfg, callbacks)
-        record = start.completed(*given) or loop.train(start.resume(*given))
+        done = start.completed(*given) if at is None else None
+        record = done or loop.train(start.resume(*given, at=at))
     else:
         lineage = {"parent": parent, "continued": bool(continue_from)}
         record = loop.train(start.fresh(cfg, overrides, directory, callbacks, **lineage))
@@ -163,10 +174,9 @@ def _resolve(
 
     file = None
     if resume or parent:
-        from stackproof.train.run_dir import parent_run
-        from stackproof.train.start import read_config
+        from stackproof.train.start import parent_config, read_config
 
-        base = read_config(resume or parent_run(parent))
+        base = read_config(resume) if resume else parent_config(parent)
     elif depth:
         base = from_depth(depth, corpus_of(data) if data else None)
     elif recipe and (recipe.endswith(".toml") or Path(recipe).is_file()):

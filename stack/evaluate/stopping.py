@@ -67,8 +67,12 @@ class StopRule:
         else:
             self.wait += 1
         self.rounds += 1
-        stop = self.wait >= self.patience and self.rounds >= self.min_evaluations
-        return Decision(improved, stop, self.wait, self.best_round, se_diff)
+        return Decision(improved, self.stopped, self.wait, self.best_round, se_diff)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the latest evaluation ended the run."""
+        return self.wait >= self.patience and self.rounds >= self.min_evaluations
 
     def _compare(self, batch_nats: Sequence[float]) -> tuple[float, bool]:
         """Standard error of the paired difference, and whether the gain exceeds it `z`
@@ -105,12 +109,9 @@ class NeverStopRule(StopRule):
     def __init__(self) -> None:
         super().__init__(patience=1, min_evaluations=1, z=0.0, min_delta_nats=0.0)
 
-    def update(self, batch_nats: Sequence[float]) -> Decision:
-        """Decide on one evaluation; `stop` is always False."""
-        decision = super().update(batch_nats)
-        return Decision(
-            decision.improved, False, decision.wait, decision.best_round, decision.se_diff
-        )
+    @property
+    def stopped(self) -> bool:
+        return False
 
 
 def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:

@@ -15,7 +15,7 @@ PATIENCE_S = 5.0  # a slow disk; enough for one update of a small model
 def snapshot_aliases_live():
     write = checkpoint.write
 
-    def late(root, snapshot):
+    def late(root, snapshot, judge):
         live = snapshot.content.tensors
         moments = live["state.safetensors"]
         seen, began = {n: t.clone() for n, t in moments.items()}, time.monotonic()
@@ -27,7 +27,9 @@ def snapshot_aliases_live():
         by_then = {
             file: {n: t.clone() for n, t in tensors.items()} for file, tensors in live.items()
         }
-        return write(root, replace(snapshot, content=replace(snapshot.content, tensors=by_then)))
+        return write(
+            root, replace(snapshot, content=replace(snapshot.content, tensors=by_then)), judge
+        )
 
     with swap(checkpoint, "copies", lambda tensors: tensors), swap(checkpoint, "write", late):
         yield

@@ -80,7 +80,6 @@ class WrittenCheckpoint(SavedCheckpoint):
         sha256["state.json"] = hashlib.sha256(document).hexdigest()
         bad = [f for f in sha256 if manifest.get(f, {}).get("sha256") != sha256[f]]
         absent = [key for key in REQUIRED_STATE if key not in state]
-        latest = (self.folder.parent / "latest").read_text().strip()
         problems = {
             f"undeclared files: {', '.join(sorted(names - set(FILES)))}": names - set(FILES),
             f"state.json lacks {', '.join(absent)}": absent,
@@ -89,7 +88,6 @@ class WrittenCheckpoint(SavedCheckpoint):
             f"state.json has step {state.get('step')}, saved was {self.step}": (
                 state.get("step") != self.step
             ),
-            f"latest names {latest}": latest != self.folder.name,
         }
         return [f"{self.folder.name}: {text}" for text, found in problems.items() if found]
 

@@ -51,6 +51,7 @@ from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
 MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is searched
 TRACING_SHARE_MAX = 0.02  # of a run's time
+FIRST_STEP = "loss of the first step"
 RECOMPUTED_STEP, STEP_TIME = "runtime.recomputed-step", "runtime.step-time"
 
 
@@ -122,7 +123,8 @@ class GateEvents(Callback):
         self.loss = LossOfFirstStep()
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
-        self.loss.done = not trainer.keeper.states.keys() & set(self.loss.gates)
+        judged = trainer.keeper.states.keys() & set(self.loss.gates)
+        self.loss.done = FIRST_STEP in trainer.verified or not judged
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
 
     def on_step_start(self, trainer: Trainer) -> None:
@@ -161,6 +163,7 @@ class GateEvents(Callback):
             trainer.state, n_rounds, applied=report.applied, reported_nats=report.loss_nats
         )
         if loss:
+            trainer.verified.add(FIRST_STEP)
             trainer.keeper.charge(self.loss.gates[0], self.loss.seconds)
             observe(loss)
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))

@@ -6,27 +6,40 @@ checkpoints/latest, best     text files naming a step folder
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from stackproof import tensorfile, tensorfolder
 from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
 from stackproof.model.foreign import plain_name
-from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
-from stackproof.spec.errors import CheckpointError, IntegrityError
-from stackproof.spec.files import write_atomically
+from stackproof.spec.canonical import canonical_json, read_json, sha256_json
+from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError
+from stackproof.spec.files import (
+    open_regular,
+    read_bytes,
+    remove_folder,
+    require_own,
+    write_atomically,
+)
+from stackproof.spec.gates import Frozen
+from stackproof.spec.tables import validated
 from stackproof.train import optimizer as opt
 from stackproof.train.rng import default_rng_state, set_default_rng_state
 from stackproof.train.state import TrainState
 
-SCHEMA, FORMER = "stackproof/checkpoint/3", "stackproof/checkpoint/2"
+SCHEMA = "stackproof/checkpoint/4"
+# 3 does not state the lines of the logs, 2 in addition not the checksum of each tensor.
+FORMER = ("stackproof/checkpoint/3", "stackproof/checkpoint/2")
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 # Fields of the training state that the document holds as they are.
 COUNTERS = ("step tokens_seen wall_s ema_loss_nats min_ema_loss_nats last_val_nats best").split()
@@ -34,9 +47,12 @@ STATE_KEYS = frozenset(
     (
         "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats "
         "min_ema_loss_nats last_val_nats best config config_sha256 tokenizer_sha256 vocab_size "
-        "record"
+        "record run"
     ).split()
 )
+STEP = re.compile(r"step-(\d{8})")
+OLDER = "stack train --resume DIR --at STEP takes an older step folder"
+SPARE_BYTES = 16 * 2**20  # left free beside checkpoints, for logs and the record
 
 
 @dataclass(frozen=True)
@@ -83,9 +99,17 @@ def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 
 def state_document(
-    state: TrainState, *, tokenizer_sha256: str, vocab_size: int, gates: dict, record: str
+    state: TrainState,
+    *,
+    tokenizer_sha256: str,
+    vocab_size: int,
+    gates: dict,
+    record: str,
+    run: dict[str, Any] | None = None,
 ) -> dict:
-    """The JSON half of a checkpoint."""
+    """The JSON half of a checkpoint. `run` ties it to its run directory: sha256 of run.json, marks
+    of the logs, sections that were compared; None outside of one.
+    """
     config = state.cfg.to_dict()
     return {
         **{name: getattr(state, name) for name in COUNTERS},
@@ -97,10 +121,11 @@ def state_document(
         "stopper": state.stopper.state_dict(),
         "gates": gates,
         "config": config,
-        "config_sha256": sha256_bytes(canonical_json(config)),
+        "config_sha256": sha256_json(config),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
         "record": record,
+        "run": run,
     }
 
 
@@ -110,6 +135,12 @@ class Snapshot:
 
     step: int
     content: tensorfolder.Content
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors and of the document."""
+        groups = self.content.tensors.values()
+        return sum(t.nbytes for g in groups for t in g.values()) + len(self.content.document)
 
 
 def step_name(step: int) -> str:
@@ -148,37 +179,61 @@ def save(root: Path, state: TrainState, document: dict) -> Path:
 
 
 @ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
-def write(root: Path, snapshot: Snapshot) -> Path:
-    """Write `root/step-XXXXXXXX`, compare it with memory and point `latest` at it.
+def write(
+    root: Path, snapshot: Snapshot, judge: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """Write `root/step-XXXXXXXX`, compare it with memory, `judge` it, and point `latest` at it.
     Returns the folder.
 
-    Raises CheckpointError if anything fails; the earlier checkpoints and
-    pointers are then unchanged.
+    Raises CheckpointError if anything fails, and what `judge` raises; the earlier checkpoints and
+    pointers are then unchanged, and the folder is gone.
     """
     final = root / step_name(snapshot.step)
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
         # Write under a temporary name: a kill never leaves half a checkpoint under the final one.
         root.mkdir(parents=True, exist_ok=True)
+        require_own(root)
+        require_free(root, snapshot.n_bytes)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         manifest = tensorfolder.write(temporary, snapshot.content)
         with tensorfolder.in_place(temporary, final):
             # Read everything back before `latest` moves: a full or failing disk may report success.
             tensorfolder.compare(final, snapshot.content, manifest)
-            point(root, "latest", final)
+            judge(final)
+        point(root, "latest", final)
     except (OSError, tensorfile.BadTensorFile) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {snapshot.step} could not be written: {e}",
-            value=(
-                f"{shutil.disk_usage(root if root.exists() else root.parent).free} bytes free "
-                f"below {root}"
-            ),
+            value=f"{free_bytes(root)} bytes free below {root}",
             allowed="a disk with room for two checkpoints",
             next_step="free space, then stack train --resume; earlier checkpoints are intact",
         ) from e
     return final
+
+
+def free_bytes(root: Path) -> int:
+    """Bytes that this process may still write below a folder that may not exist yet."""
+    return shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
+
+
+def require_free(root: Path, n_bytes: int, n_checkpoints: int = 1) -> None:
+    """Raises EnvironmentUnfit unless that many checkpoints of `n_bytes` fit on the disk, with room
+    for logs and record.
+    """
+    needed, free = n_checkpoints * n_bytes + SPARE_BYTES, free_bytes(root)
+    if needed > free:
+        raise EnvironmentUnfit(
+            f"the disk below {root} has no room for {n_checkpoints} checkpoint(s)",
+            value=f"{free} bytes free",
+            allowed=f"at least {needed} bytes",
+            next_step=(
+                "free space, then stack train --resume; or another --run-dir; checkpoint.keep sets "
+                "how many are kept"
+            ),
+        )
 
 
 def point(root: Path, name: str, folder: Path) -> None:
@@ -186,29 +241,67 @@ def point(root: Path, name: str, folder: Path) -> None:
     write_atomically(root / name, folder.name.encode())
 
 
+def point_best(root: Path, step: int | None) -> None:
+    """Point `best` at the folder of a step. If there is no such folder, as in a child run whose
+    best step is its parent's, or after an older step was taken, nothing is called best.
+    """
+    if step is None or not (folder := root / step_name(step)).is_dir():
+        (root / "best").unlink(missing_ok=True)
+    elif pointed(root, "best") != folder:
+        point(root, "best", folder)
+
+
 def pointed(root: Path, name: str) -> Path | None:
     """The step folder that the pointer `name` names, whether or not it exists;
-    None without such a pointer.
+    None without such a pointer. Raises CheckpointError if the file holds anything else.
     """
-    return root / (root / name).read_text().strip() if (root / name).is_file() else None
+    if not (root / name).is_file():
+        return None
+    try:
+        text = read_bytes(root / name, 64).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        text = f"{type(e).__name__}: {e}"
+    if not STEP.fullmatch(text):
+        raise CheckpointError(
+            f"{root / name} does not name a step folder",
+            value=repr(text),
+            allowed="the name of a folder, such as step-00000200",
+            next_step="give the folder of a step, or --resume DIR --at STEP",
+        )
+    return root / text
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a step folder, by its name; None for other names."""
+    found = STEP.fullmatch(folder.name)
+    return int(found[1]) if found else None
 
 
 def pointed_step(root: Path, name: str) -> int | None:
     """Step of the folder that the pointer `name` names; None unless that folder is complete."""
     folder = pointed(root, name)
     complete = folder is not None and (folder / "manifest.json").is_file()
-    return int(folder.name.removeprefix("step-")) if complete else None
+    return step_of(folder) if complete else None
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The step folders below `root`, oldest first. Links are left out."""
+    found = (p for p in root.glob("step-*") if step_of(p) is not None)
+    return sorted(p for p in found if p.is_dir() and not p.is_symlink())
 
 
 def retain(root: Path, keep: int) -> None:
-    """Delete all step folders but the newest `keep` and those a pointer names,
-    and leftovers of interrupted writes.
+    """Delete all step folders but the newest `keep` and those a pointer names, and leftovers of
+    interrupted writes. Folders of steps after `latest` belong to a part of the run that was taken
+    back, and go first.
     """
     kept = {pointed(root, n) for n in ("latest", "best")}
-    folders = sorted(p for p in root.glob("step-*") if p.is_dir())
-    for folder in folders[:-keep]:
-        if folder not in kept:
-            shutil.rmtree(folder)
+    newest = pointed(root, "latest")
+    folders = step_folders(root)
+    current = [p for p in folders if newest is None or p.name <= newest.name]
+    for folder in folders:
+        if folder not in kept and folder not in current[-keep:]:
+            remove_folder(folder)
     for leftover in (*root.glob(".writing-*"), *root.glob(".replaced-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -230,7 +323,7 @@ def find(path: Path) -> Path:
     for folder in (
         root / name,
         *root.glob(f".replaced-{name}-*"),
-        *sorted(root.glob("step-*"), reverse=True),
+        *reversed(step_folders(root)),
     ):
         if (folder / "manifest.json").is_file():
             return folder
@@ -241,8 +334,40 @@ def find(path: Path) -> Path:
     )
 
 
+def has_any(root: Path) -> bool:
+    """Whether a save of the run has reached its place."""
+    return bool(step_folders(root)) or any(root.glob(".replaced-*"))
+
+
+def at(root: Path, step: int) -> Path:
+    """The folder of a step below the checkpoints folder. Raises CheckpointError naming the steps
+    that are there.
+    """
+    folder = root / step_name(step)
+    if (folder / "manifest.json").is_file():
+        return folder
+    there = [p for p in step_folders(root) if (p / "manifest.json").is_file()]
+    raise CheckpointError(
+        f"there is no checkpoint of step {step} in {root}",
+        allowed=", ".join(str(step_of(p)) for p in there) or "none is there",
+        next_step="--at 0 begins at the seed",
+    )
+
+
+def newest_intact(root: Path) -> int | None:
+    """The newest step whose folder is complete and verifies, or None."""
+    for folder in reversed(step_folders(root)):
+        try:
+            load(folder)
+        except CheckpointError:
+            continue
+        return step_of(folder)
+    return None
+
+
 def _refuse_file(path: Path) -> None:
-    magic = path.open("rb").read(4)
+    with open_regular(path) as f:
+        magic = f.read(4)
     kind = "a file"
     if magic[:1] == b"\x80":
         kind = "a pickle"
@@ -264,42 +389,78 @@ def load(folder: Path) -> Loaded:
     Raises CheckpointError naming the file and what differs.
     """
     # The manifest comes first, as it declares what the other files must be.
-    manifest = _read_json(folder / "manifest.json")
-    if manifest.get("schema") not in (SCHEMA, FORMER) or set(manifest.get("files", {})) != set(
-        FILES
-    ):
-        raise CheckpointError(
-            f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}",
-            value=f"{manifest.get('schema')}, {', '.join(sorted(manifest.get('files', {})))}",
-            allowed=f"{SCHEMA} or {FORMER} with {', '.join(FILES)}",
-            next_step="use the version of stackproof that wrote it: its record names the commit",
-        )
+    manifest = _read_manifest(folder / "manifest.json")
     # Verify the bytes before anything reads their content.
-    tensorfolder.verify(folder, manifest["files"], by_tensor=manifest["schema"] == SCHEMA)
-    # A missing key would start again at its default, so the set of keys must be exact.
-    document = _read_json(folder / "state.json")
-    if set(document) != STATE_KEYS:
-        odd = sorted(set(document) ^ STATE_KEYS)
-        raise CheckpointError(
-            f"{folder / 'state.json'} lacks or adds keys",
-            value=", ".join(odd),
-            allowed="exactly the declared keys",
-        )
+    tensorfolder.verify(folder, manifest.files, by_tensor=manifest.schema_ != FORMER[1])
     return Loaded(
         folder,
         _read_tensors(folder / "model.safetensors"),
         _read_tensors(folder / "state.safetensors"),
-        document,
+        _read_state(folder, manifest),
     )
+
+
+def load_document(folder: Path) -> dict:
+    """The state document of a step folder, verified by its hash; reads no tensor.
+    Raises CheckpointError as `load`.
+    """
+    manifest = _read_manifest(folder / "manifest.json")
+    name = "state.json"
+    tensorfolder.verify(folder, {name: manifest.files[name]}, by_tensor=False)
+    return _read_state(folder, manifest)
+
+
+class Manifest(Frozen):
+    """manifest.json: what each file of a step folder must be."""
+
+    schema_: str = Field(alias="schema")
+    files: dict[str, tensorfolder.Declared]
+
+
+def _read_manifest(path: Path) -> Manifest:
+    document = _read_json(path)
+    try:
+        manifest = validated(Manifest, document, origin=str(path))
+    except IntegrityError as e:
+        raise CheckpointError(e.what, value=e.value, next_step=OLDER) from e
+    if manifest.schema_ not in (SCHEMA, *FORMER) or set(manifest.files) != set(FILES):
+        raise CheckpointError(
+            f"{path} is not a manifest of {SCHEMA}",
+            value=f"{manifest.schema_}, {', '.join(sorted(manifest.files))}",
+            allowed=f"{SCHEMA}, {' or '.join(FORMER)}, with {', '.join(FILES)}",
+            next_step="use the version of stackproof that wrote it: its record names the commit",
+        )
+    return manifest
+
+
+def _read_state(folder: Path, manifest: Manifest) -> dict:
+    document = _read_json(folder / "state.json")
+    # A missing key would start again at its default, so the set of keys must be exact.
+    keys = STATE_KEYS if manifest.schema_ == SCHEMA else STATE_KEYS - {"run"}
+    if set(document) != keys:
+        odd = sorted(set(document) ^ keys)
+        raise CheckpointError(
+            f"{folder / 'state.json'} lacks or adds keys",
+            value=", ".join(odd),
+            allowed="exactly the declared keys",
+            next_step=OLDER,
+        )
+    config = document["config"]
+    if manifest.schema_ == SCHEMA and document["config_sha256"] != sha256_json(config):
+        raise CheckpointError(
+            f"{folder / 'state.json'}: the configuration does not match its hash", next_step=OLDER
+        )
+    return {"run": None} | document
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return parse_strict(path.read_bytes(), origin=str(path))
+        document = read_json(path)
     except (OSError, IntegrityError) as e:
-        raise CheckpointError(
-            f"cannot read {path}: {e}", next_step="resume from an older step folder"
-        ) from e
+        raise CheckpointError(f"cannot read {path}: {e}", next_step=OLDER) from e
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a JSON object", next_step=OLDER)
+    return document
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

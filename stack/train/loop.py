@@ -1,6 +1,7 @@
 """The training loop, and its phases: draw and update, evaluate, sample, save."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +12,14 @@ from stackproof.data.data_loader import Batch
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
-from stackproof.spec.errors import Stopped
+from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, Stopped
 from stackproof.spec.records import Record
 from stackproof.subject.checkpoints import WrittenCheckpoint
 from stackproof.train import checkpoint
 from stackproof.train import step as steps
 from stackproof.train.callbacks import declared_plan
 from stackproof.train.rng import generator
-from stackproof.train.signals import STATUS_OF_SIGNAL, Requests, listening
+from stackproof.train.signals import STATUS_OF_SIGNAL, Requests, StoppedAtOnce, listening
 from stackproof.train.state import live_crc32
 from stackproof.train.trainer import RestartPoint, Sample, Trainer, close
 
@@ -30,50 +31,72 @@ def train(opened: AbstractContextManager[Trainer]) -> Record:
     Raises GateFailed if a gate halts the run, Stopped after a signal,
     StreamExhausted if the corpus ends and may not wrap.
     """
-    with opened as trainer:
+    with ended_by_the_system(), listening() as requests, opened as trainer:
         state, cfg = trainer.state, trainer.cfg
-        status, reason = "completed", f"all {cfg.train.max_steps} steps"
         trainer.callbacks.on_train_start(trainer, restart_point(trainer, trainer.started_from))
-        # Signals only set requests, so a step is never cut in the middle.
-        with listening(partial(acknowledge, trainer)) as requests:
-            while state.step < cfg.train.max_steps:
-                # The step comes first: all that follows describes the weights after it.
-                take_step(trainer)
-                last = state.step == cfg.train.max_steps
+        if trainer.resumed:
+            complete_save(trainer, trainer.started_from)
+        # From here on signals only set requests, so a step is never cut in the middle.
+        requests.defer(partial(acknowledge, trainer))
+        last = trainer.resumed and state.stopper.stopped
+        while state.step < cfg.train.max_steps and not last:
+            # The step comes first: all that follows describes the weights after it.
+            take_step(trainer)
+            last = state.step == cfg.train.max_steps
 
-                # A bandit is rewarded before the next draw, with the gain of this step's weights.
-                match cfg.curriculum:
-                    case BanditCurriculum(probe_every=every) if state.step % every == 0:
-                        probe(trainer)
+            # A bandit is rewarded before the next draw, with the gain of this step's weights.
+            match cfg.curriculum:
+                case BanditCurriculum(probe_every=every) if state.step % every == 0:
+                    probe(trainer)
 
-                # Evaluate before saving, so that the checkpoint holds the decision to stop.
-                evaluated = last or state.step % cfg.eval.every == 0
-                if evaluated and evaluate(trainer) and not last:
-                    status = "early_stopped"
-                    reason = f"no significant gain for {state.stopper.wait} evaluations"
-                    last = True
+            # Evaluate before saving, so that the checkpoint holds the decision to stop.
+            evaluated = last or state.step % cfg.eval.every == 0
+            if evaluated:
+                last = evaluate(trainer) or last
 
-                # Draw a text: a falling loss does not show a model that repeats itself.
-                if last or state.step % cfg.sample.every == 0:
-                    sample(trainer)
-                trainer.callbacks.on_step_end(trainer, trainer.report)
+            # Draw a text: a falling loss does not show a model that repeats itself.
+            if last or state.step % cfg.sample.every == 0:
+                sample(trainer)
+            trainer.callbacks.on_step_end(trainer, trainer.report)
 
-                # Save before a request to stop is honoured, so that no step is lost.
-                new_best = evaluated and state.best.get("step") == state.step
-                asked = requests.checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
-                due = state.step % cfg.checkpoint.every == 0
-                if last or new_best or asked or due or requests.stop:
-                    save(trainer)
-                    requests.checkpoint = requests.checkpoint and not asked
-                stop_if_asked(trainer, requests)
-                if last:
-                    break
-            # The record names the last checkpoint, so its background write must have ended.
-            trainer.output.writer.wait()
+            # Save before a request to stop is honoured, so that no step is lost.
+            new_best = evaluated and state.best.get("step") == state.step
+            asked = requests.checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
+            due = state.step % cfg.checkpoint.every == 0
+            if last or new_best or asked or due or requests.stop:
+                save(trainer)
+                requests.checkpoint = requests.checkpoint and not asked
+            stop_if_asked(trainer, requests, last)
+        # The record names the last checkpoint, so its background write must have ended.
+        trainer.output.writer.wait()
         if trainer.evaluation is None:  # a kill came between the last checkpoint and the record
             trainer.evaluation = held_out_loss(trainer)
+        status, reason = "completed", f"all {cfg.train.max_steps} steps"
+        if state.step < cfg.train.max_steps:
+            status = "early_stopped"
+            reason = f"no significant gain for {state.stopper.wait} evaluations"
         trainer.callbacks.on_train_end(trainer, status)
         return close(trainer, status, reason, 0)
+
+
+@contextmanager
+def ended_by_the_system() -> Iterator[None]:
+    """Raise Stopped for a signal that ended the run at once, and EnvironmentUnfit for a file that
+    could not be read or written, after the record is closed.
+    """
+    try:
+        yield
+    except StoppedAtOnce as e:
+        raise Stopped(
+            f"{e.status} at once, by a signal",
+            exit_code=e.exit_code,
+            next_step="stack train --resume DIR; a run that took no step is begun again",
+        ) from e
+    except OSError as e:
+        raise EnvironmentUnfit(
+            f"a file of the run could not be read or written: {e}",
+            next_step="free space or make it accessible, then stack train --resume DIR",
+        ) from e
 
 
 def take_step(trainer: Trainer) -> None:
@@ -162,49 +185,77 @@ def save(trainer: Trainer) -> None:
     root, writer = trainer.output.dir.checkpoints, trainer.output.writer
     # One write at a time, and a failed one ends the run before the next save.
     writer.wait()
+    # Capture all that the checkpoint states before a background write lets training continue.
+    point = restart_point(trainer, root / checkpoint.step_name(state.step))
+    document = checkpoint.state_document(
+        state,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        gates=point.gates,
+        record=trainer.output.record.id,
+        run=trainer.mark(),
+    )
     with trainer.read_only("save"):
-        # Capture all that the checkpoint states before a background write lets training continue.
-        point = restart_point(trainer, root / checkpoint.step_name(state.step))
-        document = checkpoint.state_document(
-            state,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            gates=point.gates,
-            record=trainer.output.record.id,
-        )
         snapshot = checkpoint.capture(state, document, copied=writer.copied)
-        is_best = state.best.get("step") == state.step
-        write = partial(_write, trainer, snapshot, live_crc32(state), is_best)
+        write = partial(_write, trainer, snapshot, written_checkpoint(trainer, point.folder))
         writer.start(write, partial(_written, trainer, point))
         trainer.callbacks.on_save(trainer, point.folder)
 
 
-def _write(
-    trainer: Trainer, snapshot: checkpoint.Snapshot, live: dict[str, int], is_best: bool
-) -> Path:
-    """Write a checkpoint, check it with the artifact gates, move the pointers.
-    Reads nothing that a training step changes.
-    """
-    root, model = trainer.output.dir.checkpoints, trainer.state.model
-    folder = checkpoint.write(root, snapshot)
+def written_checkpoint(trainer: Trainer, folder: Path) -> WrittenCheckpoint:
+    """The folder of this step's checkpoint, with the live state to compare it with."""
+    state, model = trainer.state, trainer.state.model
     tied = model.head_weight is model.embed.weight
-    saved = WrittenCheckpoint(folder, snapshot.step, tied, live)
-    trainer.keeper.artifact(Subject(saved=saved), step=snapshot.step)
-    if is_best:
-        checkpoint.point(root, "best", folder)
-    return folder
+    return WrittenCheckpoint(folder, state.step, tied, live_crc32(state))
+
+
+def _write(trainer: Trainer, snapshot: checkpoint.Snapshot, saved: WrittenCheckpoint) -> Path:
+    """Write a checkpoint behind its logs, and judge it by the artifact gates before `latest` names
+    it. Reads nothing that a training step changes.
+    """
+    trainer.output.dir.sync_logs()
+    judge = lambda folder: trainer.keeper.artifact(Subject(saved=saved), step=saved.step)  # noqa: E731
+    return checkpoint.write(trainer.output.dir.checkpoints, snapshot, judge)
 
 
 def _written(trainer: Trainer, point: RestartPoint, folder: Path) -> None:
-    """Delete checkpoints that are no longer kept, and announce the new one."""
-    checkpoint.retain(trainer.output.dir.checkpoints, trainer.cfg.checkpoint.keep)
+    """Point `best` at the step of the lowest loss, delete checkpoints that are no longer kept, and
+    announce the new one. Raises CheckpointError if the disk refuses.
+    """
+    root = trainer.output.dir.checkpoints
+    try:
+        checkpoint.point_best(root, point.best_step)
+        checkpoint.retain(root, trainer.cfg.checkpoint.keep)
+    except OSError as e:
+        raise CheckpointError(
+            f"old checkpoints below {root} could not be cleared away: {e}",
+            next_step="make the folder writable, then stack train --resume; the newest is intact",
+        ) from e
     trainer.callbacks.on_saved(trainer, point)
+
+
+def complete_save(trainer: Trainer, folder: Path) -> None:
+    """All that follows the write of a checkpoint, for the one that was loaded: a kill may have come
+    before it. The gates judge the folder and see the save again, as their saved state is from
+    before.
+    """
+    point = restart_point(trainer, folder)
+    with trainer.read_only("save"):
+        saved = Subject(saved=written_checkpoint(trainer, folder))
+        trainer.keeper.artifact(saved, step=trainer.state.step)
+        checkpoint.point(trainer.output.dir.checkpoints, "latest", folder)
+        trainer.callbacks.on_save(trainer, folder)
+    _written(trainer, point, folder)
 
 
 def restart_point(trainer: Trainer, folder: Path | None) -> RestartPoint:
     """Where the run stands, as something that it can begin from again."""
     return RestartPoint(
-        folder, trainer.state.step, declared_plan(trainer), trainer.keeper.state_dict()
+        folder,
+        trainer.state.step,
+        declared_plan(trainer),
+        trainer.keeper.state_dict(),
+        trainer.state.best.get("step"),
     )
 
 
@@ -217,10 +268,12 @@ def acknowledge(trainer: Trainer) -> None:
     )
 
 
-def stop_if_asked(trainer: Trainer, requests: Requests) -> None:
-    """Raise Stopped after a signal to stop; the checkpoint of this step is already written."""
+def stop_if_asked(trainer: Trainer, requests: Requests, last: bool) -> None:
+    """Raise Stopped after a signal to stop; the checkpoint of this step is already written. The
+    last step ends the run by itself.
+    """
     step, run_dir = trainer.state.step, trainer.output.dir.path
-    if requests.stop is None or step == trainer.cfg.train.max_steps:
+    if requests.stop is None or last:
         return
     trainer.output.writer.wait()
     status, exit_code = STATUS_OF_SIGNAL[requests.stop]

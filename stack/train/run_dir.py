@@ -1,15 +1,35 @@
-"""The run directory: run.json before step 1, one JSON line per step, sample and verdict,
-and what a resume rewinds.
+"""The run directory: run.json before step 1, one JSON line per step, sample and verdict, and the
+lines that belong to a checkpoint.
 """
 
-import json
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from stackproof.evidence.file_lock import LOCK
+from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, iso
-from stackproof.spec.canonical import canonical_json, parse_strict
-from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
-from stackproof.spec.files import write_atomically
+from stackproof.spec.canonical import (
+    canonical_json,
+    parse_lines,
+    parse_strict,
+    sha256_bytes,
+    sha256_json,
+)
+from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError, UsageError
+from stackproof.spec.files import (
+    open_regular,
+    open_to_append,
+    read_bytes,
+    remove_leftovers,
+    require_own,
+    sync,
+    write_atomically,
+)
 
 SERIES = (
     "metrics.jsonl",
@@ -19,30 +39,75 @@ SERIES = (
     "points.jsonl",
     "events.jsonl",
 )
-STEPPED = SERIES[:5]  # rewound when a run continues from an earlier step
+MANIFEST = "manifest.json"
+STEPPED = SERIES[:5]  # cut back when a run continues from an earlier step
+MAX_SERIES_BYTES = 2**32
+SEAL = "sha256"  # of run.json without this key
+
+
+@dataclass
+class Log:
+    """Length and running sha256 of the lines that a process has written to a series."""
+
+    n_bytes: int = 0
+    sha256: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, data: bytes) -> None:
+        self.n_bytes += len(data)
+        self.sha256.update(data)
+
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint states of the series, JSON-ready."""
+        return {"bytes": self.n_bytes, "sha256": self.sha256.hexdigest()}
 
 
 class RunDir:
-    """Paths and append-only logs of one run."""
+    """Paths and append-only logs of one run. One process writes to it at a time."""
 
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.sha256 = ""  # of run.json, as it was written or read
+        self._logs: dict[str, Log] = {}
+        self._writing = Lock()  # verdicts on a checkpoint come from the thread that writes it
 
     def create(self) -> None:
-        """Make the folder. Raises UsageError if a run already lives there."""
+        """Make the folder. Raises UsageError if a run already lives there, EnvironmentUnfit if it
+        cannot be written.
+        """
         if (self.path / "run.json").exists():
             raise UsageError(
                 f"{self.path} already holds a run",
                 allowed="a new folder",
                 next_step=f"stack train --resume {self.path}, or choose another --run-dir",
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            require_own(self.path)
+        except OSError as e:
+            raise EnvironmentUnfit(
+                f"the run directory cannot be made: {e}",
+                next_step="choose another --run-dir, or make its parent folder writable",
+            ) from e
+
+    def open(self) -> None:
+        """Begin to write, under the lock of the folder: delete what a killed process left half
+        written. A run that never reached step 1 begins with empty logs.
+        """
+        for folder in (self.path, self.checkpoints):
+            require_own(folder)
+            remove_leftovers(folder)
+        (self.path / checksums.FILE).unlink(missing_ok=True)
+        if not (self.path / "run.json").exists():
+            for name in SERIES:
+                (self.path / name).unlink(missing_ok=True)
 
     def write_run(
         self, record: RecordBuilder, *, device: str, inherited_s: float = 0.0, **more: Any
     ) -> None:
-        """Write run.json: all that a resume reads before it loads a checkpoint."""
+        """Write run.json, sealed with its own hash: all that a resume reads before it loads a
+        checkpoint.
+        """
         document = {
             "record": record.id,
             "config": record.config,
@@ -55,14 +120,18 @@ class RunDir:
             "inherited_s": inherited_s,
             **more,
         }
-        write_atomically(self.path / "run.json", canonical_json(document))
+        data = canonical_json(document | {SEAL: sha256_json(document)})
+        write_atomically(self.path / "run.json", data)
+        self.sha256 = sha256_bytes(data)
 
     def read_run(self) -> dict:
-        """The run.json. Raises CheckpointError without a readable one."""
+        """The run.json. Raises CheckpointError if it is missing, unreadable or was changed."""
+        path = self.path / "run.json"
         try:
-            return parse_strict(
-                (self.path / "run.json").read_bytes(), origin=str(self.path / "run.json")
-            )
+            data = read_bytes(path)
+            document = parse_strict(data, origin=str(path))
+            if not isinstance(document, dict):
+                raise IntegrityError(f"{path} is not a JSON object")
         except (OSError, IntegrityError) as e:
             raise CheckpointError(
                 f"{self.path} is not a run directory: {e}",
@@ -72,44 +141,157 @@ class RunDir:
                     "again in the same way"
                 ),
             ) from e
+        content = {k: v for k, v in document.items() if k != SEAL}
+        if SEAL in document and document[SEAL] != sha256_json(content):
+            raise CheckpointError(
+                f"{path} was changed after it was written",
+                value=f"sha256 {sha256_json(content)[:12]}…",
+                allowed=f"sha256 {document[SEAL][:12]}…",
+                next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
+            )
+        self.sha256 = sha256_bytes(data)
+        return content
 
     def log(self, name: str, **line: Any) -> None:
-        """Append one canonical JSON line to a series, whole or not at all."""
-        with open(self.path / name, "ab") as f:
-            f.write(canonical_json(line) + b"\n")
+        """Append one canonical JSON line to a series. Raises CheckpointError if it cannot be
+        written.
+        """
+        data = canonical_json(line) + b"\n"
+        with self._writing:
+            log = self._log(name)
+            try:
+                with open_to_append(self.path / name) as f:
+                    f.write(data)
+            except OSError as e:
+                raise CheckpointError(
+                    f"{self.path / name} could not be written: {e}",
+                    next_step="free space, then stack train --resume; checkpoints are intact",
+                ) from e
+            log.add(data)
+
+    def _log(self, name: str) -> Log:
+        """What is known of a series; one that was there before is read once."""
+        if name not in self._logs:
+            self._logs[name] = log = Log()
+            if (self.path / name).is_file():
+                _read_into(log, self.path / name)
+        return self._logs[name]
+
+    def marks(self) -> dict[str, dict[str, Any]]:
+        """Length and sha256 of each series that a resume cuts back, by name."""
+        with self._writing:
+            return {
+                name: self._log(name).mark() for name in STEPPED if (self.path / name).is_file()
+            }
+
+    def sync_logs(self) -> None:
+        """Wait until all lines are on the disk, so that a checkpoint never outlives its logs."""
+        for name in SERIES:
+            if (self.path / name).is_file():
+                sync(self.path / name)
+        sync(self.path)
+
+    def require_logs(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises CheckpointError unless the lines that belong to a checkpoint are all there."""
+        for name, mark in marks.items():
+            kept = Log()
+            if (self.path / name).is_file():
+                _read_into(kept, self.path / name, mark["bytes"])
+            if kept.mark() != dict(mark):
+                raise CheckpointError(
+                    f"{self.path / name} is not the log that the checkpoint belongs to",
+                    value=f"{kept.n_bytes} bytes, sha256 {kept.mark()['sha256'][:12]}…",
+                    allowed=f"its first {mark['bytes']} bytes, sha256 {mark['sha256'][:12]}…",
+                    next_step=(
+                        f"restore the file; --resume {self.path} --at STEP takes another "
+                        "checkpoint, --fork continues without the logs"
+                    ),
+                )
+
+    def restore_logs(self, marks: Mapping[str, Mapping[str, Any]]) -> int:
+        """Cut every series back to the lines that belong to a checkpoint, so that replayed steps
+        are not logged twice. Returns the bytes cut.
+        """
+        cut = 0
+        for path in [self.path / name for name in STEPPED if (self.path / name).exists()]:
+            n_bytes = marks[path.name]["bytes"] if path.name in marks else 0
+            cut += path.stat().st_size - n_bytes
+            if n_bytes:
+                os.truncate(path, n_bytes)
+            else:
+                path.unlink()
+        self._logs.clear()
+        self.sync_logs()
+        return cut
 
     def rewind(self, step: int) -> int:
-        """Cut every series back to lines of at most `step`, so that replayed steps are not logged
-        twice. Returns lines cut.
+        """Cut every series back to lines of at most `step`, for a checkpoint of a former version,
+        which does not state its lines. Returns the bytes cut.
         """
         cut = 0
         for name in STEPPED:
-            lines, kept = _lines_until(self.path / name, step)
-            cut += len(lines) - len(kept)
-            if len(kept) != len(lines):
-                write_atomically(self.path / name, b"".join(kept))
+            data, kept = _lines_until(self.path / name, step)
+            cut += len(data) - len(kept)
+            if len(kept) != len(data):
+                write_atomically(self.path / name, kept)
+        self._logs.clear()
         return cut
 
     def copy_history(self, source: "RunDir", name: str, step: int) -> None:
         """Take over another run's lines of a series up to a step."""
-        lines, kept = _lines_until(source.path / name, step)
-        if lines:
-            write_atomically(self.path / name, b"".join(kept))
+        data, kept = _lines_until(source.path / name, step)
+        if data:
+            write_atomically(self.path / name, kept)
 
     def read_lines(self, name: str) -> list[dict]:
+        """The complete lines of a series; none without its file. Raises IntegrityError naming a
+        damaged line.
+        """
         path = self.path / name
-        return (
-            [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-        )
+        if not path.is_file():
+            return []
+        data = read_bytes(path, MAX_SERIES_BYTES)
+        return parse_lines(data[: data.rfind(b"\n") + 1], origin=str(path))
+
+    def files(self) -> list[str]:
+        """Paths of all files of a finished run that have no manifest of their own: not the lock,
+        and of step folders the manifest alone.
+        """
+        found = (p for p in sorted(self.path.rglob("*")) if p.is_symlink() or not p.is_dir())
+        names = (p.relative_to(self.path) for p in found)
+        return [
+            name.as_posix()
+            for name in names
+            if name.as_posix() not in (LOCK, checksums.FILE)
+            and (len(name.parts) != 3 or name.parts[0] != "checkpoints" or name.name == MANIFEST)
+        ]
+
+    def seal(self) -> None:
+        """Write SHA256SUMS: the run has ended. Raises OSError."""
+        checksums.write_checksums(self.path, self.files())
 
 
-def _lines_until(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
-    """All lines of a series, and those of at most `step`: lines of before step 1 have none, and a
-    line that a kill cut off is left out.
+def _read_into(log: Log, path: Path, n_bytes: int = MAX_SERIES_BYTES) -> None:
+    """Add the first bytes of a file to a log."""
+    left = n_bytes
+    with open_regular(path) as f:
+        while left and (block := f.read(min(left, 2**20))):
+            log.add(block)
+            left -= len(block)
+
+
+def _lines_until(path: Path, step: int) -> tuple[bytes, bytes]:
+    """A series, and its lines of at most `step`: lines of before step 1 have none, and a line that
+    a kill cut off is left out.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return lines, [line for line in whole if (json.loads(line).get("step") or 0) <= step]
+    if not path.is_file():
+        return b"", b""
+    data = read_bytes(path, MAX_SERIES_BYTES)
+    lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+    kept = [
+        line for line in lines if (parse_lines(line, origin=str(path))[0].get("step") or 0) <= step
+    ]
+    return data, b"".join(kept)
 
 
 def default_run_dir(recipe: str, seed: int) -> Path:

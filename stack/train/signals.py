@@ -1,51 +1,81 @@
-"""Signals as requests the loop reads at its next boundary. The second Ctrl-C stops at once."""
+"""Signals: before step 1 they end the run at once, later they are requests that the loop reads at
+its next boundary. A second Ctrl-C ends it at once.
+"""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal that ends the run where it is: no step of the run is complete that a checkpoint
+    could hold, or Ctrl-C came twice.
+    """
+
+    def __init__(self, number: int):
+        self.status, self.exit_code = STATUS_OF_SIGNAL[signal.Signals(number)]
+        super().__init__(number)
+
 
 @dataclass
 class Requests:
-    """The signals received since the last boundary."""
+    """The signals received since the last boundary. `deferred` is whether they wait for it."""
 
     stop: int | None = None
     checkpoint: bool = False
+    deferred: bool = False
     # Not shown: signal.signal makes a text of its handler, and this one holds a whole run.
     on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)
 
+    def defer(self, on_checkpoint: Callable[[], None]) -> None:
+        """Let signals wait for the end of a step from now on; SIGUSR1 is acknowledged at once."""
+        self.deferred, self.on_checkpoint = True, on_checkpoint
+
     def _on_stop(self, number: int, frame) -> None:
-        if self.stop is not None:
-            raise KeyboardInterrupt
-        self.stop = number
+        # A scheduler repeats SIGTERM until the process ends; only a person means a second Ctrl-C.
+        again = number == signal.SIGINT == self.stop
+        self.stop = self.stop or number
+        if again or not self.deferred:
+            raise StoppedAtOnce(number)
 
     def _on_checkpoint(self, number: int, frame) -> None:
         self.checkpoint = True
         self.on_checkpoint()
 
 
-STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
-
-
 @contextmanager
-def listening(on_checkpoint: Callable[[], None]) -> Iterator[Requests]:
-    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context; a
-    SIGUSR1 is acknowledged at once.
-    """
-    requests = Requests(on_checkpoint=on_checkpoint)
+def listening() -> Iterator[Requests]:
+    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context."""
+    requests = Requests()
     handlers = {
         signal.SIGINT: requests._on_stop,
         signal.SIGTERM: requests._on_stop,
         signal.SIGUSR1: requests._on_checkpoint,
     }
-    try:
-        former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    except ValueError:  # not the main thread, which keeps its handlers
+    with _handled_by(handlers):
         yield requests
-        return
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM while the end of a run is written down."""
+    with _handled_by(dict.fromkeys(STATUS_OF_SIGNAL, signal.SIG_IGN)):
+        yield
+
+
+@contextmanager
+def _handled_by(handlers: dict) -> Iterator[None]:
+    former = {}
     try:
-        yield requests
+        try:
+            for number, handler in handlers.items():
+                former[number] = signal.signal(number, handler)
+        except ValueError:  # not the main thread, which keeps its handlers
+            pass
+        yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -11,7 +11,8 @@ import torch
 
 from stackproof.config import BanditCurriculum, RunConfig, recorded_config
 from stackproof.contracts.events import Resumed
-from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.gate import Verdict, failed
+from stackproof.contracts.keeper import KEPT_MOMENTS, Gatekeeper
 from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.prepare import prepare
@@ -19,14 +20,14 @@ from stackproof.data.sampler import Sampler
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
-from stackproof.spec.canonical import canonical_json, sha256_file
-from stackproof.spec.errors import ConfigError, DataError, StreamExhausted
+from stackproof.spec.canonical import canonical_json, leaves, sha256_file
+from stackproof.spec.errors import CheckpointError, ConfigError, DataError, StreamExhausted
 from stackproof.spec.files import write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
-from stackproof.spec.renamed_keys import current_override
+from stackproof.spec.renamed_keys import current_override, translated
 from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint
 from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, SdcCheck, TrainingSplit
@@ -51,6 +52,8 @@ NOT_COVERED = (
     "behaviour beyond the trained context length",
     "bitwise equality on another processor, torch build or number of threads",
 )
+STATE_BYTES_PER_PARAMETER = 12  # a weight and two moments, float32
+ALLOCATED = ("allocator",)  # how memory was laid out; it decides no bit
 # What continued pre-training may change.
 CONTINUABLE_KEYS = ("curriculum", "train.log_every", "checkpoint.keep", "gates.waive")
 
@@ -85,6 +88,7 @@ def fresh(
     directory = RunDir(run_dir)
     directory.create()
     with file_lock(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
+        directory.open()
         trainer = setup(cfg, overrides, directory, callbacks, only=only)
         # From here on an exception closes the record, so that a failed run is evidence as well.
         with recorded(trainer):
@@ -113,12 +117,18 @@ def fresh(
 
 @contextmanager
 def resume(
-    run_dir: Path, sets: Sequence[Override], changed: RunConfig, callbacks: Sequence[Callback] = ()
+    run_dir: Path,
+    sets: Sequence[Override],
+    changed: RunConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    at: int | None = None,
 ) -> Iterator[Trainer]:
-    """A run continued at its latest checkpoint. `changed` is its configuration after `--set`.
+    """A run continued at its latest checkpoint, or at that of step `at`; at the seed if a kill came
+    before its first checkpoint. `changed` is its configuration after `--set`.
 
-    Raises ConfigError if anything but the keys of BESIDE_TRAINING changes,
-    CheckpointError if nothing can be loaded.
+    Raises ConfigError if anything but the keys of BESIDE_TRAINING changes, CheckpointError if
+    nothing can be loaded, or if checkpoint, run.json and logs are not of one run.
     """
     # Refuse another computation first: the record states one configuration for all steps.
     directory = RunDir(run_dir)
@@ -127,20 +137,30 @@ def resume(
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
     with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
-        loaded = checkpoint.load(checkpoint.find(run_dir))
+        loaded = _latest(directory, at)
+        marks = _marks(directory, document, loaded)
+        red = _red_verdicts(directory, changed)
+        directory.open()
         former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
-        overrides = [*former, *sets]
-        trainer = setup(changed, overrides, directory, callbacks, document=document)
+        trainer = setup(changed, [*former, *sets], directory, callbacks, document=document)
         _refuse_other_data(trainer, document)
         trainer.output.inherited_s = document["inherited_s"]
         with recorded(trainer):
+            if loaded is None:
+                directory.restore_logs({})
             # The gates run again, as the code or the machine may have changed since.
             run_preflight(trainer, document["n_eval_batches"])
             # Cut the logs back to the checkpoint, or the steps after it would appear twice.
-            cut = directory.rewind(loaded.state["step"])
-            _load(trainer, loaded)
-            step, at = trainer.state.step, iso(utc_now())
-            directory.log("events.jsonl", event="resumed", step=step, lines_cut=cut, at=at)
+            step, cut = 0, 0
+            if loaded is not None:
+                step = loaded.state["step"]
+                cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
+                _load(trainer, loaded, resumed=True)
+            for gate_id, failure in red.items():
+                trainer.keeper.carry(gate_id, *failure)
+            _note_other_process(trainer, document, step)
+            now = iso(utc_now())
+            directory.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
             yield trainer
 
 
@@ -153,9 +173,11 @@ def completed(
     finished = run_dir / "metadata.json"
     if not finished.is_file() or not (record := read_record(finished)).succeeded:
         return None
-    _refuse_changes(read_config(run_dir), changed, sets)
+    directory = RunDir(run_dir)
+    document = directory.read_run()
+    _refuse_changes(recorded_config(document["config"]), changed, sets)
     with file_lock(run_dir, "run"):
-        checkpoint.load(checkpoint.find(run_dir))
+        _marks(directory, document, _latest(directory, None))
     done = (
         f"{run_dir} is {record.status}; nothing is left to do. --fork with more train.max_steps "
         "continues it"
@@ -166,9 +188,115 @@ def completed(
 
 def read_config(run_dir: Path) -> RunConfig:
     """The configuration that a run directory was started with.
-    Raises CheckpointError if it is not a run directory.
+    Raises CheckpointError if it is not a run directory, or if run.json was changed.
     """
     return recorded_config(RunDir(run_dir).read_run()["config"])
+
+
+def parent_config(parent: Path) -> RunConfig:
+    """The configuration that a checkpoint holds, of a run directory or a step folder.
+    Raises CheckpointError.
+    """
+    return recorded_config(checkpoint.load_document(checkpoint.find(parent))["config"])
+
+
+def _latest(directory: RunDir, at: int | None) -> checkpoint.Loaded | None:
+    """The checkpoint to continue from, loaded and verified; None for the seed.
+    Raises CheckpointError naming a step that is intact.
+    """
+    root = directory.checkpoints
+    if at == 0 or (at is None and not checkpoint.has_any(root)):
+        return None
+    try:
+        return checkpoint.load(checkpoint.at(root, at) if at else checkpoint.find(directory.path))
+    except CheckpointError as e:
+        intact = checkpoint.newest_intact(root)
+        found = f"step {intact} is intact" if intact else "no checkpoint is intact"
+        raise CheckpointError(
+            e.what,
+            value=e.value,
+            allowed=e.allowed,
+            next_step=(
+                f"{found}: stack train --resume {directory.path} --at {intact or 0}"
+                f"{'' if intact else ' begins at the seed'}"
+            ),
+        ) from e
+
+
+def _marks(
+    directory: RunDir, document: dict, loaded: checkpoint.Loaded | None
+) -> dict[str, dict] | None:
+    """The lines of the logs that belong to a checkpoint; None if it does not state them.
+    Raises CheckpointError unless run.json, checkpoint and logs are of one run.
+    """
+    if loaded is None:
+        return None
+    config, ours = loaded.state["config"], document["config"]
+    apart = sorted(_differing_keys(translated(config), translated(ours)))
+    run, record = loaded.state["run"], loaded.state["record"]
+    if apart or record != document["record"] or (run and run["sha256"] != directory.sha256):
+        what = f"{', '.join(apart[:4])} differ" if apart else "not the file that the run began with"
+        raise CheckpointError(
+            f"{directory.path / 'run.json'} and {loaded.path} are not of one run: {what}",
+            value=f"record {document['record']}",
+            allowed=f"record {record}, with the configuration in its checkpoint",
+            next_step=f"restore run.json; stack train --fork {loaded.path} does not read it",
+        )
+    if run is None:
+        return None
+    directory.require_logs(run["logs"])
+    return run["logs"]
+
+
+def _differing_keys(a: dict, b: dict) -> set[str]:
+    """Dotted keys in which two configurations differ, without those that a resume may change."""
+    left, right = (dict(leaves(tree)) for tree in (a, b))
+    keys = {k for k in left.keys() | right.keys() if left.get(k) != right.get(k)}
+    return {k for k in keys if not any(k == b or k.startswith(f"{b}.") for b in BESIDE_TRAINING)}
+
+
+def _red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Verdict]]:
+    """The first red verdicts inside the run of gates that halt, as (step, verdict) by gate.
+    Raises ConfigError for one that is not waived.
+    """
+    gates, red = load_spec().gates, {}
+    for line in directory.read_lines("gates.jsonl"):
+        gate = gates.get(line["gate"])
+        halts = gate and gate.severity == "halt" and gate.moment != "preflight"
+        if halts and line["verdict"] == "fail" and gate.id not in red:
+            red[gate.id] = line["step"], failed(line["message"], **line["measured"])
+    waived = {w.id for w in cfg.gates.waive}
+    if stopped := [gate_id for gate_id in red if gate_id not in waived]:
+        step, verdict = red[stopped[0]]
+        raise ConfigError(
+            f"gate {stopped[0]} halted this run at step {step}: {verdict.message}",
+            allowed="a resume of a run that no gate has halted, or with the gate waived",
+            next_step=(
+                f"stack train --fork {directory.path} --set … starts a child run with a change; "
+                f"--set gates.waive=… with a reason for {stopped[0]} continues this run and keeps "
+                "the verdict in its record"
+            ),
+        )
+    return red
+
+
+def _note_other_process(trainer: Trainer, document: dict, step: int) -> None:
+    """State in the record what computed the steps before, if that was other code or another
+    environment.
+    """
+    record = trainer.output.record
+    then = document["environment"] | {"commit": document["code"]["commit"]}
+    now = record.environment | {"commit": record.code.commit}
+    apart = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    if step and (apart := [k for k in apart if k not in ALLOCATED]):
+        changes = "; ".join(f"{k} {then.get(k)}, now {now.get(k)}" for k in apart)
+        record.not_covered = (
+            *record.not_covered,
+            f"the first steps had another process: {changes}",
+        )
+        trainer.callbacks.on_message(
+            f"this process is not like the one that began the run: {changes}"
+        )
 
 
 def setup(
@@ -206,6 +334,7 @@ def setup(
     )
     if document:
         record.continue_record(document["record"], document["started_at"])
+        record.command = document["command"]
     dataset = prepare(cfg.data, on_progress=watching.on_data)
 
     # Memory is required as soon as the vocabulary is known, before the model takes it.
@@ -215,6 +344,9 @@ def setup(
         allocator = f"{allocator}, {lay_in_huge_pages(needed_bytes)}"
     kernels = dispatch.choices(device, compiled=cfg.train.compile, dtype=cfg.train.dtype)
     chosen = {f"kernel_{k}": str(v) for k, v in kernels.items()}
+    if document:  # the kernels are those of the record, and so is how they were chosen
+        then = document["environment"]
+        chosen |= {k: then[k] for k in chosen if k.endswith("_origin") and k in then}
     record.environment = environment(str(device), allocator=allocator, **chosen)
     record.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":
@@ -224,6 +356,7 @@ def setup(
         )
 
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
+    checkpoint.require_free(directory.checkpoints, STATE_BYTES_PER_PARAMETER * n_params, 2)
     watching.on_setup(cfg, dataset, n_params, directory.path)
     keeper = Gatekeeper(
         spec,
@@ -284,8 +417,8 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
             )
 
 
-def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
-    """Load a checkpoint into the fresh state.
+def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False) -> None:
+    """Load a checkpoint into the fresh state; `resumed` if it is one of this run.
     A changed curriculum begins where the checkpoint's order stood.
     """
     state, callbacks = trainer.state, trainer.callbacks
@@ -305,8 +438,11 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
         )
     _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
     # The gates see the resume after their own state, with which they judge it.
-    trainer.keeper.load_state_dict(loaded.state["gates"])
-    trainer.started_from = loaded.path
+    moments = KEPT_MOMENTS if resumed else ("runtime",)
+    trainer.keeper.load_state_dict(loaded.state["gates"], moments)
+    trainer.started_from, trainer.resumed = loaded.path, resumed
+    if resumed and (run := loaded.state["run"]):
+        trainer.verified = set(run["compared"])
     trainer.keeper.observe(
         Resumed(step=state.step, path=str(loaded.path), cursor=state.data_loader.cursor)
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partialmethod
 from pathlib import Path
@@ -25,12 +25,13 @@ from stackproof.evaluate.baselines import (
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.building import RecordBuilder, artefact
-from stackproof.spec.errors import GateFailed, StackproofError, Stopped
+from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StackproofError, Stopped
 from stackproof.spec.formulas import parameter_count, perplexity
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Artefact, Record
 from stackproof.train import checkpoint
 from stackproof.train.run_dir import SERIES, RunDir
+from stackproof.train.signals import StoppedAtOnce, uninterrupted
 from stackproof.train.state import TrainState, differing, state_checksums
 from stackproof.train.step import StepReport, nonfinite_parts
 
@@ -55,13 +56,14 @@ class Sample:
 @dataclass(frozen=True)
 class RestartPoint:
     """Where a run can begin again: a step folder, or None for the seed,
-    with the declared plan and the gates' state there.
+    with the declared plan, the gates' state and the best step there.
     """
 
     folder: Path | None
     step: int
     plan: dict[str, Any]
     gates: dict[str, Any]
+    best_step: int | None = None
 
 
 class Callback:
@@ -187,7 +189,8 @@ class Trainer:
     `callbacks`).
 
     `batches`, `report` and `evaluation` are those of the latest step; `started_from` is the step
-    folder that was loaded; `verified` are the kinds of read-only sections that were compared.
+    folder that was loaded, and `resumed` is whether it is one of this run; `verified` are the
+    measurements that a run makes once, such as kinds of read-only sections that were compared.
     """
 
     state: TrainState
@@ -203,6 +206,7 @@ class Trainer:
     report: StepReport | None = None
     evaluation: Evaluation | None = None
     started_from: Path | None = None
+    resumed: bool = False
     timer: StepTimer = field(default_factory=StepTimer)
     verified: set[str] = field(default_factory=set)
 
@@ -231,6 +235,17 @@ class Trainer:
             StateCompared(self.state.step, section, n_compared=len(after), differing=changed)
         )
 
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint states of its run: sha256 of run.json, the lines of each log, and the
+        sections that were compared.
+        """
+        directory = self.output.dir
+        return {
+            "sha256": directory.sha256,
+            "logs": directory.marks(),
+            "compared": sorted(self.verified),
+        }
+
     def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
         """Log a verdict and report a failing runtime gate to the callbacks."""
         outcome, measured = verdict.outcome, dict(verdict.measured)
@@ -251,14 +266,15 @@ def recorded(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _finish_writing(trainer)
-        try:
-            record = close(trainer, *_ending(trainer, error))
-        except OSError as e:  # a full disk; the first error is the one to report
-            trainer.callbacks.on_message(f"the record could not be written: {e}")
-        else:
-            if isinstance(error, GateFailed):
-                error.record = record
+        with uninterrupted():
+            _finish_writing(trainer)
+            try:
+                record = close(trainer, *_ending(trainer, error))
+            except StackproofError as e:  # the first error is the one to report
+                trainer.callbacks.on_message(f"the record could not be written: {e}")
+            else:
+                if isinstance(error, GateFailed):
+                    error.record = record
         raise
 
 
@@ -269,9 +285,9 @@ def _finish_writing(trainer: Trainer) -> None:
     try:
         trainer.output.writer.wait()
     except Exception as e:
-        trainer.output.dir.log(
-            "events.jsonl", event="save_failed", step=trainer.state.step, message=str(e)
-        )
+        with suppress(StackproofError):  # the disk may be full
+            line = {"event": "save_failed", "step": trainer.state.step, "message": str(e)}
+            trainer.output.dir.log("events.jsonl", **line)
         trainer.callbacks.on_message(f"besides, the checkpoint behind the run failed: {e}")
 
 
@@ -288,12 +304,16 @@ def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
             return "preempted", error.what, 75
         case Stopped():
             return "interrupted", error.what, 130
+        case StoppedAtOnce(status="preempted"):
+            return "preempted", "stopped at once by SIGTERM, before step 1", 75
         case KeyboardInterrupt():
             saved = (trainer.output.dir.checkpoints / "latest").is_file()
             left = "the last checkpoint is good" if saved else "nothing was saved yet"
             return "interrupted", f"stopped at once; {left}", 130
         case StackproofError():
             return "failed", error.what, error.exit_code
+        case OSError():
+            return "failed", str(error), EnvironmentUnfit.exit_code
     return "failed", f"{type(error).__name__}: {error}", 1
 
 
@@ -302,16 +322,30 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     output, root = trainer.output, trainer.output.dir.path
     _record_metrics(trainer, with_baselines=exit_code == 0)
     output.record.device_s = max(0.0, trainer.state.wall_s - output.inherited_s)
+    ending = {"status": status, "end_reason": reason, "exit_code": exit_code}
+    try:
+        output.record.outputs = _written_files(output)
+        output.dir.sync_logs()
+        record = output.record.finish(root, gates=trainer.keeper.results(), series=SERIES, **ending)
+        trainer.callbacks.on_close(record, root)
+        output.dir.seal()
+    except OSError as e:
+        raise EnvironmentUnfit(
+            f"the record of the run could not be written: {e}",
+            next_step=f"free space below {root}, then stack train --resume {root}",
+        ) from e
+    return record
+
+
+def _written_files(output: RunOutput) -> list[Artefact]:
+    """The files of the latest checkpoint with the tokenizer, files of a parent, and bundles."""
+    root, files = output.dir.path, []
     if folder := checkpoint.pointed(output.dir.checkpoints, "latest"):
         files = [folder / f for f in (*checkpoint.FILES, "manifest.json")]
         files.append(root / "tokenizer.json")
-        output.record.outputs = [artefact(p, root=root) for p in files] + output.carried
     bundles = sorted(root.glob("repro/*/repro.json"))
-    output.record.outputs += [artefact(p, root=root) for p in bundles]
-    ending = {"status": status, "end_reason": reason, "exit_code": exit_code}
-    record = output.record.finish(root, gates=trainer.keeper.results(), series=SERIES, **ending)
-    trainer.callbacks.on_close(record, root)
-    return record
+    of_run, of_bundles = ([artefact(p, root=root) for p in ps] for ps in (files, bundles))
+    return of_run + output.carried + of_bundles
 
 
 def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:

@@ -68,11 +68,6 @@ def test_reloads_is_red_on_a_missing_file(spec, saved, file):
     assert verdict.outcome == "fail" and f"lacks {file}" in verdict.message
 
 
-def test_reloads_is_red_where_latest_names_another_folder(spec, saved):
-    (saved.folder.parent / "latest").write_text("step-00000007")
-    assert "latest names step-00000007" in judged(spec, saved).message
-
-
 def test_reloads_judges_the_tied_head_of_a_folder(spec, saved):
     verdict = judged(spec, replace(saved, live_tied=False))
     assert verdict.outcome == "fail" and "two tensors" in verdict.message

@@ -69,10 +69,10 @@ def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, asy
     """
     later, waited, write = threading.Event(), [], checkpoint.write
 
-    def slow(root, snapshot):
+    def slow(root, snapshot, judge):
         if not waited:
             waited.append(later.wait(timeout=60 if goes_on else 1))
-        return write(root, snapshot)
+        return write(root, snapshot, judge)
 
     class Watching(Callback):
         def on_step(self, trainer, report):

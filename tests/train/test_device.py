@@ -228,7 +228,7 @@ def test_the_record_names_kernels_and_origins_and_a_resume_uses_them_and_not_the
     assert (
         record.environment["kernel_attention_origin"],
         record.environment["kernel_linear_cross_entropy_name"],
-    ) == ("recorded", "torch")
+    ) == ("measured-here", "torch")
     assert "compared here" in record.environment["kernel_attention_reason"]
 
 

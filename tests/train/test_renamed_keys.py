@@ -70,6 +70,7 @@ def run_before(tmp_path, monkeypatch):
     manifest = json.loads((folder / "manifest.json").read_bytes())
     document = (BEFORE / "state.json").read_bytes()
     manifest["files"]["state.json"] = {"sha256": sha256_bytes(document), "bytes": len(document)}
+    manifest["schema"] = "stackproof/checkpoint/3"
     (folder / "manifest.json").write_bytes(canonical_json(manifest))
     return run
 

@@ -295,7 +295,8 @@ def test_listening_to_signals_does_not_write_out_the_run():
         def asked(self):
             return None
 
-    with listening(Held().asked) as requests:
+    with listening() as requests:
+        requests.defer(Held().asked)
         assert requests.stop is None and signal.getsignal(signal.SIGTERM) == requests._on_stop
 
 

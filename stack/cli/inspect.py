@@ -1,0 +1,162 @@
+"""`stack inspect`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option, Typer
+
+from stackproof.cli.options import Checkpoint, Json
+from stackproof.cli.output import emit, print_facts, print_line, print_table
+from stackproof.cli.paths import model_at
+from stackproof.spec.errors import CheckpointError, IntegrityError, StackproofError, UsageError
+
+app = Typer()
+
+
+@app.command()
+def inspect(
+    model: Checkpoint,
+    verify: Annotated[
+        bool,
+        Option(
+            "--verify",
+            help="Compare every file of a run directory with its hash: checkpoints, logs, record.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is
+    INVALID, or if --verify finds a changed, missing or added file.
+    """
+    from stackproof.spec.formulas import parameter_count
+    from stackproof.train import checkpoint
+
+    if verify:
+        return _verify(model_at(model), json)
+    document = _described(checkpoint.find(model_at(model)))
+    if document["checksum"] == "VALID":
+        document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
+    if not emit(document, json):
+        print_facts("Checkpoint", document, "tensors", "model")
+        if "tensors" in document:
+            rows = [
+                [t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"]
+                for t in document["tensors"]
+            ]
+            print_table("Tensors", ["name", "shape", "dtype", "parameters"], rows)
+    if document["checksum"] == "INVALID":
+        raise CheckpointError(
+            "checksum INVALID: " + document["problem"],
+            value=document["value"],
+            next_step="stack train --resume DIR --at STEP takes an older step folder",
+        )
+
+
+def _verify(run: Path, json: bool) -> None:
+    """Report every difference between the files of a run directory and their hashes.
+    Raises CheckpointError if there is one, UsageError for another folder.
+    """
+    from stackproof.spec import checksums
+    from stackproof.train.run_dir import RunDir
+
+    if not (run / "run.json").exists() and not (run / checksums.FILE).exists():
+        raise UsageError(
+            "--verify needs a run directory",
+            value=str(run),
+            allowed="a folder with run.json",
+            next_step="stack inspect MODEL verifies one checkpoint",
+        )
+    sealed = (run / checksums.FILE).is_file()
+    problems = list(dict.fromkeys(_problems(run)))
+    document = {"path": str(run), "ended": sealed, "files": len(RunDir(run).files())}
+    if not emit(document | {"ok": not problems, "problems": problems}, json):
+        for problem in problems:
+            print_line(problem, "red")
+        state = "ended" if sealed else "has not ended, so that its logs may grow"
+        verdict = f"{len(problems)} problem(s)" if problems else "all hashes hold"
+        print_line(f"{run}: {document['files']} files of a run that {state}: {verdict}")
+    if problems:
+        raise CheckpointError(
+            f"{run} is not as it was written: {problems[0]}",
+            value=f"{len(problems)} problem(s)",
+            allowed="every file with the bytes of its hash",
+            next_step="restore the files; --resume DIR --at STEP takes an intact step",
+        )
+
+
+def _problems(run: Path) -> Iterator[str]:
+    """What is wrong with the files of a run directory: its checksums, checkpoints, logs, run.json
+    and record.
+    """
+    from stackproof.spec import checksums
+    from stackproof.train import checkpoint
+    from stackproof.train.run_dir import RunDir
+
+    directory = RunDir(run)
+    if (run / checksums.FILE).exists():
+        try:
+            yield from checksums.changed(run, directory.files())
+        except IntegrityError as e:
+            yield e.what
+    elif (run / "metadata.json").exists():
+        yield f"{run} has a record, and {checksums.FILE} is missing"
+    for folder in checkpoint.step_folders(directory.checkpoints):
+        try:
+            state = checkpoint.load(folder).state
+            if state["run"] and folder == checkpoint.pointed(directory.checkpoints, "latest"):
+                directory.require_logs(state["run"]["logs"])
+        except StackproofError as e:
+            yield e.what
+        names = {p.name for p in folder.iterdir()}
+        for name in sorted(names - {*checkpoint.FILES, "manifest.json"}):
+            yield f"{folder / name} is no file of a checkpoint"
+    for pointer in ("latest", "best"):
+        try:
+            folder = checkpoint.pointed(directory.checkpoints, pointer)
+        except CheckpointError as e:
+            yield e.what
+            continue
+        if folder and not folder.is_dir():
+            yield f"{directory.checkpoints / pointer} names {folder.name}, which is not there"
+    try:
+        directory.read_run()
+    except CheckpointError as e:
+        yield e.what
+
+
+def _described(folder: Path) -> dict:
+    """Architecture, tensors, counts and checksum of a step folder.
+    A damaged folder is reported as INVALID.
+    """
+    import json
+
+    from stackproof.config import recorded_config
+    from stackproof.spec.errors import CheckpointError
+    from stackproof.train import checkpoint
+
+    try:
+        loaded = checkpoint.load(folder)
+    except CheckpointError as e:
+        problem = {"problem": e.what, "value": None if e.value is None else str(e.value)}
+        return {"path": str(folder), "checksum": "INVALID", **problem}
+    state = loaded.state
+    dtype = lambda t: str(t.dtype).removeprefix("torch.")  # noqa: E731
+    tensors = [
+        {"name": n, "shape": list(t.shape), "dtype": dtype(t), "numel": t.numel()}
+        for n, t in loaded.model.items()
+    ]
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    return {
+        "path": str(folder),
+        "checksum": "VALID",
+        "architecture": recorded_config(state["config"]).model.summary(),
+        **{k: state[k] for k in ("step", "tokens_seen", "vocab_size")},
+        "model": state["config"]["model"],
+        "n_params": sum(t["numel"] for t in tensors),
+        "n_tensors": len(tensors),
+        "bytes": sum((folder / f).stat().st_size for f in (*checkpoint.FILES, "manifest.json")),
+        "sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "best": checkpoint.pointed(folder.parent, "best") == folder,
+        "tensors": tensors,
+    }

@@ -1,0 +1,3 @@
+"""Fixtures of the command line's tests."""
+
+from tests.cli.conftest import cli_cache  # noqa: F401
