@@ -138,10 +138,10 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def require_own(folder: Path) -> None:
-    """Raises FileRefused if a folder that is written to is a link."""
-    if folder.is_symlink():
-        raise FileRefused(folder, "is a link; files are not written or deleted through links")
+def require_own(path: Path) -> None:
+    """Raises FileRefused if a folder or file that is written to is a link."""
+    if path.is_symlink():
+        raise FileRefused(path, "is a link; files are not written or deleted through links")
 
 
 def sync(path: Path) -> None:

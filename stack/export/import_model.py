@@ -74,6 +74,7 @@ def write_run(
         ]
         builder.outputs.append(artefact(temporary.path / "tokenizer.json", root=temporary.path))
         record = builder.finish(temporary.path, **ending)
+        temporary.seal()
         if run_dir.exists():
             run_dir.rmdir()
         os.replace(temporary.path, run_dir)

@@ -23,6 +23,7 @@ from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
 from stackproof.model.foreign import plain_name
 from stackproof.spec.canonical import canonical_json, read_json, sha256_json
+from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError
 from stackproof.spec.files import (
     open_regular,
@@ -255,12 +256,15 @@ def pointed(root: Path, name: str) -> Path | None:
     """The step folder that the pointer `name` names, whether or not it exists;
     None without such a pointer. Raises CheckpointError if the file holds anything else.
     """
-    if not (root / name).is_file():
+    if not os.path.lexists(root / name):
         return None
     try:
-        text = read_bytes(root / name, 64).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        text = f"{type(e).__name__}: {e}"
+        data = read_bytes(root / name, 64)
+        text = data.decode("ascii").strip()
+        if root.name == "checkpoints":
+            require_unchanged(root.parent, f"checkpoints/{name}", data)
+    except (OSError, UnicodeDecodeError, IntegrityError) as e:
+        text = str(e)
     if not STEP.fullmatch(text):
         raise CheckpointError(
             f"{root / name} does not name a step folder",

@@ -42,6 +42,7 @@ SERIES = (
 MANIFEST = "manifest.json"
 STEPPED = SERIES[:5]  # cut back when a run continues from an earlier step
 MAX_SERIES_BYTES = 2**32
+FOLDERS = ("repro", "archive", "tensorboard")
 SEAL = "sha256"  # of run.json without this key
 
 
@@ -94,8 +95,9 @@ class RunDir:
         """Begin to write, under the lock of the folder: delete what a killed process left half
         written. A run that never reached step 1 begins with empty logs.
         """
+        for name in ("", "checkpoints", *FOLDERS, *SERIES):
+            require_own(self.path / name)
         for folder in (self.path, self.checkpoints):
-            require_own(folder)
             remove_leftovers(folder)
         (self.path / checksums.FILE).unlink(missing_ok=True)
         if not (self.path / "run.json").exists():

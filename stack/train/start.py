@@ -19,6 +19,7 @@ from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
+from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
 from stackproof.spec.canonical import canonical_json, leaves, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, DataError, StreamExhausted
@@ -98,7 +99,9 @@ def fresh(
                 trainer.output.inherited_s = loaded.state["wall_s"]
             run_preflight(trainer, None)
             # Written after the gates and before step 1: only a run that passed them can be resumed.
-            trainer.dataset.tokenizer.save(directory.path / "tokenizer.json")
+            write_atomically(
+                directory.path / "tokenizer.json", trainer.dataset.tokenizer.to_bytes()
+            )
             directory.write_run(
                 trainer.output.record,
                 device=trainer.state.device.type,
@@ -178,6 +181,8 @@ def completed(
     _refuse_changes(recorded_config(document["config"]), changed, sets)
     with file_lock(run_dir, "run"):
         _marks(directory, document, _latest(directory, None))
+        if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
+            directory.seal()
     done = (
         f"{run_dir} is {record.status}; nothing is left to do. --fork with more train.max_steps "
         "continues it"

@@ -1,3 +1,3 @@
 """Fixtures of the command line's tests."""
 
-from tests.cli.conftest import cli_cache  # noqa: F401
+from tests.cli.conftest import cli_cache, in_process  # noqa: F401

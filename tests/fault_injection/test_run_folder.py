@@ -1,0 +1,519 @@
+"""A run directory that was changed, damaged or made on purpose is refused by name, or goes on from
+what is intact.
+"""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from stackproof.config import NeverStop, load_config
+from stackproof.evidence.file_lock import LOCK
+from stackproof.museum.collection import museum_config
+from stackproof.spec import checksums
+from stackproof.spec.building import RecordBuilder
+from stackproof.spec.canonical import canonical_json, sha256_json
+from stackproof.spec.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentUnfit,
+    GateFailed,
+    IntegrityError,
+    StackproofError,
+    Stopped,
+)
+from stackproof.spec.gates import load_spec
+from stackproof.spec.records import read_record
+from stackproof.train import checkpoint, loop, start
+from stackproof.train.run_dir import SEAL, RunDir
+from stackproof.train.trainer import Callback
+from tests.fault_injection.runs import assert_same_end
+from tests.fault_injection.scale import SEED, chance, scaled
+
+# Runtime gates that see every kind of event, and the artifact gate.
+FEW = ("runtime.finite", "runtime.cadence", "checkpoint.reloads", "loss.logit-gradient")
+STEPS, EVERY = 9, 3
+
+
+class Dead(BaseException):
+    """Ends a run as a kill does: nothing writes a record."""
+
+
+class Ending(Callback):
+    """Raises after a step, or after the checkpoint of a step."""
+
+    def __init__(self, error, step, after="on_step_end"):
+        self.error, self.step = error, step
+        setattr(self, after, self.end)
+
+    def end(self, trainer, *_):
+        if trainer.state.step == self.step:
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
+    saved = base.checkpoint.model_copy(update={"every": EVERY, "keep": 9})
+    steps = base.train.model_copy(update={"max_steps": STEPS})
+    looks = base.eval.model_copy(update={"every": EVERY})
+    changes = {"train": steps, "stop": NeverStop(), "checkpoint": saved, "eval": looks}
+    return base.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_gates():
+    """All runs here, resumed ones too, hold the same few gates."""
+    keeper, patch = start.Gatekeeper, pytest.MonkeyPatch()
+    patch.setattr(start, "Gatekeeper", lambda *a, **o: keeper(*a, **o | {"only": FEW}))
+    yield
+    patch.undo()
+
+
+def begin(cfg, run, *callbacks):
+    return loop.train(start.fresh(cfg, (), run, callbacks))
+
+
+def resume(run, *sets, at=None):
+    changed, overrides = load_config(start.read_config(run), sets=sets)
+    return loop.train(start.resume(run, overrides, changed, at=at))
+
+
+def killed(cfg, run, step, after="on_step_end"):
+    """A run that was killed, which leaves no record."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Dead):
+        patch.setattr(start, "recorded", lambda trainer: _nothing())
+        begin(cfg, run, Ending(Dead(), step, after))
+    assert not (run / "metadata.json").exists()
+    return run
+
+
+def _nothing():
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@pytest.fixture(scope="module")
+def straight(cfg, tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight") / "run"
+    begin(cfg, run)
+    return run
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def interrupted_once(cfg, tmp_path_factory):
+    return killed(cfg, tmp_path_factory.mktemp("killed") / "run", 8)
+
+
+@pytest.fixture
+def interrupted(interrupted_once, tmp_path):
+    """A run that a kill ended after step 8; its latest checkpoint is of step 6."""
+    return shutil.copytree(interrupted_once, tmp_path / "run")
+
+
+def rewrite(run, change, *, sealed):
+    """Change run.json; with `sealed` as somebody does who corrects its hash."""
+    document = json.loads((run / "run.json").read_bytes())
+    change(document)
+    if sealed:
+        content = {k: v for k, v in document.items() if k != SEAL}
+        document[SEAL] = sha256_json(content)
+    (run / "run.json").write_bytes(canonical_json(document))
+
+
+# --- one end, whatever came between ---------------------------------------------------------------
+
+
+STEPPED = [("on_step_end", step) for step in range(1, STEPS + 1)]
+SAVED = [
+    (hook, step) for hook in ("on_save", "on_saved") for step in range(EVERY, STEPS + 1, EVERY)
+]
+
+
+@pytest.mark.parametrize(("after", "step"), STEPPED + SAVED)
+def test_a_kill_after_any_step_and_save_ends_as_a_straight_run(
+    cfg, straight, tmp_path, step, after
+):
+    run = killed(cfg, tmp_path / "run", step, after)
+    resume(run)
+    assert_same_end(straight, run, f"killed at {after} of step {step}")
+
+
+def test_an_early_stop_that_lost_its_record_is_not_trained_further(cfg, tmp_path):
+    stops = {"kind": "patience", "patience": 2, "min_evaluations": 2, "min_delta_nats": 100.0}
+    early, _ = load_config(cfg, sets=[f"stop.{k}={json.dumps(v)}" for k, v in stops.items()])
+    early = early.model_copy(update={"eval": early.eval.model_copy(update={"every": 2})})
+    record = begin(early, tmp_path / "run")
+    assert record.status == "early_stopped" and record.metric("steps") == 6
+    (tmp_path / "run" / "metadata.json").unlink()
+    again = resume(tmp_path / "run")
+    assert (again.status, again.end_reason) == (record.status, record.end_reason)
+    assert again.metric("steps") == 6
+
+
+# --- what a resume believes -----------------------------------------------------------------------
+
+CHANGES = {
+    "lr": lambda d: d["config"]["optim"].update(lr=10 * d["config"]["optim"]["lr"]),
+    "seed": lambda d: d["config"].update(seed=99),
+    "warmup": lambda d: d["config"]["schedule"].update(warmup_steps=1),
+    "steps": lambda d: d["config"]["train"].update(max_steps=12),
+    "start": lambda d: d.update(started_at="2020-01-01T00:00:00.000Z"),
+    "record": lambda d: d.update(record="train-20200101T000000Z-00000000"),
+    "batches": lambda d: d.update(n_eval_batches=2),
+    "environment": lambda d: d["environment"].update(cpu="a faster one"),
+    "inherited": lambda d: d.update(inherited_s=100.0),
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_run_json_is_refused(interrupted, change, sealed):
+    rewrite(interrupted, CHANGES[change], sealed=sealed)
+    with pytest.raises(CheckpointError, match=r"run\.json") as error:
+        resume(interrupted)
+    assert "not of one run" in error.value.what or "was changed" in error.value.what
+    assert not (interrupted / "metadata.json").exists()
+
+
+def test_a_fork_reads_the_configuration_of_the_checkpoint(interrupted, cfg):
+    rewrite(interrupted, CHANGES["lr"], sealed=True)
+    assert start.parent_config(interrupted).optim == cfg.optim
+
+
+DAMAGES = {
+    "a line less": lambda data: data[: data[:-1].rfind(b"\n") + 1],
+    "half a line less": lambda data: data[:-7],
+    "the last line twice": lambda data: data + data[data[:-1].rfind(b"\n") + 1 :],
+    "another digit": lambda data: data.replace(b'"step":3', b'"step":4', 1),
+    "nothing left": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "gates.jsonl"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_logs_that_lack_lines_of_the_checkpoint_are_refused_and_later_lines_are_cut(
+    finished, straight, name, damage
+):
+    """The run is at its last step, so that all lines belong to its checkpoint."""
+    (finished / "metadata.json").unlink()
+    before = (finished / name).read_bytes()
+    (finished / name).write_bytes(DAMAGES[damage](before))
+    # The verdict on the last checkpoint comes after it, and is given again.
+    later = name == "gates.jsonl" and damage.endswith("line less")
+    if damage == "the last line twice" or later:
+        resume(finished)
+        assert_same_end(straight, finished, damage)
+        return
+    assert (finished / name).read_bytes() != before
+    with pytest.raises(CheckpointError, match=f"{name} is not the log"):
+        resume(finished)
+
+
+def test_other_code_and_another_environment_are_stated_in_the_record(interrupted, monkeypatch):
+    environment = start.environment
+    monkeypatch.setattr(
+        start, "environment", lambda *a, **o: environment(*a, **o) | {"threads": 77}
+    )
+    record = resume(interrupted)
+    assert any("threads 1, now 77" in text or ", now 77" in text for text in record.not_covered)
+    assert record.command == tuple(json.loads((interrupted / "run.json").read_text())["command"])
+
+
+# --- what is damaged ------------------------------------------------------------------------------
+
+
+def flip(path, at=-5):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def test_a_damaged_latest_checkpoint_names_the_intact_step_and_at_takes_it(interrupted, straight):
+    flip(interrupted / "checkpoints/step-00000006/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors") as error:
+        resume(interrupted)
+    assert "step 3 is intact" in error.value.next_step and "--at 3" in error.value.next_step
+    resume(interrupted, at=3)
+    assert_same_end(straight, interrupted, "at step 3")
+
+
+def test_without_an_intact_checkpoint_the_run_begins_at_its_seed(interrupted, straight):
+    for folder in interrupted.glob("checkpoints/step-*"):
+        flip(folder / "state.safetensors")
+    with pytest.raises(CheckpointError, match=r"state\.safetensors") as error:
+        resume(interrupted)
+    assert "no checkpoint is intact" in error.value.next_step and "--at 0" in error.value.next_step
+    resume(interrupted, at=0)
+    assert_same_end(straight, interrupted, "at the seed")
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(interrupted):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5") as error:
+        resume(interrupted, at=5)
+    assert "3, 6" in error.value.allowed
+
+
+@pytest.mark.parametrize("text", [b"../../x", b"/etc", b"step-3", b"\xff\xfe", b"", b"x" * 999])
+def test_a_pointer_that_names_no_step_folder_is_refused(interrupted, text):
+    (interrupted / "checkpoints/latest").write_bytes(text)
+    with pytest.raises(CheckpointError, match="does not name a step folder") as error:
+        resume(interrupted)
+    assert "--at 6" in error.value.next_step
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b"null", b'"x"', b"\xff", b'{"files":7,"schema":"x"}', b"[" * 9999]
+)
+def test_a_document_of_another_type_is_a_checkpoint_error(interrupted, name, content):
+    (interrupted / "checkpoints/step-00000006" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        checkpoint.load(interrupted / "checkpoints/step-00000006")
+
+
+def test_inspect_finds_every_flipped_bit_of_a_finished_run(finished, in_process):
+    code, found = in_process("inspect", finished, "--verify")
+    assert (code, found["ok"], found["ended"], found["problems"]) == (0, True, True, [])
+    draw = chance("flips")
+    files = [p for p in sorted(finished.rglob("*")) if p.is_file() and p.name != LOCK]
+    from stackproof.cli.inspect import _problems
+
+    for path in files:
+        data = path.read_bytes()
+        for at in draw.sample(range(len(data)), min(len(data), scaled(3, 10**9))):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << draw.randrange(8)
+            path.write_bytes(bytes(flipped))
+            assert list(_problems(finished)), f"{path.name} byte {at}, SEED={SEED}"
+        path.write_bytes(data)
+
+
+def test_the_first_command_that_reads_a_flipped_file_of_a_finished_run_refuses_it(finished):
+    draw = chance("first reader")
+    reading = {
+        "run.json": lambda: start.read_config(finished),
+        "metadata.json": lambda: read_record(finished / "metadata.json"),
+        "checkpoints/latest": lambda: checkpoint.load(checkpoint.find(finished)),
+        "checkpoints/step-00000009/manifest.json": lambda: checkpoint.load(
+            checkpoint.find(finished)
+        ),
+        "checkpoints/step-00000009/state.json": lambda: checkpoint.load(checkpoint.find(finished)),
+    }
+    for name, read in reading.items():
+        data = (finished / name).read_bytes()
+        for at in draw.sample(range(len(data)), min(len(data), scaled(20, 10**9))):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << draw.randrange(8)
+            (finished / name).write_bytes(bytes(flipped))
+            with pytest.raises(StackproofError):
+                read()
+                pytest.fail(f"{name} byte {at} was believed, SEED={SEED}")
+        (finished / name).write_bytes(data)
+
+
+def test_inspect_finds_added_and_missing_files(finished, in_process):
+    (finished / "checkpoints/step-00000009/extra.bin").write_bytes(b"x")
+    (finished / "samples.jsonl").unlink()
+    code, found = in_process("inspect", finished, "--verify")
+    text = " ".join(found["problems"])
+    assert code == 5 and "extra.bin" in text and "samples.jsonl is missing" in text
+
+
+def test_a_record_whose_checksums_lack_it_is_refused(finished):
+    path = finished / checksums.FILE
+    lines = [x for x in path.read_text().splitlines() if "metadata.json" not in x]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(IntegrityError, match="was changed after the run ended"):
+        read_record(finished / "metadata.json")
+
+
+# --- links, pipes and devices ---------------------------------------------------------------------
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "gates.jsonl", LOCK])
+def test_a_resume_writes_and_deletes_nothing_through_a_link(interrupted, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (interrupted / name).rename(outside / name)
+    (interrupted / name).symlink_to(outside / name)
+    before = contents(outside)
+    with pytest.raises((StackproofError, OSError), match="link"):
+        resume(interrupted)
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints/latest"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_in_place_of_a_file_is_refused_and_not_waited_for(
+    interrupted, name, kind
+):
+    (interrupted / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(interrupted / name)
+    else:
+        (interrupted / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"is a (pipe|device)"):
+        resume(interrupted)
+
+
+# --- halts, signals, disks and clocks -------------------------------------------------------------
+
+
+def halted(cfg, run, monkeypatch):
+    """A run that runtime.finite halts at step 8, for a reason that is gone at a resume."""
+    with monkeypatch.context() as patch:
+        take = loop.steps.train_step
+
+        def broken(state, batches):
+            report = take(state, batches)
+            if state.step == 8:
+                report.loss_nats = float("nan")
+            return report
+
+        patch.setattr(loop.steps, "train_step", broken)
+        with pytest.raises(GateFailed, match=r"runtime\.finite"):
+            begin(cfg, run)
+    return run
+
+
+def test_a_halted_run_is_not_resumed_into_a_green_record(cfg, tmp_path, monkeypatch):
+    run = halted(cfg, tmp_path / "run", monkeypatch)
+    before = (run / "metadata.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"runtime\.finite halted this run at step 8"):
+        resume(run)
+    assert (run / "metadata.json").read_bytes() == before
+    waiver = {"id": "runtime.finite", "reason": "memory was replaced", "expires": "2999-01-01"}
+    inline = ", ".join(f"{k} = {json.dumps(v)}" for k, v in waiver.items())
+    record = resume(run, f"gates.waive=[{{{inline}}}]")
+    gate = next(g for g in record.gates if g.id == "runtime.finite")
+    assert record.status == "completed"
+    assert (gate.verdict, gate.first_failure_step) == ("fail", 8)
+    assert gate.waiver and gate.waiver.reason == "memory was replaced"
+
+
+class Signal(Callback):
+    """Sends signals to this process, at a preflight phase or after a step."""
+
+    def __init__(self, *numbers, step=None):
+        self.numbers, self.step = numbers, step
+
+    def _send(self):
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+
+    def on_phase(self, name):
+        if self.step is None and name == "preflight":
+            self._send()
+
+    def on_step(self, trainer, report):
+        if report.step == self.step:
+            self._send()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "status"),
+    [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_in_preflight_ends_with_a_record_and_the_run_is_begun_again(
+    cfg, straight, tmp_path, number, code, status
+):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped) as stopped:
+        begin(cfg, run, Signal(number))
+    assert stopped.value.exit_code == code
+    assert read_record(run / "metadata.json").status == status
+    begin(cfg, run)
+    assert_same_end(straight, run, status)
+
+
+def test_a_request_for_a_checkpoint_in_preflight_does_not_end_the_run(cfg, tmp_path):
+    boundary = cfg.checkpoint.model_copy(update={"every": 100, "signal_boundary": 4})
+    early = cfg.model_copy(update={"checkpoint": boundary})
+    assert begin(early, tmp_path / "run", Signal(signal.SIGUSR1)).status == "completed"
+    assert 4 in [
+        checkpoint.step_of(p) for p in checkpoint.step_folders(tmp_path / "run/checkpoints")
+    ]
+
+
+def test_a_scheduler_that_repeats_sigterm_gets_its_checkpoint(cfg, straight, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped, match="preempted after step 4; its checkpoint is good"):
+        begin(cfg, run, Signal(*[signal.SIGTERM] * 3, step=4))
+    assert checkpoint.load(checkpoint.find(run)).state["step"] == 4
+    resume(run)
+
+
+def test_a_second_ctrl_c_ends_at_once_with_a_record(cfg, straight, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped) as stopped:
+        begin(cfg, run, Signal(signal.SIGINT, signal.SIGINT, step=4))
+    record = read_record(run / "metadata.json")
+    assert stopped.value.exit_code == 130 and record.status == "interrupted"
+    assert checkpoint.load(checkpoint.find(run)).state["step"] == 3
+    resume(run)
+    assert_same_end(straight, run, "twice Ctrl-C")
+
+
+def test_a_disk_without_room_is_refused_before_step_1(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda root: 1000)
+    with pytest.raises(EnvironmentUnfit, match="no room for 2 checkpoint") as error:
+        begin(cfg, tmp_path / "run")
+    assert "1000 bytes free" in str(error.value.value)
+
+
+def test_a_disk_that_fills_up_ends_with_a_record_and_the_run_goes_on_later(
+    cfg, straight, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    free = checkpoint.free_bytes
+    with monkeypatch.context() as patch:
+        full = lambda root: 1000 if (run / "checkpoints/step-00000003").exists() else free(root)  # noqa: E731
+        patch.setattr(checkpoint, "free_bytes", full)
+        with pytest.raises(EnvironmentUnfit, match="no room for 1 checkpoint"):
+            begin(cfg, run)
+    record = read_record(run / "metadata.json")
+    assert (record.status, record.exit_code) == ("failed", 7)
+    resume(run)
+    assert_same_end(straight, run, "a full disk")
+
+
+def test_a_clock_that_is_set_back_leaves_a_valid_record(tmp_path, monkeypatch):
+    import datetime as dt
+
+    builder = RecordBuilder("train", load_spec(), {}, "claim", ("nothing",))
+    earlier = builder.started - dt.timedelta(days=2)
+    monkeypatch.setattr("stackproof.spec.building.utc_now", lambda: earlier)
+    for resumed in (False, True):
+        if resumed:
+            builder.continue_record(builder.id, builder.started.isoformat())
+        record = builder.finish(tmp_path, status="completed", end_reason="x", exit_code=0)
+        assert record.wall_s >= 0 and record.finished_at >= record.started_at
+
+
+def test_leftovers_of_killed_writes_are_cleared_away(interrupted, straight):
+    (interrupted / ".run.json.1.tmp").write_bytes(b"half")
+    (interrupted / "checkpoints/.latest.1.tmp").write_bytes(b"half")
+    (interrupted / "checkpoints/.writing-step-00000009-1").mkdir()
+    resume(interrupted)
+    assert_same_end(straight, interrupted, "leftovers")
+
+
+def test_the_logs_of_a_run_that_never_began_are_not_kept(cfg, straight, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    RunDir(run).log("gates.jsonl", gate="runtime.finite", step=None, verdict="pass")
+    begin(cfg, run)
+    assert_same_end(straight, run, "begun again")
