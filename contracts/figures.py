@@ -5,7 +5,6 @@ and that the machine repeats them.
 import time
 from collections import deque
 from collections.abc import Callable
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,8 +102,8 @@ class Clock(RuntimeCheck):
     own.
 
     The time from the batch to the end of the step is less than that of the step; the time from the
-    event before the batch is more. Both are judged by the median of the last `WINDOW` steps, so
-    that no single delay counts.
+    event before the batch is more. Both are judged by the best of the last `WINDOW` steps: other
+    work on the machine delays many announcements and not all, a wrong clock is wrong at each step.
     """
 
     events = (
@@ -145,7 +144,7 @@ class Clock(RuntimeCheck):
         self.most.append((said_s - slack_s) / max(at - self.before, 1e-9))
 
     def _judge(self, step: int) -> Verdict:
-        least, most = median(self.least), median(self.most)
+        least, most = max(self.least), min(self.most)
         if len(self.least) < self.WINDOW // 2:
             return passed("", said_to_batch_frac=least, said_to_all_frac=most)
         return decide(

@@ -50,6 +50,7 @@ REQUIRED_STATE = (
 @dataclass(frozen=True)
 class WrittenCheckpoint(SavedCheckpoint):
     """A step folder, and the state that it was captured from. It is read without the loader.
+    `published` is whether `latest` may name it, as at a resume.
 
     Checksums are crc32, which detect accidents; the sha256 of the manifest also detect intent.
     """
@@ -58,6 +59,7 @@ class WrittenCheckpoint(SavedCheckpoint):
     step: int
     live_tied: bool
     live_checksums: Mapping[str, int]
+    published: bool = False
 
     @property
     def reloaded_checksums(self) -> Mapping[str, int]:
@@ -80,7 +82,11 @@ class WrittenCheckpoint(SavedCheckpoint):
         sha256["state.json"] = hashlib.sha256(document).hexdigest()
         bad = [f for f in sha256 if manifest.get(f, {}).get("sha256") != sha256[f]]
         absent = [key for key in REQUIRED_STATE if key not in state]
+        latest = self.folder.parent / "latest"
+        early = not self.published and latest.is_file()
+        early = early and latest.read_text().strip() == self.folder.name
         problems = {
+            "latest names it before its verdict": early,
             f"undeclared files: {', '.join(sorted(names - set(FILES)))}": names - set(FILES),
             f"state.json lacks {', '.join(absent)}": absent,
             "state.safetensors lacks the random state": "rng.cpu" not in self.reloaded_checksums,

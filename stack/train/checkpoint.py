@@ -263,7 +263,9 @@ def pointed(root: Path, name: str) -> Path | None:
         text = data.decode("ascii").strip()
         if root.name == "checkpoints":
             require_unchanged(root.parent, f"checkpoints/{name}", data)
-    except (OSError, UnicodeDecodeError, IntegrityError) as e:
+    except IntegrityError as e:
+        raise CheckpointError(e.what, value=e.value, allowed=e.allowed, next_step=OLDER) from e
+    except (OSError, UnicodeDecodeError) as e:
         text = str(e)
     if not STEP.fullmatch(text):
         raise CheckpointError(

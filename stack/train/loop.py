@@ -202,11 +202,13 @@ def save(trainer: Trainer) -> None:
         trainer.callbacks.on_save(trainer, point.folder)
 
 
-def written_checkpoint(trainer: Trainer, folder: Path) -> WrittenCheckpoint:
+def written_checkpoint(
+    trainer: Trainer, folder: Path, *, published: bool = False
+) -> WrittenCheckpoint:
     """The folder of this step's checkpoint, with the live state to compare it with."""
     state, model = trainer.state, trainer.state.model
     tied = model.head_weight is model.embed.weight
-    return WrittenCheckpoint(folder, state.step, tied, live_crc32(state))
+    return WrittenCheckpoint(folder, state.step, tied, live_crc32(state), published)
 
 
 def _write(trainer: Trainer, snapshot: checkpoint.Snapshot, saved: WrittenCheckpoint) -> Path:
@@ -241,8 +243,8 @@ def complete_save(trainer: Trainer, folder: Path) -> None:
     """
     point = restart_point(trainer, folder)
     with trainer.read_only("save"):
-        saved = Subject(saved=written_checkpoint(trainer, folder))
-        trainer.keeper.artifact(saved, step=trainer.state.step)
+        saved = written_checkpoint(trainer, folder, published=True)
+        trainer.keeper.artifact(Subject(saved=saved), step=trainer.state.step)
         checkpoint.point(trainer.output.dir.checkpoints, "latest", folder)
         trainer.callbacks.on_save(trainer, folder)
     _written(trainer, point, folder)

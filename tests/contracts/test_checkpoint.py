@@ -23,6 +23,7 @@ def saved(small_cfg, dataset, subject, tmp_path) -> WrittenCheckpoint:
     state = build_state(small_run(small_cfg, TINY), dataset, torch.device("cpu"))
     live = live_crc32(state)
     subject.checkpoints.save(RunTrainee(state), tmp_path)
+    (tmp_path / "latest").unlink()  # in a run it moves after the verdict
     return WrittenCheckpoint(tmp_path / "step-00000000", 0, True, live)
 
 
@@ -66,6 +67,14 @@ def test_reloads_is_red_on_a_missing_file(spec, saved, file):
     (saved.folder / file).unlink()
     verdict = judged(spec, saved)
     assert verdict.outcome == "fail" and f"lacks {file}" in verdict.message
+
+
+def test_reloads_is_red_where_latest_names_the_folder_before_its_verdict(spec, saved):
+    (saved.folder.parent / "latest").write_text(saved.folder.name)
+    assert "latest names it before its verdict" in judged(spec, saved).message
+    assert judged(spec, replace(saved, published=True)).passed
+    (saved.folder.parent / "latest").write_text("step-00000007")
+    assert judged(spec, replace(saved)).passed
 
 
 def test_reloads_judges_the_tied_head_of_a_folder(spec, saved):

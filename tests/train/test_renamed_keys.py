@@ -64,7 +64,8 @@ def run_before(tmp_path, monkeypatch):
     train(fresh(cfg, (), run, only=("runtime.finite",)))
     folder = run / "checkpoints/step-00000004"
     (run / "checkpoints/latest").write_text(folder.name)
-    (run / "metadata.json").unlink()
+    for name in ("metadata.json", "SHA256SUMS"):
+        (run / name).unlink()
     shutil.copy(BEFORE / "run.json", run)
     shutil.copy(BEFORE / "state.json", folder)
     manifest = json.loads((folder / "manifest.json").read_bytes())
