@@ -25,6 +25,7 @@ from stackproof.spec.files import (
     open_regular,
     open_to_append,
     read_bytes,
+    remove_folder,
     remove_leftovers,
     require_own,
     sync,
@@ -99,6 +100,8 @@ class RunDir:
             require_own(self.path / name)
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
+        for unfinished in self.path.glob("repro/.writing-*"):
+            remove_folder(unfinished)
         (self.path / checksums.FILE).unlink(missing_ok=True)
         if not (self.path / "run.json").exists():
             for name in SERIES:
@@ -135,8 +138,9 @@ class RunDir:
             if not isinstance(document, dict):
                 raise IntegrityError(f"{path} is not a JSON object")
         except (OSError, IntegrityError) as e:
+            why = "it has no run.json" if isinstance(e, FileNotFoundError) else str(e)
             raise CheckpointError(
-                f"{self.path} is not a run directory: {e}",
+                f"{self.path} is not a run directory: {why}",
                 allowed="a folder with run.json",
                 next_step=(
                     "stack train --run-dir DIR makes one; a run that ended before step 1 is begun "
