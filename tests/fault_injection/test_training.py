@@ -13,20 +13,27 @@ from tests.fault_injection.runs import (
     training,
 )
 from tests.fault_injection.scale import SEED, chance, scaled
+from tests.processes import NO_PREFLIGHT, Command
 
 VARIANTS = {"in line": {}, "in background": {"checkpoint__async_save": "true"}}
 
 
-@pytest.fixture(params=VARIANTS)
-def straight(request, tmp_path, text_file, monkeypatch, cli_cache):
+@pytest.fixture(scope="module", params=VARIANTS)
+def straight(request, tmp_path_factory, text_file, cli_cache):
     """A run without a fault: its arguments, its folder, and the calls that it made there."""
-    monkeypatch.setenv("STACKPROOF_CACHE", str(cli_cache))
-    folder = tmp_path / "straight"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("straight")
     arguments = training(text_file, **VARIANTS[request.param])
-    done = file_calls.run(*arguments, folder=folder, code=UNDER_FAULT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STACKPROOF_CACHE", str(cli_cache))
+        done = file_calls.run(*arguments, folder=folder, code=UNDER_FAULT)
     assert done.code == 0, done.err
     return arguments, folder / "run", file_calls.calls(done), request.param
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, cli_cache):
+    """All runs read the data that the first one prepared."""
+    monkeypatch.setenv("STACKPROOF_CACHE", str(cli_cache))
 
 
 def disturbed(straight, tmp_path, name, *faults):
@@ -73,4 +80,40 @@ def test_an_error_at_any_call_ends_documented_and_a_resume_completes(straight, t
         folder = disturbed(straight, tmp_path, f"fault-{n}", (fault, n))
         told = f"{fault} at call {n} ({calls[n - 1]}), SEED={SEED}"
         assert_same_end(run, folder / "run", told)
+        shutil.rmtree(folder)
+
+
+def test_a_kill_in_a_run_with_preflight_leaves_the_record_of_a_straight_run(tmp_path, text_file):
+    arguments = training(text_file)
+    (tmp_path / "straight").mkdir()
+    done = file_calls.run(*arguments, folder=tmp_path / "straight")
+    assert done.code == 0, done.err
+    places, draw = len(file_calls.calls(done)), chance("preflight")
+    for n in draw.sample(range(1, places + 1), scaled(1, 25)):
+        folder = tmp_path / f"kill-{n}"
+        folder.mkdir()
+        file_calls.run(*arguments, folder=folder, fault="kill", at=n)
+        done = file_calls.run(*again(folder, arguments), folder=folder)
+        assert done.code == 0, done.err[-2000:]
+        told = f"killed at {n} with preflight, SEED={SEED}"
+        assert_same_end(tmp_path / "straight" / "run", folder / "run", told)
+        shutil.rmtree(folder)
+
+
+def test_of_eight_resumes_at_once_one_goes_on_and_none_does_harm(straight, tmp_path):
+    arguments, run, calls, variant = straight
+    draw = chance(f"eight {variant}")
+    for n in range(scaled(1, 20)):
+        folder = tmp_path / f"eight-{n}"
+        folder.mkdir()
+        at = draw.randint(len(calls) // 3, len(calls))
+        file_calls.run(*arguments, folder=folder, fault="kill", at=at, code=UNDER_FAULT)
+        resumed = [
+            Command(*again(folder, arguments), folder=folder, code=NO_PREFLIGHT) for _ in range(8)
+        ]
+        found = [command.wait() for command in resumed]
+        assert {done.code for done in found} <= {0, 2} and 0 in {done.code for done in found}
+        for done in found:
+            assert done.code == 0 or "another run is writing" in done.err, done.err
+        assert_same_end(run, folder / "run", f"eight at once after call {at}, SEED={SEED}")
         shutil.rmtree(folder)
