@@ -166,6 +166,7 @@ def _corpus_rows(loaded: TraceModel) -> tuple[Callable[[], Any], Any]:
     import torch
 
     from stackproof.config import recorded_config
+    from stackproof.data import plugins
     from stackproof.data.data_loader import rows_batch
     from stackproof.data.prepare import prepare
     from stackproof.data.tokenizer import load_tokenizer
@@ -175,7 +176,8 @@ def _corpus_rows(loaded: TraceModel) -> tuple[Callable[[], Any], Any]:
             f"{loaded.title} is not a run, so it has no corpus", next_step="give --text FILE"
         )
     cfg = recorded_config(loaded.config)
-    dataset, length = prepare(cfg.data), cfg.model.max_seq_len
+    with plugins.permitted((), origin=str(loaded.root)):
+        dataset, length = prepare(cfg.data), cfg.model.max_seq_len
     if dataset.tokenizer.sha256 != load_tokenizer(loaded.root / "tokenizer.json").sha256:
         raise DataError(
             "the corpus of the run has changed, so its tokens are not available",
