@@ -104,7 +104,7 @@ def trace_command(record: Record) -> list[str]:
     if programs := sorted(RUNS_CODE & given.keys()):
         raise _refused(record, f"--{programs[0]} runs a program")
     if unknown := sorted(given.keys() - options.keys() - {p.name for p in command.params}):
-        raise _refused(record, f"{unknown[0]} is no option of stack trace {name}")
+        raise _refused(record, f"{unknown[0]} is unknown to stack trace {name}")
     kept = [
         text
         for key in (k for k in options if k in given.keys() - REPLACED)

@@ -244,8 +244,8 @@ class MixtureOfDepths(Frozen):
 
 
 class ModelConfig(Frozen):
-    """A model. The upper limits are far above every published model: they keep a damaged or hostile
-    file from asking for loops and allocations without end.
+    """A model. The upper limits are far above every published model: they bound the loops and
+    allocations that a damaged or hostile file can cause.
     """
 
     d_model: int = Field(ge=8, le=2**20, description="width of the residual stream, features")

@@ -125,7 +125,7 @@ def require_ratio(path: Path, n_bytes: int, packed_bytes: int) -> None:
             f"{path} expands to more than {MAX_RATIO} times its size, as no text does",
             value=f"{n_bytes} bytes of {packed_bytes}",
             allowed=f"{MAX_RATIO} times the size of the file, or {FREE_BYTES} bytes",
-            next_step="leave it out, or unpack it by hand if you know what it holds",
+            next_step="leave it out, or unpack it by hand and read the result",
         )
 
 

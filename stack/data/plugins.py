@@ -1,6 +1,6 @@
 """Filters of the user's: `module:function`, imported only with permission.
 
-A configuration may come from a run folder, a checkpoint or a record of somebody else. The names in
+A configuration may come from a run folder, a checkpoint or a record of another user. The names in
 it are data. Code is imported for the names that `permitted` holds: those of the command line and of
 files that the user named.
 """
@@ -129,6 +129,6 @@ def _found(module: str) -> ModuleSpec | None:
         found = next((spec for spec in specs if spec is not None), None)
         if found is None:
             return None
-        # not None, with which a module that is no package would be searched for at the top
+        # with None the finders would search at the top, for a module inside of another one
         path = found.submodule_search_locations or []
     return found

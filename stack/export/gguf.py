@@ -1,5 +1,5 @@
-"""The header of a .gguf file, read with limits before the library reads it, which has none: it
-believes every count.
+"""The header of a .gguf file, read with limits before the library reads it, which has no
+limits.
 """
 
 import math

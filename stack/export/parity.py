@@ -77,7 +77,8 @@ def theirs(path: Path) -> Any:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A model, and what its reader reports. Nothing is asked, downloaded or imported for it."""
+    """A model, and what its reader reports. Without a prompt, a download or
+    code of the folder."""
     import transformers
 
     require_data(path, native=transformers.CONFIG_MAPPING)

@@ -71,7 +71,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     context.
 
     Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for an
-    unsupported model.
+    unsupported model, EnvironmentUnfit for one that does not fit into memory.
     """
     document = read_json(path / "config.json")
     kind = hugging_face.kind_of(document)
@@ -92,7 +92,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
         places = {n if n.startswith(head) else kind.base + n: p for n, p in places.items()}
     renamed = sum(n != p.name or bool(hugging_face.DERIVED.search(n)) for n, p in places.items())
     places = {n: p for n, p in places.items() if not hugging_face.DERIVED.search(n)}
-    return Folder(
+    folder = Folder(
         path,
         document,
         kind,
@@ -102,6 +102,8 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
         places,
         renamed,
     )
+    _require_described(folder)
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -204,7 +206,6 @@ def load_weights(folder: Folder) -> Transformer:
     Raises CheckpointError naming tensors that are missing, unexpected, of another shape or type, or
     not finite.
     """
-    _require_described(folder)
     with torch.device("meta"):
         model = Transformer(folder.cfg, folder.vocab_size)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
