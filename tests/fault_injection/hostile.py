@@ -152,7 +152,7 @@ ANY_FILE: dict[str, Spoil] = {
     "missing": lambda p: p.unlink(),
     "empty": put(b""),
     "noise": put(bytes(range(256)) * 16),
-    "huge": _replace(_sparse(40 * 2**30)),
+    "huge": _replace(_sparse(6 * 2**30)),
     "pickle": put(pickle.dumps(Marks())),
     "torch.save": _replace(_torch_save),
 }
