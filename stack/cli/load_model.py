@@ -10,6 +10,7 @@ from stackproof.cli.paths import MAKES_ONE, model_at, tokenizer_at
 from stackproof.spec.errors import CheckpointError, DataError, UsageError
 
 SELF = "self"
+STATED = {"record": str, "step": int, "tokens_seen": int, "tokenizer_sha256": str}
 FORMATS = "a run directory, a checkpoint, a Hugging Face folder or a .gguf file"
 
 
@@ -44,6 +45,13 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
     held = (folder / file for file in checkpoint.FILES)
     require_free(sum(p.stat().st_size for p in held if p.is_file()), f"the checkpoint {folder}")
     loaded = checkpoint.load(folder)
+    for key, kind in STATED.items():
+        if type(value := loaded.state[key]) is not kind:
+            raise CheckpointError(
+                f"{key} in {folder / 'state.json'} is of another type",
+                value=repr(value)[:80],
+                allowed=kind.__name__,
+            )
     cfg = recorded_config(loaded.state["config"])
     file = tokenizer_file or run_dir / "tokenizer.json"
     if not file.is_file():
