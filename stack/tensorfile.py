@@ -51,7 +51,8 @@ SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, hashed, compared
 READ_BYTES = 2**20  # at a time, while it lies in the processor's cache
 # errors of a file system or device without this call
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)
-MAX_HEADER_BYTES = 100 * 2**20
+# Far above every published model: a header takes up to thirty times its bytes when it is parsed.
+MAX_HEADER_BYTES, MAX_DIMENSIONS = 16 * 2**20, 32
 METADATA_KEY = "stackproof"
 
 
@@ -67,6 +68,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+def n_elements(entry: Entry) -> int:
+    """Numbers in one tensor."""
+    return math.prod(entry.shape)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,9 @@ def read_header(path: Path) -> Header:
         (length,) = struct.unpack("<Q", start)
         if length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
             raise BadTensorFile(
-                _foreign(start) or f"the header claims {length} bytes, the file has {size}"
+                _foreign(start)
+                or f"the header claims {length} bytes, the file has {size}, and at most "
+                f"{MAX_HEADER_BYTES} are read"
             )
         raw = f.read(length)
     if not raw.startswith(b"{"):
@@ -99,8 +107,8 @@ def read_header(path: Path) -> Header:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         metadata = document.pop("__metadata__", {})
         tensors = {name: _entry(name, fields, 8 + length) for name, fields in document.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise BadTensorFile(f"the header is not valid: {type(e).__name__}: {e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BadTensorFile(f"the header is not valid: {type(e).__name__}: {str(e)[:300]}") from e
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BadTensorFile("the header is not valid: its metadata is not a table of strings")
     _require_exact_cover(tensors, 8 + length, size)
@@ -141,6 +149,8 @@ def _entry(name: str, fields: dict[str, Any], base: int) -> Entry:
             f"tensor {name} has the unknown type {fields['dtype']!r}; known: {' '.join(DTYPES)}"
         )
     shape, (start, stop) = fields["shape"], fields["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} has more than {MAX_DIMENSIONS} dimensions")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(
             f"tensor {name} has a shape or offset that is not a count: {shape}, "

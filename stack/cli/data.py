@@ -65,7 +65,7 @@ def build(
     """Read, filter, deduplicate and tokenise text, write shards, and account for every document.
     Writes a record.
     """
-    from stackproof.data import account, prepare
+    from stackproof.data import account, plugins, prepare
     from stackproof.data import build as builder
 
     of_files = {"documents": documents, "text_field": text_field, "license": license}
@@ -80,9 +80,11 @@ def build(
     record, started = account.open_record(cfg), time.perf_counter()
     fresh = not (out / "manifest.json").is_file()
     try:
-        builder.build(
-            cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json)
-        )
+        # named by the command line, or by the mixture file that it names
+        with plugins.permitted(cfg.filters):
+            builder.build(
+                cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json)
+            )
     except KeyboardInterrupt:
         note(f"\nstopped; finished parts are in {out}/.work; the same command resumes the build")
         raise

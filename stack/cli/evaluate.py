@@ -11,8 +11,10 @@ from stackproof.cli.output import emit, print_facts, print_line
 from stackproof.cli.paths import refuse_unused, text_at
 from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.files import read_text
 
 app = Typer()
+MAX_SCORED_BYTES = 256 * 2**20
 TokenizerFile = Annotated[
     Path | None,
     Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one."),
@@ -147,8 +149,8 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     if text is not None:
         try:
-            content = text_at(text).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as e:
+            content = read_text(text_at(text), MAX_SCORED_BYTES)
+        except OSError as e:
             raise DataError(
                 f"cannot read the text {text}: {e}",
                 allowed="a UTF-8 file",
@@ -158,9 +160,11 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
             raise DataError(f"the text {text} is empty", next_step="give --text another file")
         record.input(text)
         return [content], str(text)
+    from stackproof.data import plugins
     from stackproof.data.prepare import prepare
 
-    dataset = prepare(opened.cfg.data)
+    with plugins.permitted((), origin=str(opened.run_dir)):
+        dataset = prepare(opened.cfg.data)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
         raise DataError(
             "the corpus of the run has changed, so its held-out split is not available",

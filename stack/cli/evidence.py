@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-from stackproof.cli.options import Evidence, Json, RecordDir, Sets, without_record
+from stackproof.cli.options import Evidence, Json, Plugins, RecordDir, Sets, without_record
 from stackproof.cli.output import MARKS, emit, print_line, print_table, stdout
 from stackproof.cli.paths import folder_at
 from stackproof.cli.recording import print_record
@@ -178,6 +178,7 @@ def rerun(
         str,
         Argument(metavar="ID", help="Id or run directory of a record of training or of a trace."),
     ],
+    plugin: Plugins = None,
     run_dir: RecordDir = None,
     evidence: Evidence = None,
     json: Json = False,
@@ -199,7 +200,10 @@ def rerun(
         with nullcontext(given) if given.is_dir() else accepted as folder:
             outcome = rerun_trace(record, folder, run_dir)
     else:
-        outcome = again(record, run_dir, ProgressReporter(quiet=json))
+        from stackproof.data import plugins
+
+        with plugins.permitted(plugin or (), origin=f"record {record.id}"):
+            outcome = again(record, run_dir, ProgressReporter(quiet=json))
     if not emit(outcome, json):
         rows = [
             [c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stackproof.cli.paths import MAKES_ONE, model_at, tokenizer_at
-from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.errors import CheckpointError, DataError, UsageError
 
 SELF = "self"
+STATED = {"record": str, "step": int, "tokens_seen": int, "tokenizer_sha256": str}
 FORMATS = "a run directory, a checkpoint, a Hugging Face folder or a .gguf file"
 
 
@@ -35,12 +36,22 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
     from stackproof.data.tokenizer import load_tokenizer
     from stackproof.model.build import build_model
     from stackproof.train import checkpoint
+    from stackproof.train.memory import require_free
 
     folder = checkpoint.find(model_at(path))
     if tokenizer_file is not None:
         tokenizer_at(tokenizer_file)
     run_dir = folder.parent.parent
+    held = (folder / file for file in checkpoint.FILES)
+    require_free(sum(p.stat().st_size for p in held if p.is_file()), f"the checkpoint {folder}")
     loaded = checkpoint.load(folder)
+    for key, kind in STATED.items():
+        if type(value := loaded.state[key]) is not kind:
+            raise CheckpointError(
+                f"{key} in {folder / 'state.json'} is of another type",
+                value=repr(value)[:80],
+                allowed=kind.__name__,
+            )
     cfg = recorded_config(loaded.state["config"])
     file = tokenizer_file or run_dir / "tokenizer.json"
     if not file.is_file():
@@ -58,6 +69,7 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
                 "use the tokenizer.json of the run; scores with another vocabulary are not valid"
             ),
         )
+    _require_described(cfg.model, tokenizer.vocab_size, loaded)
     import torch
 
     model = build_model(cfg.model, tokenizer.vocab_size, seed=0)
@@ -65,6 +77,25 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
         checkpoint.load_model(model, loaded.model)
     model.eval()
     return OpenedModel(model, tokenizer, cfg, folder, run_dir, loaded.state)
+
+
+def _require_described(cfg: Any, vocab_size: int, loaded: Any) -> None:
+    """Raise CheckpointError if the configuration describes more parameters than the checkpoint
+    holds, EnvironmentUnfit if the model does not fit into memory, before it is built.
+    """
+    from stackproof.spec.formulas import parameter_count
+    from stackproof.train.memory import model_bytes, require_free
+
+    described = parameter_count(cfg.model_dump(), vocab_size)
+    held = sum(t.numel() for t in loaded.model.values())
+    if described > held:
+        raise CheckpointError(
+            f"the configuration in {loaded.path} describes another model than its tensors",
+            value=f"{described} parameters",
+            allowed=f"the {held} of model.safetensors",
+            next_step="resume from an older step folder",
+        )
+    require_free(model_bytes(cfg, vocab_size), f"the model of {loaded.path}")
 
 
 @dataclass(frozen=True)
@@ -156,15 +187,22 @@ def _complete(encoding: Any) -> list[int]:
 
 def _load_foreign(path: Path, folder: Path, files: tuple[Path, ...]) -> TraceModel:
     """A model of transformers, in the implementation of that library."""
+    from stackproof.data.tokenizer_file import library_tokenizer
     from stackproof.export import parity
 
     model = parity.theirs(path)
     config, file = model.config, folder / "tokenizer.json"
+    sizes = [getattr(config, n, None) for n in ("vocab_size", "max_position_embeddings")]
+    if not all(isinstance(n, int) for n in sizes):
+        raise CheckpointError(
+            f"the configuration of {path} lacks the size of the vocabulary or of the context",
+            value=type(model).__name__,
+            allowed="a decoder that reads one sequence of tokens",
+        )
     made = TraceModel(
         model,
         str(path),
-        config.vocab_size,
-        config.max_position_embeddings,
+        *sizes,
         {"architecture": type(model).__name__, "config": config.to_diff_dict()},
         encode=None,
         files=files,
@@ -176,9 +214,7 @@ def _load_foreign(path: Path, folder: Path, files: tuple[Path, ...]) -> TraceMod
 
     @cache
     def tokenizer() -> Any:
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(file))
+        return library_tokenizer(file)
 
     return replace(
         made,

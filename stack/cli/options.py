@@ -16,6 +16,14 @@ Checkpoint = Annotated[
 Evidence = Annotated[
     Path | None, Option(help="Evidence folder. Default: ./evidence, else the checkout's.")
 ]
+Plugins = Annotated[
+    list[str] | None,
+    Option(
+        "--plugin",
+        help="Allow this plug-in of the recorded configuration, module:function, to be imported. "
+        "Repeatable.",
+    ),
+]
 Sets = Annotated[list[str] | None, Option("--set", help="Change one value: a.b=v. Repeatable.")]
 
 

@@ -11,9 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typer import BadParameter
+from typer.main import get_command
+
+from stackproof.cli.trace import app
 from stackproof.spec.canonical import parse_lines, sha256_file
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError, UsageError
 from stackproof.spec.records import Record, read_record
+
+# Newer versions of typer include a copy of click.
+ClickException = next(c for c in BadParameter.__mro__ if c.__name__ == "ClickException")
 
 # Traces of the released model with one thread and with two differed by up to 1.4e-7, because the
 # order of summation differs. Rounding errors measured by a comparison differ between processors and
@@ -23,16 +30,20 @@ REL_TOLERANCE = 1e-4
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
 # Descriptions may be reworded, and durations differ.
 NOT_COMPARED = ("operation", "read_by", "seconds")
-WRITES_TO = ("--run-dir", "--csv")
+# What a rerun states itself or leaves out: files to write, and the form of the output.
+REPLACED = frozenset(("run_dir", "csv", "json"))
+# Options that run a program.
+RUNS_CODE = frozenset(("check",))
 
 
 def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str, Any]:
     """Run the `stack trace` command of a record again, and compare inputs by
     hash and series by value.
 
-    `folder` holds the series. Raises IntegrityError if one is missing or changed,
-    or if the command fails.
+    `folder` holds the series. Raises IntegrityError if one is missing or changed, if the command is
+    not one of `stack trace`, or if it fails.
     """
+    repeated = trace_command(record)
     for series in record.series:
         file = folder / series.path
         if not file.is_file() or sha256_file(file) != series.sha256:
@@ -43,9 +54,10 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
                 next_step="stack evidence add",
             )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
-    options = [*_without_files(record.command[1:]), "--run-dir", str(directory), "--json"]
-    command = [sys.executable, "-m", "stackproof", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # -P: no module of the working directory is imported
+    program = [sys.executable, "-P", "-m", "stackproof", "trace", repeated[0]]
+    written = [f"--run-dir={directory}", "--json"]
+    done = subprocess.run([*program, *written, *repeated[1:]], capture_output=True, text=True)
     if done.returncode:
         raise IntegrityError(
             f"the command of {record.id} fails here with exit code {done.returncode}",
@@ -70,14 +82,58 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
     return {"ok": ok, **ids, "compared": compared}
 
 
-def _without_files(arguments: tuple[str, ...]) -> list[str]:
-    """The command without the options that name files to write."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument.partition("=")[0] not in WRITES_TO:
-            kept.append(argument)
-        skip = argument in WRITES_TO and not skip
-    return kept
+def trace_command(record: Record) -> list[str]:
+    """The arguments of a record's `stack trace`, for another run of it: the command, its options as
+    `--name=value`, and its arguments behind `--`, without the files that it wrote.
+
+    A record is data: what the command line of `stack trace` does not declare, or what runs a
+    program, is refused with IntegrityError.
+    """
+    group: Any = get_command(app)
+    program, verb, *words = (*record.command, "", "")[: max(len(record.command), 2)]
+    try:
+        if (program, verb) != ("stack", "trace") or not words:
+            raise UsageError("it is not a command of stack trace")
+        name, *words = words if words[0] in group.commands else group.routed(words)
+        command = group.commands[name]
+        parser = command.make_parser(command.context_class(command, info_name=name))
+        given, arguments, _ = parser.parse_args(args=words)
+    except (UsageError, ClickException) as e:
+        raise _refused(record, str(e)) from e
+    options = {p.name: p for p in command.params if p.param_type_name == "option"}
+    if programs := sorted(RUNS_CODE & given.keys()):
+        raise _refused(record, f"--{programs[0]} runs a program")
+    if unknown := sorted(given.keys() - options.keys() - {p.name for p in command.params}):
+        raise _refused(record, f"{unknown[0]} is unknown to stack trace {name}")
+    kept = [
+        text
+        for key in (k for k in options if k in given.keys() - REPLACED)
+        for text in _as_text(options[key], given[key])
+    ]
+    positional = [
+        word
+        for p in command.params
+        if p.param_type_name == "argument" and given.get(p.name) is not None
+        for word in ([given[p.name]] if isinstance(given[p.name], str) else given[p.name])
+    ]
+    return [name, *kept, "--", *positional, *arguments]
+
+
+def _as_text(option: Any, value: Any) -> list[str]:
+    """An option as it was given, each value joined to its name."""
+    flag = max(option.opts, key=len)
+    if option.is_flag:
+        return [flag]
+    return [f"{flag}={v}" for v in (value if isinstance(value, list) else [value])]
+
+
+def _refused(record: Record, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"the command of record {record.id} is not repeated: {why}",
+        value=shlex.join(record.command)[:200],
+        allowed="the commands and options of stack trace, without a program",
+        next_step="read the command, and run it yourself if you trust it",
+    )
 
 
 def largest_difference(recorded: Path, now: Path) -> tuple[float, str]:

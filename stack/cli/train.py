@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from stackproof.cli.options import Json, Sets, examples
+from stackproof.cli.options import Json, Plugins, Sets, examples
 from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.spec.canonical import leaves
@@ -67,6 +67,7 @@ def train(
     data: Annotated[
         Path | None, Option(help="Train on a folder written by stack data build.")
     ] = None,
+    plugin: Plugins = None,
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
     tracker: Annotated[
         list[str] | None, Option(help="Mirror metrics to a tracker: tensorboard. Repeatable.")
@@ -119,6 +120,7 @@ def train(
     if dry_run:
         return _dry_run(cfg, overrides, json)
     from stackproof.cli.console import ProgressReporter
+    from stackproof.data import plugins
     from stackproof.replay.bundle import ReproRecorder
     from stackproof.train import loop, start
     from stackproof.train.callbacks import TRACKERS
@@ -140,13 +142,15 @@ def train(
     trackers = (TRACKERS[name]() for name in tracker or ())
     callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *trackers]
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
-    if resume:
-        given = (resume, overrides, cfg, callbacks)
-        done = start.completed(*given) if at is None else None
-        record = done or loop.train(start.resume(*given, at=at))
-    else:
-        lineage = {"parent": parent, "continued": bool(continue_from)}
-        record = loop.train(start.fresh(cfg, overrides, directory, callbacks, **lineage))
+    named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
+    with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
+        if resume:
+            given = (resume, overrides, cfg, callbacks)
+            done = start.completed(*given) if at is None else None
+            record = done or loop.train(start.resume(*given, at=at))
+        else:
+            lineage = {"parent": parent, "continued": bool(continue_from)}
+            record = loop.train(start.fresh(cfg, overrides, directory, callbacks, **lineage))
     document = {"run_dir": str(directory), "record": record.id}
     document |= {"status": record.status, "exit_code": record.exit_code}
     document["metrics"] = {name: m.value for name, m in record.metrics.items()}

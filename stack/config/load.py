@@ -16,11 +16,13 @@ from pydantic import BaseModel, ValidationError
 from stackproof.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
 from stackproof.config.run import RunConfig
 from stackproof.kernels.table import by_operation
-from stackproof.spec.canonical import parse_strict
+from stackproof.spec.canonical import read_json
 from stackproof.spec.errors import ConfigError, IntegrityError
+from stackproof.spec.files import read_text
 from stackproof.spec.records import Override
 from stackproof.spec.renamed_keys import current_key, renamed_keys, translated
 
+MAX_RUN_FILE_BYTES = 2**20
 SHOWN = "docs/mixtures.md shows a complete file"
 # keys with the same meaning in every kind
 COMMON = {"curriculum": tuple(Curriculum.model_fields), "schedule": ("warmup_steps",)}
@@ -59,20 +61,38 @@ def load_config(
     return validate(tree, origins={o.key: o.source for o in overrides}), overrides
 
 
-def recorded_config(tree: dict) -> RunConfig:
+def recorded_config(tree: Any) -> RunConfig:
     """The configuration of a run directory, a checkpoint or a record, which may have been written
-    before a key was renamed. Raises ConfigError as `validate`.
+    before a key was renamed. It is data: the plug-ins that it names are not imported. Raises
+    ConfigError as `validate`.
     """
-    return validate(translated(tree))
+    if not isinstance(tree, dict):
+        raise ConfigError("the recorded configuration is not a table", value=repr(tree)[:80])
+    try:
+        return validate(translated(tree))
+    except TypeError as e:  # a list or table where a renamed key has a word
+        raise ConfigError(f"the recorded configuration is damaged: {e}") from e
 
 
 def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
     """Build a RunConfig from a JSON-ready tree. Raises ConfigError in the project's form."""
     _default_kinds(tree.get("data", {}))
     try:
-        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        return RunConfig.model_validate_json(_as_json(tree), strict=True)
     except ValidationError as e:
         raise _refused(*_first_error(e), origins or {}) from e
+
+
+def _as_json(tree: dict) -> str:
+    """Raises ConfigError for deep nesting, and for a value without a JSON form: a date of TOML."""
+    try:
+        return json.dumps(tree)
+    except (RecursionError, TypeError) as e:
+        raise ConfigError(
+            f"the configuration holds what no key can have: {e}",
+            allowed="numbers, texts, lists and tables",
+            next_step="quote a text that looks like a date",
+        ) from e
 
 
 def _first_error(e: ValidationError) -> tuple[str, str, Any]:
@@ -163,7 +183,8 @@ def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
         return []
     path = Path(data["corpus"].get("path", ""), "manifest.json")
     try:
-        built = parse_strict(path.read_bytes(), origin=str(path))["config"]
+        held = read_json(path)["config"]
+        built = {key: held[key] for key in BUILT_KEYS}
     except (OSError, IntegrityError, KeyError, TypeError) as e:
         raise ConfigError(
             f"data.corpus.path is not a built data set: {path} ({type(e).__name__})",
@@ -242,7 +263,7 @@ def validate_data(tree: dict, *, origin: str) -> DataConfig:
     """
     _default_kinds(tree)
     try:
-        return DataConfig.model_validate_json(json.dumps(tree), strict=True)
+        return DataConfig.model_validate_json(_as_json(tree), strict=True)
     except ValidationError as e:
         key, message, error = _first_error(e)
         shown = "" if isinstance(error.get("input"), dict | list) else f"{error.get('input')!r} "
@@ -266,7 +287,7 @@ def _readably(key: str, message: str, tree: dict) -> str:
 
 def _default_kinds(data: dict) -> None:
     """A source without `kind` gets the kind `files`."""
-    corpus = data.get("corpus")
+    corpus = data.get("corpus") if isinstance(data, dict) else None
     for source in corpus.get("sources", ()) if isinstance(corpus, dict) else ():
         if isinstance(source, dict):
             source.setdefault("kind", "files")
@@ -425,14 +446,16 @@ def _parse_set(text: str) -> tuple[str, Any]:
         )
     try:
         return key.strip(), tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # the second one for deep nesting
         return key.strip(), raw.strip()
 
 
 def read_run_file(path: Path) -> dict:
     """The tree of a TOML run file. Raises ConfigError if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        tree = tomllib.loads(read_text(path, MAX_RUN_FILE_BYTES))
+        json.dumps(tree, default=str)  # tables in tables, for which tomllib has no limit
+        return tree
     except FileNotFoundError as e:
         raise ConfigError(
             f"the file {path} does not exist",
@@ -440,7 +463,8 @@ def read_run_file(path: Path) -> dict:
             allowed="a TOML file",
             next_step="check the path of the .toml file",
         ) from e
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(
             f"cannot read {path} as TOML: {e}",
             next_step="correct the line; quote strings, put table names in brackets",

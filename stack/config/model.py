@@ -173,7 +173,9 @@ class MixtureOfExperts(Frozen):
     """
 
     kind: Literal["moe"] = "moe"
-    n_experts: int = Field(8, ge=2, description="feed-forwards per layer, each of width d_ff")
+    n_experts: int = Field(
+        8, ge=2, le=2**14, description="feed-forwards per layer, each of width d_ff"
+    )
     top_k: int = Field(2, ge=1, description="experts per token")
     expert: Annotated[Dense, Field(discriminator="kind")] = SwiGLU()
     balance: Annotated[AuxiliaryLoss | BiasBalance, Field(discriminator="kind")] = AuxiliaryLoss()
@@ -242,15 +244,21 @@ class MixtureOfDepths(Frozen):
 
 
 class ModelConfig(Frozen):
-    d_model: int = Field(ge=8, description="width of the residual stream, features")
-    n_layers: int = Field(ge=1, description="blocks")
-    n_heads: int = Field(ge=1, description="query heads")
-    n_kv_heads: int = Field(ge=1, description="key/value heads")
-    head_dim: int = Field(ge=2, description="width of a head, features; even, for rotary pairs")
-    d_ff: int = Field(
-        ge=8, description="inner width of the feed-forward or of one expert, features"
+    """A model. The upper limits are far above every published model: they bound the loops and
+    allocations that a damaged or hostile file can cause.
+    """
+
+    d_model: int = Field(ge=8, le=2**20, description="width of the residual stream, features")
+    n_layers: int = Field(ge=1, le=2**12, description="blocks")
+    n_heads: int = Field(ge=1, le=2**14, description="query heads")
+    n_kv_heads: int = Field(ge=1, le=2**14, description="key/value heads")
+    head_dim: int = Field(
+        ge=2, le=2**16, description="width of a head, features; even, for rotary pairs"
     )
-    max_seq_len: int = Field(ge=2, description="context length, tokens")
+    d_ff: int = Field(
+        ge=8, le=2**22, description="inner width of the feed-forward or of one expert, features"
+    )
+    max_seq_len: int = Field(ge=2, le=2**24, description="context length, tokens")
     positions: Annotated[RotaryPositions | LearnedPositions, Field(discriminator="kind")] = (
         RotaryPositions()
     )

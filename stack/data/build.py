@@ -21,7 +21,7 @@ from stackproof import tensorfile
 from stackproof.config import DataConfig, NearDedup
 from stackproof.contracts import subject
 from stackproof.contracts.gate import call_check
-from stackproof.data import corpus, dedup, filters, receipts, shards
+from stackproof.data import corpus, dedup, filters, plugins, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import TextSource
 from stackproof.data.files import evaluation_texts
@@ -132,7 +132,7 @@ def _plan(cfg: DataConfig, work: Path) -> tuple[dict, list[FilterJob]]:
     """The inputs that determine the result (configuration, sizes and times of all files), and the
     parts to read.
     """
-    filters.load_plugins(cfg.filters)
+    plugins.load(cfg.filters)
     if isinstance(cfg.dedup, NearDedup):
         dedup.require_library()
     jobs, files = [], []

@@ -22,6 +22,7 @@ from stackproof.data.files import (
     read_whole,
     suffixes,
 )
+from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import DataError
 
 EXTRACTOR_VERSION = 4
@@ -93,8 +94,7 @@ def corpus_sha256(cfg: TextSource | Mixture) -> str:
 def file_sha256(path: Path) -> str:
     """sha256 of a file, read in pieces. Raises DataError if it cannot be read."""
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return sha256_file(path)
     except OSError as e:
         raise DataError(
             f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions"

@@ -15,8 +15,8 @@ from stackproof.config import (
 )
 from stackproof.data.bandit import BanditSampler
 from stackproof.data.sampler import MixtureSampler, ShuffledSampler, Source, shares
-from stackproof.spec.canonical import parse_strict
-from stackproof.spec.errors import ConfigError, DataError
+from stackproof.spec.canonical import read_json
+from stackproof.spec.errors import ConfigError, DataError, IntegrityError
 
 
 def sources_of(
@@ -37,12 +37,13 @@ def declared_sources(cfg: DataConfig) -> list[Source]:
         case Mixture(sources=sources):
             entries = {s.name: s.model_dump() for s in sources}
         case Built(path=path):
-            entries = {
-                e["name"]: e
-                for e in parse_strict(Path(path, "manifest.json").read_bytes(), origin=path)[
-                    "sources"
-                ]
-            }
+            try:
+                entries = {e["name"]: e for e in read_json(Path(path, "manifest.json"))["sources"]}
+            except (OSError, IntegrityError, LookupError, TypeError) as e:
+                raise DataError(
+                    f"{path} is not a built data set: {type(e).__name__}: {e}",
+                    next_step="stack data build SRC… --out DIR",
+                ) from e
         case _:
             return []
     return sources_of(entries, dict.fromkeys(entries, (0, 1)))

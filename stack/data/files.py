@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,15 @@ from typing import Any, BinaryIO
 from stackproof.config import Files
 from stackproof.data import filters
 from stackproof.spec.errors import DataError, EnvironmentUnfit
+from stackproof.spec.files import open_regular
 
 COMPRESSED = (".gz", ".zst")
 MAX_DOCUMENT_BYTES = 16 * 2**20
+MAX_RATIO, FREE_BYTES = 250, 64 * 2**20
+# Rows of a parquet file at a time, and the limits of its own header.
+ROWS_AT_ONCE = 16
+MAX_PARQUET_TEXT, MAX_PARQUET_ITEMS = 2**24, 2**20
+SHOWN_CHARS = 300
 BOM = b"\xef\xbb\xbf"
 
 
@@ -88,11 +95,47 @@ def _file(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
         yield from _lines_of_text(piece, cfg.documents)
 
 
+class _Unpacked(io.RawIOBase):
+    """The content of a compressed file. Raises DataError when it is far larger than text ever is:
+    a few hundred kilobytes can expand to terabytes.
+    """
+
+    def __init__(self, path: Path, stream: Any, packed_bytes: int):
+        self.path, self.stream, self.packed_bytes, self.n_bytes = path, stream, packed_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, block: Any) -> int:
+        data = self.stream.read(len(block))
+        block[: len(data)] = data
+        self.n_bytes += len(data)
+        require_ratio(self.path, self.n_bytes, self.packed_bytes)
+        return len(data)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def require_ratio(path: Path, n_bytes: int, packed_bytes: int) -> None:
+    """Raises DataError if a compressed file holds more than MAX_RATIO times its bytes."""
+    if n_bytes > max(MAX_RATIO * packed_bytes, FREE_BYTES):
+        raise DataError(
+            f"{path} expands to more than {MAX_RATIO} times its size, as no text does",
+            value=f"{n_bytes} bytes of {packed_bytes}",
+            allowed=f"{MAX_RATIO} times the size of the file, or {FREE_BYTES} bytes",
+            next_step="leave it out, or unpack it by hand and read the result",
+        )
+
+
 def _open(path: Path) -> BinaryIO:
-    """A file's uncompressed bytes as a stream."""
-    match path.suffix:
+    """A regular file's uncompressed bytes as a stream."""
+    file = open_regular(path)
+    packed_bytes = os.fstat(file.fileno()).st_size
+    match path.suffix.lower():
         case ".gz":
-            return gzip.open(path, "rb")
+            return io.BufferedReader(_Unpacked(path, _Gzip(file), packed_bytes), 2**17)
         case ".zst":
             try:
                 import pyarrow
@@ -101,9 +144,21 @@ def _open(path: Path) -> BinaryIO:
                     f"{path} is compressed by zstandard", next_step="pip install 'stackproof[data]'"
                 ) from e
             # raises for a file that ends within a frame; zstandard's own reader returns less text
-            stream = pyarrow.input_stream(str(path), compression="zstd")
-            return io.BufferedReader(stream, 2**17)
-    return open(path, "rb")
+            stream = pyarrow.input_stream(file, compression="zstd")
+            return io.BufferedReader(_Unpacked(path, stream, packed_bytes), 2**17)
+    return file
+
+
+class _Gzip(gzip.GzipFile):
+    """A gzip file that closes the file below it."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(fileobj=file)
+        self.below = file
+
+    def close(self) -> None:
+        super().close()
+        self.below.close()
 
 
 def read_whole(path: Path, name: str) -> Iterator[Document | Unreadable]:
@@ -230,12 +285,26 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
         ) from e
     import pyarrow
 
+    with open_regular(path) as source:
+        yield from _parquet_rows(path, source, field, pyarrow, pq)
+
+
+def _parquet_rows(
+    path: Path, source: BinaryIO, field: str, pyarrow: Any, pq: Any
+) -> Iterator[Document | Unreadable]:
+    packed_bytes, n_bytes = os.fstat(source.fileno()).st_size, 0
+    limits = {
+        "thrift_string_size_limit": MAX_PARQUET_TEXT,
+        "thrift_container_size_limit": MAX_PARQUET_ITEMS,
+    }
     try:
-        file, number = pq.ParquetFile(path), 0
+        file, number = pq.ParquetFile(source, **limits), 0
         column = field.split(".")[0]
         if column not in file.schema_arrow.names:
             raise _no_field(str(path), field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=64, columns=[column]):
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+            n_bytes += batch.nbytes
+            require_ratio(path, n_bytes, packed_bytes)
             for value in _rows(batch, column, pyarrow):
                 number += 1
                 place = f"{path} row {number}"
@@ -245,7 +314,8 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
                     yield Unreadable(place, "too-long", len(value))
                 else:
                     yield from _decoded(value, place, empty_counts=True)
-    except pyarrow.ArrowInvalid as e:
+    # ArrowNotImplementedError for a compression that it lacks, OSError for a damaged page
+    except (pyarrow.ArrowException, OSError, MemoryError) as e:
         raise DataError(
             f"cannot read {path}: {e}", next_step="check that it is a whole parquet file"
         ) from e
@@ -324,7 +394,7 @@ def chat_text(turns: list, place: str) -> str | None:
 def _no_field(place: str, field: str, keys: list[str]) -> DataError:
     return DataError(
         f"{place} has no text under {field!r}",
-        value=", ".join(keys),
+        value=", ".join(keys)[:SHOWN_CHARS],
         allowed="a string, or a list of chat turns with role and content",
         next_step="--text-field NAME, or text_field of the source in the mixture file",
     )

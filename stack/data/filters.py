@@ -5,18 +5,18 @@ The limits are those of the gate `corpus.filters`, which judges the shipped
 shards by the same rules.
 """
 
-import importlib
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 
 from stackproof.config import Pangram
+from stackproof.data import plugins
+from stackproof.data.plugins import Plugin
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import ConfigError
 from stackproof.spec.gates import load_spec
@@ -249,67 +249,21 @@ RULES: dict[str, Callable[[str, tuple[str, ...], SimpleNamespace], bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """A filter of the user's: `function(text, languages)` returns a falsy value to keep,
-    else drops under its name.
-    """
-
-    name: str
-    function: Callable[[str, tuple[str, ...]], object]
-
-
-def load_plugins(names: Iterable[str]) -> list[Plugin]:
-    """Import `module:function` filters.
-    Raises ConfigError naming what cannot be found or called.
-    """
-    return [Plugin(name, _import(name)) for name in names]
-
-
-def _import(name: str) -> Callable:
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as e:
-        raise ConfigError(
-            f"the filter {name} cannot be imported: {type(e).__name__}: {e}",
-            allowed="module:function, importable where stack runs",
-            next_step="check data.filters and PYTHONPATH",
-        ) from e
-    if not callable(function):
-        raise ConfigError(
-            f"the filter {name} is not a function",
-            value=type(function).__name__,
-            next_step="check data.filters",
-        )
-    return function
-
-
-def fingerprint(plugins: Iterable[str]) -> str:
+def fingerprint(names: Iterable[str]) -> str:
     """Hash of everything that decides what is dropped: these rules, their limits,
-    and the source of every plug-in's module.
+    and the source of every plug-in's module. Imports nothing.
     """
-    modules = [
-        sys.modules[__name__],
-        *(importlib.import_module(name.partition(":")[0]) for name in plugins),
-    ]
-    return sha256_json([vars(limits()), [_source(m) for m in modules]])
+    rules = inspect.getsource(sys.modules[__name__])
+    return sha256_json([vars(limits()), [rules, *map(plugins.source, names)]])
 
 
-def _source(module: ModuleType) -> str:
-    try:
-        return inspect.getsource(module)
-    except (OSError, TypeError):  # of compiled modules there is none
-        return f"{module.__name__} of {sys.version}"
-
-
-def reason_to_drop(text: str, languages: tuple[str, ...], plugins: Iterable[Plugin]) -> str | None:
+def reason_to_drop(text: str, languages: tuple[str, ...], extra: Iterable[Plugin]) -> str | None:
     """The first built-in rule or plug-in that rejects a document.
     Raises ConfigError if a plug-in fails.
     """
     if (reason := rejection(text, languages)) is not None:
         return reason
-    for plugin in plugins:
+    for plugin in extra:
         try:
             if plugin.function(text, languages):
                 return f"plugin:{plugin.name}"

@@ -10,14 +10,14 @@ import numpy as np
 
 from stackproof import tensorfile
 from stackproof.config import Built, DataConfig
-from stackproof.data import build, corpus, filters, packing
+from stackproof.data import build, corpus, filters, packing, receipts
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.build import FORMAT, Progress
 from stackproof.data.packing import Packing
 from stackproof.data.shards import TokenStream
 from stackproof.data.stages import SPLITS
 from stackproof.data.tokenizer import Tokenizer
-from stackproof.spec.canonical import parse_strict, sha256_file, sha256_json
+from stackproof.spec.canonical import read_json, sha256_file, sha256_json
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.tensorfile import BadTensorFile
 
@@ -178,13 +178,14 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
     """
     path, rebuild = folder / "manifest.json", f"delete {folder} and run again to rebuild it"
     try:
-        manifest = parse_strict(path.read_bytes(), origin=str(path))
+        manifest = read_json(path)
         if manifest["schema"] != FORMAT:
             raise DataError(
                 f"{path} is of another format: {manifest['schema']}",
                 allowed=FORMAT,
                 next_step=rebuild,
             )
+        receipts.table(manifest["sources"])  # raises for sources of another form
         for split in SPLITS:
             for entry in manifest["splits"][split]["shards"]:
                 verify_shard(folder / entry["path"], entry, cfg.verify)
@@ -195,9 +196,10 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
                 next_step=rebuild,
             )
         return Dataset(folder, manifest, tokenizer, cfg.packing)
-    except (OSError, IntegrityError, KeyError, TypeError) as e:
+    except (OSError, IntegrityError, LookupError, TypeError, ValueError, AttributeError) as e:
         raise DataError(
-            f"the prepared data in {folder} are damaged: {type(e).__name__}: {e}", next_step=rebuild
+            f"the prepared data in {folder} are damaged: {type(e).__name__}: {str(e)[:300]}",
+            next_step=rebuild,
         ) from e
 
 
@@ -205,6 +207,12 @@ def verify_shard(path: Path, entry: dict, verify: str) -> None:
     """Compare a shard with its manifest entry: its size, and its hash if `verify` is full.
     Raises DataError.
     """
+    if Path(entry["path"]).name != entry["path"]:
+        raise DataError(
+            f"the manifest in {path.parent} names a file outside of the folder",
+            value=entry["path"],
+            allowed="names of files beside the manifest",
+        )
     size = path.stat().st_size if path.is_file() else -1
     rebuild = f"delete {path.parent} and run again to rebuild it"
     if size != entry["bytes"]:

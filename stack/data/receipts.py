@@ -9,6 +9,7 @@ import numpy as np
 
 from stackproof.data import dedup, filters
 from stackproof.data.files import Document, Unreadable
+from stackproof.data.plugins import Plugin
 
 
 def empty() -> dict[str, Any]:
@@ -22,7 +23,7 @@ def judge(
     receipt: dict,
     item: Document | Unreadable,
     languages: tuple[str, ...],
-    plugins: Iterable[filters.Plugin],
+    plugins: Iterable[Plugin],
     grams: np.ndarray | None,
 ) -> str | None:
     """Filter one item and count it. Returns its text if it is kept."""

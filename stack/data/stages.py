@@ -15,7 +15,7 @@ import numpy as np
 
 from stackproof import tensorfile
 from stackproof.config import ExactDedup, HashSplit, NearDedup, TailSplit
-from stackproof.data import corpus, dedup, filters, receipts, shards
+from stackproof.data import corpus, dedup, plugins, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import Part, TextSource
 from stackproof.spec.canonical import canonical_json, parse_strict
@@ -86,10 +86,12 @@ def filter_part(job: FilterJob) -> dict:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     receipt = receipts.empty() | {"chunks": 0}
-    languages, plugins = job.cfg.languages, filters.load_plugins(job.plugins)
+    # the process that made the job has loaded them too
+    with plugins.permitted(job.plugins):
+        loaded = plugins.load(job.plugins)
     grams = tensorfile.memmap(job.grams, "grams") if job.grams else None
     judged = (
-        receipts.judge(receipt, item, languages, plugins, grams)
+        receipts.judge(receipt, item, job.cfg.languages, loaded, grams)
         for item in corpus.read_part(job.cfg, job.part)
     )
     for texts in _chunks(text for text in judged if text is not None):

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 
 from stackproof.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
 from stackproof.contracts.tokenizer import HARD_TEXTS
+from stackproof.data import tokenizer_file
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import DataError
 
@@ -392,25 +393,19 @@ def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
     `eos_token` names the token that ends a document; empty takes the first known one.
     Raises DataError with the file if it is damaged, of an unknown kind, or lacks the token.
     """
-    try:
-        return _parse(path.read_bytes(), eos_token)
-    except Exception as e:  # the tokenizers library raises bare Exception
-        raise DataError(
-            f"{path} is not a tokenizer: {e}",
-            allowed="the tokenizer.json of a run, of prepared data, or of the Hugging Face format",
-            next_step="restore it, or name its end of text with data.tokenizer.eos_token",
-        ) from e
+    with tokenizer_file.refusals(path):
+        return _parse(*tokenizer_file.read(path), eos_token)
 
 
-def _parse(data: bytes, eos_token: str) -> Tokenizer:
-    """The tokenizer in the saved form `bytes`.
+def _parse(data: bytes, document: Any, eos_token: str) -> Tokenizer:
+    """The tokenizer in the saved form `data`, parsed as `document`.
     Raises ValueError, or any exception of the library, if they are not a valid tokenizer.
     """
-    match json.loads(data):
+    match document:
         case {"model": _}:
-            return _from_library(data.decode("utf-8"), eos_token)
+            return _from_library(data.decode("utf-8"), document, eos_token)
         case {"stackproof_tokenizer": "hf", "eos_token": str(saved_eos), "tokenizer": str(saved)}:
-            return _from_library(saved, eos_token or saved_eos)
+            return _from_library(saved, json.loads(saved), eos_token or saved_eos)
         case {"stackproof_tokenizer": "byte"}:
             return Bytes()
         case {"stackproof_tokenizer": "char", "symbols": str(symbols)} if symbols and len(
@@ -420,10 +415,8 @@ def _parse(data: bytes, eos_token: str) -> Tokenizer:
     raise ValueError("it is of no known kind")
 
 
-def _from_library(saved: str, eos_token: str) -> Bpe:
-    from tokenizers import Tokenizer as Inner
-
-    inner = Inner.from_str(saved)
+def _from_library(saved: str, document: Any, eos_token: str) -> Bpe:
+    inner = tokenizer_file.library(saved, document)
     end = eos_token or _known_end(inner)
     if end is None or inner.token_to_id(end) is None:
         raise ValueError(

@@ -14,10 +14,13 @@ from typing import Annotated, Literal, Self, assert_never
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stackproof.evaluate.syllables import syllables
+from stackproof.patterns import slow
 from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.files import read_text
 from stackproof.spec.gates import Frozen
 
 SUITES = Path(__file__).parent / "suites"
+MAX_SUITE_BYTES = 2**20
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 
@@ -33,8 +36,10 @@ class Regex(Frozen):
     def _compiles(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
-        except re.error as e:
-            raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
+        except (re.error, RecursionError, OverflowError) as e:
+            raise ValueError(f"{pattern[:80]!r} is not a regular expression: {e}") from e
+        if why := slow(pattern):
+            raise ValueError(f"{pattern[:80]!r} could take for ever on some answer: {why}")
         return pattern
 
 
@@ -217,13 +222,16 @@ def suite_file(name: str) -> Path:
 def load_suite(path: Path) -> Suite:
     """Read a suite. Raises DataError naming file, place and defect."""
     try:
-        return Suite.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        document = tomllib.loads(read_text(path, MAX_SUITE_BYTES))
+    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(
             f"cannot read the suite {path}: {e}",
             allowed="a TOML file",
             next_step="correct the file",
         ) from e
+    try:
+        return Suite.model_validate(document)
     except ValidationError as e:
         first = e.errors()[0]
         raise DataError(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stackproof.spec.canonical import parse_strict, sha256_file
+from stackproof.spec.canonical import read_json, sha256_file
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64, Code, Scalar
@@ -121,7 +121,10 @@ def read_bundle(folder: Path) -> Bundle:
             allowed=f"a folder with {DOCUMENT}",
             next_step="RUN/repro holds one per failed runtime gate",
         )
-    value = parse_strict(path.read_bytes(), origin=str(path))
+    try:
+        value = read_json(path)
+    except OSError as e:
+        raise IntegrityError(f"cannot read {path}: {e}") from e
     bundle = validated(Bundle, value, origin=str(path))
     for name, file in bundle.files.items():
         inside = folder / name

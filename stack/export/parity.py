@@ -17,9 +17,10 @@ from torch import Tensor
 from stackproof.contracts.subject import Exported
 from stackproof.evaluate.bits_per_byte import evaluating
 from stackproof.evaluate.sampling import generate
+from stackproof.export.untrusted import require_data
 from stackproof.model.transformer import Transformer
 from stackproof.spec.canonical import sha256_file
-from stackproof.spec.errors import CheckpointError, EnvironmentUnfit
+from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, StackproofError
 
 
 def available() -> bool:
@@ -60,6 +61,8 @@ def theirs(path: Path) -> Any:
         )
     try:
         model, report = _read(path)
+    except StackproofError:
+        raise
     except Exception as e:  # whatever it raises, it has not read the model
         raise CheckpointError(
             f"transformers cannot read {path}", value=f"{type(e).__name__}: {str(e)[:300]}"
@@ -74,16 +77,19 @@ def theirs(path: Path) -> Any:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A model, and what its reader reports."""
+    """A model, and what its reader reports. Without a prompt, a download or
+    code of the folder."""
     import transformers
 
+    require_data(path, native=transformers.CONFIG_MAPPING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
     return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent if file else path,
+        path.parent if path.suffix == ".gguf" else path,
         dtype=torch.float32,
         local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True,
         **file,
     )

@@ -2,7 +2,7 @@
 accounted for; pickles are refused.
 """
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,19 @@ from stackproof.config import LearnedPositions, ModelConfig
 from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, plain_name, their_shape, to_ours
 from stackproof.model.transformer import Transformer
-from stackproof.spec.errors import CheckpointError, ConfigError
+from stackproof.spec import canonical
+from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
+from stackproof.spec.formulas import parameter_count
+from stackproof.train.memory import model_bytes, require_free
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 READABLE = ("F32", "F16", "BF16")
+# config.json, and an index of some hundred thousand tensors
+MAX_DOCUMENT_BYTES = 32 * 2**20
+# config.json may describe this many times the weights of the files, before the names of the tensors
+# are compared: what lacks a layer is refused by the name of the layer.
+DESCRIBED_MAX = 4
+SMALL = 2**20
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     context.
 
     Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for an
-    unsupported model.
+    unsupported model, EnvironmentUnfit for one that does not fit into memory.
     """
     document = read_json(path / "config.json")
     kind = hugging_face.kind_of(document)
@@ -70,7 +79,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     if max_seq_len is not None:
         cfg = _shortened(cfg, max_seq_len)
     places = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         for name, place in _places(file).items():
             if name in places:
                 raise CheckpointError(
@@ -83,7 +92,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
         places = {n if n.startswith(head) else kind.base + n: p for n, p in places.items()}
     renamed = sum(n != p.name or bool(hugging_face.DERIVED.search(n)) for n, p in places.items())
     places = {n: p for n, p in places.items() if not hugging_face.DERIVED.search(n)}
-    return Folder(
+    folder = Folder(
         path,
         document,
         kind,
@@ -93,13 +102,15 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
         places,
         renamed,
     )
+    _require_described(folder)
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for an unreadable file or another type."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
+        document = canonical.read_json(path, MAX_DOCUMENT_BYTES)
+    except (OSError, IntegrityError) as e:
         raise CheckpointError(
             f"cannot read {path}: {e}",
             allowed="a folder with config.json and safetensors",
@@ -123,7 +134,7 @@ def _shortened(cfg: ModelConfig, max_seq_len: int) -> ModelConfig:
     return cfg.model_copy(update={"max_seq_len": max_seq_len, "attention": attention})
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     index, single = path / hugging_face.INDEX, path / "model.safetensors"
     if index.is_file() and single.is_file():
         raise CheckpointError(
@@ -161,7 +172,7 @@ def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
                 f"{hugging_face.INDEX} lists {file}, which is not in {path}",
                 next_step="download the whole folder again",
             )
-        held = set(_header(path / file).tensors)
+        held = set(header(path / file).tensors)
         if odd := sorted(held ^ {n for n, f in told.items() if f == file}):
             raise CheckpointError(
                 f"{file} and {hugging_face.INDEX} disagree on {odd[0]}", value=f"{len(odd)} tensors"
@@ -169,7 +180,7 @@ def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
     return [path / file for file in files]
 
 
-def _header(file: Path) -> tensorfile.Header:
+def header(file: Path) -> tensorfile.Header:
     try:
         return tensorfile.read_header(file)
     except tensorfile.BadTensorFile as e:
@@ -178,7 +189,7 @@ def _header(file: Path) -> tensorfile.Header:
 
 def _places(file: Path) -> dict[str, Place]:
     places = {}
-    for name, entry in _header(file).tensors.items():
+    for name, entry in header(file).tensors.items():
         plain = plain_name(name)
         if plain in places:
             raise CheckpointError(
@@ -207,6 +218,22 @@ def load_weights(folder: Folder) -> Transformer:
     for row in rows:
         _fill(live, row, places[row.theirs], shapes)
     return model.eval()
+
+
+def _require_described(folder: Folder) -> None:
+    """Raise CheckpointError if config.json describes far more weights than the files hold, and
+    EnvironmentUnfit if the model does not fit into memory, before anything is allocated.
+    """
+    described = parameter_count(folder.cfg.model_dump(), folder.vocab_size)
+    held = sum(math.prod(place.shape) for place in folder.places.values())
+    if described > max(DESCRIBED_MAX * held, SMALL):
+        raise CheckpointError(
+            f"config.json in {folder.path} describes another model than the weights",
+            value=f"{described} parameters",
+            allowed=f"the {held} of the weight files",
+            next_step="use the config.json of these weights",
+        )
+    require_free(model_bytes(folder.cfg, folder.vocab_size), f"the model of {folder.path}")
 
 
 def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, Place]:

@@ -2,11 +2,11 @@
 needs a token.
 """
 
-import json
 from pathlib import Path
 from typing import Any, assert_never
 
 from stackproof.contracts.tokenizer import HARD_TEXTS
+from stackproof.data import tokenizer_file
 from stackproof.data.tokenizer import (
     END_OF_TEXT,
     Bpe,
@@ -16,7 +16,8 @@ from stackproof.data.tokenizer import (
     _byte_alphabet,
     load_tokenizer,
 )
-from stackproof.spec.errors import DataError
+from stackproof.spec.canonical import read_json
+from stackproof.spec.errors import DataError, IntegrityError
 
 RESERVED = "<|reserved_{}|>"
 PLAIN_TEXTS = (
@@ -119,14 +120,11 @@ def _written(file: Path, token_id: int) -> str:
     """The text of the token with an id; empty for a file of ours, which declares its end-of-text
     token.
     """
-    from tokenizers import Tokenizer as Inner
-
-    try:
-        if "model" not in json.loads(saved := file.read_bytes()):
+    with tokenizer_file.refusals(file):
+        saved, document = tokenizer_file.read(file)
+        if "model" not in document:
             return ""
-        token = Inner.from_buffer(saved).id_to_token(token_id)
-    except Exception as e:  # the tokenizers library raises bare Exception
-        raise DataError(f"{file} is not a tokenizer: {e}", next_step="give --tokenizer FILE") from e
+        token = tokenizer_file.library(saved.decode("utf-8"), document).id_to_token(token_id)
     if token is None:
         raise DataError(
             f"config.json ends texts with id {token_id}, which {file} does not have",
@@ -186,6 +184,9 @@ def settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty if the file is missing."""
     path = folder / "tokenizer_config.json"
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as e:
+        document = read_json(path) if path.exists() else {}
+    except (OSError, IntegrityError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
+    if not isinstance(document, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return document

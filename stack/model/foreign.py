@@ -128,7 +128,13 @@ class Kind:
         sizes = {ours: keys.number(theirs) for ours, theirs in self.sizes.items()}
         if not sizes["n_heads"]:
             raise ConfigError("config.json describes no model: it has no heads")
-        sizes |= self.parts(keys, sizes)
+        try:
+            sizes |= self.parts(keys, sizes)
+        except (TypeError, ValueError, AttributeError) as e:
+            raise ConfigError(
+                f"config.json describes no model: a value is missing or of another type: {e}",
+                next_step="take the folder as its publisher wrote it",
+            ) from e
         aside = keys.finish(self.neutral, self.aside)
         try:
             return ModelConfig.model_validate_json(json.dumps(sizes), strict=True), aside

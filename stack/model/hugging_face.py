@@ -289,14 +289,14 @@ def kind_of(document: Mapping[str, Any]) -> Kind:
     """The architecture of a config.json. Raises ConfigError if it is unknown or contradictory."""
     known = {k.architecture: k for k in KINDS}
     named = document.get("architectures") or ["none"]
-    if len(named) != 1 or named[0] not in known:
+    if not isinstance(named, list) or len(named) != 1 or str(named[0]) not in known:
         raise ConfigError(
             "this architecture cannot be read",
-            value=f"architectures = {', '.join(map(str, named))} in config.json",
+            value=f"architectures = {str(named)[:80]} in config.json",
             allowed=", ".join(known),
             next_step="convert the model to one of these, or train one here",
         )
-    kind = known[named[0]]
+    kind = known[str(named[0])]
     if document.get("model_type", kind.model_type) != kind.model_type:
         raise ConfigError(
             "config.json contradicts itself",

@@ -67,6 +67,7 @@ def certify(
     directory.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "stackproof",
         "train",
@@ -95,7 +96,7 @@ def _with_kills(
     """
     draw = random.Random(stream_seed(seed, "kills"))
     targets = sorted(draw.sample(range(steps // 4, steps - 1), kills))
-    resumed = [sys.executable, "-m", "stackproof", "train", "--resume", str(run_dir)]
+    resumed = [sys.executable, "-P", "-m", "stackproof", "train", "--resume", str(run_dir)]
     moments = []
     for target in targets:
         moments.append(_kill_at(command if not moments else resumed, run_dir, log, target, draw))

@@ -288,9 +288,17 @@ def load_lens(path: Path, model: nn.Module) -> TunedLens:
             allowed=f"sha256 {weights_sha256(model)[:12]}…, {SCHEMA}",
             next_step="stack trace MODEL --lens tuned makes one for these",
         )
+    shapes = {f"{p}.{n}": s for p in points for n, s in _shapes(d_model).items()}
+    if {name: entry.shape for name, entry in header.tensors.items()} != shapes:
+        raise CheckpointError(f"the tensors of the lens {path} are not those that it declares")
     lens = TunedLens(points, d_model)
     with torch.no_grad():
         for point in points:
             for name, parameter in lens.translators[_key(point)].named_parameters():
                 parameter.copy_(torch.from_numpy(tensorfile.memmap(path, f"{point}.{name}").copy()))
     return lens
+
+
+def _shapes(d_model: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a translator's tensors."""
+    return {"weight": (d_model, d_model), "bias": (d_model,)}

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stackproof.config import RunConfig
+from stackproof.config import ModelConfig, RunConfig
 from stackproof.kernels import HEAD_CHUNK_BYTES
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.formulas import parameter_count, saved_per_token
@@ -76,6 +76,11 @@ def available_bytes(device: "torch.device") -> int | None:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    return host_bytes()
+
+
+def host_bytes() -> int | None:
+    """Free memory of the host, bytes; None where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -106,6 +111,26 @@ def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int
             "or train.activation_checkpointing=blocks",
         )
     return needed
+
+
+def model_bytes(m: ModelConfig, vocab_size: int) -> int:
+    """Memory of a model for inference, float32: its parameters, and the tables of rotary positions,
+    which are computed in float64.
+    """
+    tables = 3 * 2 * FLOAT * m.max_seq_len * m.head_dim if m.positions.kind == "rotary" else 0
+    return FLOAT * parameter_count(m.model_dump(), vocab_size) + tables
+
+
+def require_free(n_bytes: int, what: str) -> None:
+    """Raises EnvironmentUnfit if this much host memory is not free, before it is taken."""
+    free = host_bytes()
+    if free is not None and n_bytes > free:
+        raise EnvironmentUnfit(
+            f"{what} does not fit into memory",
+            value=f"{n_bytes} bytes ({n_bytes / 2**30:.1f} GiB) needed",
+            allowed=f"{free} bytes ({free / 2**30:.1f} GiB) are free",
+            next_step="use a machine with more memory, or a smaller model",
+        )
 
 
 # --- the C allocator: fresh pages cost more than the arithmetic done on them ----------------------

@@ -135,8 +135,8 @@ class RunDir:
         try:
             data = read_bytes(path)
             document = parse_strict(data, origin=str(path))
-            if not isinstance(document, dict):
-                raise IntegrityError(f"{path} is not a JSON object")
+            if not isinstance(document, dict) or "config" not in document:
+                raise IntegrityError(f"{path} is not a JSON object with a configuration")
         except (OSError, IntegrityError) as e:
             why = "it has no run.json" if isinstance(e, FileNotFoundError) else str(e)
             raise CheckpointError(

@@ -4,10 +4,13 @@ where that means something.
 
 import json
 import math
+import shlex
+from types import SimpleNamespace
 
 import pytest
 
-from stackproof.cli.rerun import REL_TOLERANCE, largest_difference
+from stackproof.cli.rerun import REL_TOLERANCE, largest_difference, rerun_trace, trace_command
+from stackproof.spec.errors import IntegrityError
 
 
 def line(**figures):
@@ -65,3 +68,69 @@ def test_a_share_is_not_taken_of_a_size_that_is_no_number(tmp_path):
     assert apart(tmp_path, line(stats={"rms": "NaN", "std": "NaN", "mean": 2e-9}), dead)[
         0
     ] == pytest.approx(0.5)
+
+
+# --- a record is data -----------------------------------------------------------------------------
+
+
+def recorded(words):
+    return SimpleNamespace(id="trace-1", command=tuple(shlex.split(words)))
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (
+            "stack trace runs/a@bfloat16 --against runs/a --prompt 'T t' --run-dir runs/b",
+            ["compare", "--against=runs/a", "--prompt=T t", "--", "runs/a@bfloat16"],
+        ),
+        ("stack trace runs/a --lens logit --json", ["lens", "--", "runs/a", "logit"]),
+        (
+            "stack trace stats M --points a --points b --backward --csv=/etc/x --csv y",
+            ["stats", "--points=a", "--points=b", "--backward", "--", "M"],
+        ),
+        (
+            "stack trace ablate M t1 t2 --from f --prompt --csv",
+            ["ablate", "--from=f", "--prompt=--csv", "--", "M", "t1", "t2"],
+        ),
+        ("stack trace M -- --run-dir /x", ["stats", "--", "M", "--run-dir", "/x"]),
+    ],
+)
+def test_a_trace_is_repeated_without_the_files_that_it_wrote(words, again):
+    assert trace_command(recorded(words)) == again
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stack trace bisect a --against b --check 'touch marker'",
+        "stack trace a --bisect --against b --check='touch marker'",
+        "stack train pocket --set data.filters=['a:b']",
+        "stack evidence add x",
+        "stack trace --help",
+        "stack trace stats M --help",
+        "stack trace M --plugin a:b",
+        "stack trace M --run-dir",
+        "sh trace M",
+        "stack trace",
+        "stack",
+        "",
+    ],
+)
+def test_a_command_that_is_no_trace_or_runs_a_program_is_refused(words):
+    with pytest.raises(IntegrityError, match="is not repeated") as error:
+        trace_command(recorded(words))
+    assert error.value.exit_code == 6
+
+
+def test_a_module_of_the_working_directory_is_not_imported(tmp_path, monkeypatch):
+    """`python -m` puts the folder of the user first, which may be a folder of somebody else."""
+    (tmp_path / "torch.py").write_text("open('marker', 'w')")
+    (tmp_path / "json.py").write_text("open('marker', 'w')")
+    monkeypatch.chdir(tmp_path)
+    record = SimpleNamespace(
+        id="trace-1", command=("stack", "trace", "gone"), series=(), kind="trace"
+    )
+    with pytest.raises(IntegrityError, match="fails here with exit code 2"):
+        rerun_trace(record, tmp_path, tmp_path / "again")
+    assert not (tmp_path / "marker").exists()

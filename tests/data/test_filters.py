@@ -20,8 +20,8 @@ from stackproof.config import (
     StdlibDocsSource,
 )
 from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES, WORDS
-from stackproof.data import filters
-from stackproof.data.filters import RULES, limits, load_plugins, reason_to_drop, rejection
+from stackproof.data import filters, plugins
+from stackproof.data.filters import RULES, limits, reason_to_drop, rejection
 from stackproof.spec.errors import ConfigError
 
 ANSWER = "< Understood, and so it shall be."
@@ -359,6 +359,11 @@ def test_only_the_codes_own_text_is_exempt():
 # --- plug-ins -------------------------------------------------------------------------------------
 
 
+def load_permitted(names):
+    with plugins.permitted(names):
+        return plugins.load(names)
+
+
 @pytest.fixture
 def plugin_module(monkeypatch):
     module = ModuleType("a_users_filters")
@@ -372,13 +377,13 @@ def plugin_module(monkeypatch):
 
 
 def test_a_plugin_drops_under_its_own_name(plugin_module):
-    plugins = load_plugins(["a_users_filters:no_bees"])
+    plugins = load_permitted(["a_users_filters:no_bees"])
     assert reason_to_drop(FILLER, ("en",), plugins) == "plugin:a_users_filters:no_bees"
     assert reason_to_drop(GOOD, ("en",), plugins) is None
 
 
 def test_plugins_come_after_the_rules_and_can_keep_nothing_that_a_rule_rejects(plugin_module):
-    plugins = load_plugins(["a_users_filters:watch"])
+    plugins = load_permitted(["a_users_filters:watch"])
     assert (
         reason_to_drop("region " * 60, ("en",), plugins) == "low-diversity"
         and plugin_module.seen == []
@@ -390,7 +395,7 @@ def test_plugins_come_after_the_rules_and_can_keep_nothing_that_a_rule_rejects(p
 
 def test_a_plugin_that_fails_is_named(plugin_module):
     with pytest.raises(ConfigError, match="a_users_filters:broken failed: ZeroDivisionError"):
-        reason_to_drop(GOOD, ("en",), load_plugins(["a_users_filters:broken"]))
+        reason_to_drop(GOOD, ("en",), load_permitted(["a_users_filters:broken"]))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +415,7 @@ def test_a_plugin_that_cannot_be_had_is_named(plugin_module, tmp_path, monkeypat
     (tmp_path / "misspelt_filters.py").write_text("def f(\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=says) as error:
-        load_plugins([name])
+        load_permitted([name])
     assert name in str(error.value)
 
 

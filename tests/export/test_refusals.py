@@ -406,3 +406,16 @@ def test_an_unsupported_model_is_refused_with_the_nearest_architecture():
     assert len(lacks[nearest].split(", ")) == min(
         len(v.split(", ")) for k, v in lacks.items() if "config.json" not in v
     )
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "rope_scaling", "architectures", "head_dim"])
+@pytest.mark.parametrize("value", [-1, 1.5, "x", True, [[1]], {"a": []}])
+def test_a_value_of_another_type_is_refused_by_class(key, value):
+    with pytest.raises(ConfigError):
+        read(LLAMA | {key: value})
+
+
+def test_sizes_that_no_file_holds_are_refused_before_anything_is_built():
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings"):
+        with pytest.raises(ConfigError, match="less than or equal"):
+            read(LLAMA | {key: 10**9} | ({"head_dim": 8} if key == "hidden_size" else {}))

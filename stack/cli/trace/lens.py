@@ -12,6 +12,7 @@ from stackproof.cli.paths import refuse_unused
 from stackproof.cli.recording import Claim, OpenRecord
 from stackproof.cli.trace.common import Model, Request, encode, precise, takes
 from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.files import read_text
 
 FILE = "lens.safetensors"
 CLAIM = Claim(
@@ -24,6 +25,7 @@ EXAMPLES = (
     "stack trace lens runs/pocket-1 tuned --run-dir runs/lens-1",
     "stack trace lens runs/pocket-1 tuned --lens-file runs/lens-1/lens.safetensors",
 )
+MAX_FITTED_BYTES = 256 * 2**20
 STEPS, FIT_ROWS, HELD_OUT_ROWS, SEED = 200, 8, 16, 0
 MAX_ROW_TOKENS = 512  # per row of --text
 
@@ -166,6 +168,7 @@ def _corpus_rows(loaded: TraceModel) -> tuple[Callable[[], Any], Any]:
     import torch
 
     from stackproof.config import recorded_config
+    from stackproof.data import plugins
     from stackproof.data.data_loader import rows_batch
     from stackproof.data.prepare import prepare
     from stackproof.data.tokenizer import load_tokenizer
@@ -175,7 +178,8 @@ def _corpus_rows(loaded: TraceModel) -> tuple[Callable[[], Any], Any]:
             f"{loaded.title} is not a run, so it has no corpus", next_step="give --text FILE"
         )
     cfg = recorded_config(loaded.config)
-    dataset, length = prepare(cfg.data), cfg.model.max_seq_len
+    with plugins.permitted((), origin=str(loaded.root)):
+        dataset, length = prepare(cfg.data), cfg.model.max_seq_len
     if dataset.tokenizer.sha256 != load_tokenizer(loaded.root / "tokenizer.json").sha256:
         raise DataError(
             "the corpus of the run has changed, so its tokens are not available",
@@ -201,8 +205,8 @@ def _text_rows(loaded: TraceModel, file: Path) -> tuple[Callable[[], Any], Any]:
     import torch
 
     try:
-        ids = encode(file.read_text("utf-8"), loaded)
-    except (OSError, UnicodeDecodeError) as e:
+        ids = encode(read_text(file, MAX_FITTED_BYTES), loaded)
+    except OSError as e:
         raise UsageError(f"cannot read the text {file}: {e}", allowed="a UTF-8 file") from e
     length = min(loaded.max_seq_len, MAX_ROW_TOKENS)
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)

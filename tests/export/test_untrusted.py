@@ -1,0 +1,141 @@
+"""What a foreign folder may not name or claim, without the library that would follow it."""
+
+import json
+import struct
+
+import pytest
+
+from stackproof.data.files import FREE_BYTES, MAX_RATIO, require_ratio
+from stackproof.data.tokenizer_file import library_tokenizer
+from stackproof.export import gguf, untrusted
+from stackproof.spec.errors import CheckpointError, DataError, EnvironmentUnfit
+from stackproof.tensorfile import write
+from stackproof.train import memory
+from tests.export.test_refusals import LLAMA
+
+NATIVE = ("llama",)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    import numpy as np
+
+    write(tmp_path / "model.safetensors", {"a": np.zeros((300, 100), np.float32)}, {})
+    return tmp_path
+
+
+def look(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    untrusted.require_data(folder, NATIVE)
+
+
+def test_a_folder_of_data_passes(folder):
+    look(folder)
+    look(folder, auto_map={"AutoConfig": "evil.C"}, rope_theta=10**7, eos_token_id=10**6)
+    look(folder, _attn_implementation="sdpa", max_position_embeddings=2**20, num_hidden_layers=90)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "evil.M"}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+        {"_attn_implementation": "evil/kernel"},
+        {"text_config": {"attn_implementation": {"": "flash_attention_2"}}},
+        {"transformers_weights": "../x.safetensors"},
+        {"num_hidden_layers": 10**9},
+        {"text_config": {"num_experts": 10**6}},
+        {"hidden_size": 10**12},
+        {"max_position_embeddings": 10**12},
+    ],
+)
+def test_a_configuration_that_names_code_or_impossible_sizes_is_refused(folder, changes):
+    with pytest.raises(CheckpointError):
+        look(folder, **changes)
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter of another model"):
+        look(folder)
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused_with_both_numbers(folder, monkeypatch):
+    monkeypatch.setattr(memory, "host_bytes", lambda: 119_999)
+    with pytest.raises(EnvironmentUnfit, match="120000 bytes") as error:
+        look(folder)
+    assert "119999" in error.value.allowed
+    monkeypatch.setattr(memory, "host_bytes", lambda: 120_000)
+    look(folder)
+
+
+def key(kind, value):
+    return struct.pack("<Q", 1) + b"k" + struct.pack("<I", kind) + value
+
+
+def header_of(tmp_path, tensors=0, keys=0, rest=b"", version=3):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + rest)
+    return gguf.read_header(path)
+
+
+def test_a_gguf_header_is_read(tmp_path):
+    values = key(4, struct.pack("<I", 7)) + struct.pack("<Q", 1) + b"l" + struct.pack("<I", 9)
+    values += struct.pack("<IQ", 8, 2) + 2 * (struct.pack("<Q", 1) + b"t")
+    tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQQ", 2, 4, 5) + bytes(12)
+    held = header_of(tmp_path, 1, 2, values + tensor)
+    assert (held.numbers, held.n_tensors, held.n_weights) == ({"k": 7}, 1, 20)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tensors": 2**62},
+        {"keys": 2**62},
+        {"version": 9},
+        {"keys": 1},
+        {"keys": 1, "rest": key(8, struct.pack("<Q", 2**62))},
+        {"keys": 1, "rest": key(9, struct.pack("<IQ", 4, 2**62))},
+        {"keys": 1, "rest": key(9, struct.pack("<IQ", 4, 10**6))},
+        {"keys": 1, "rest": key(9, struct.pack("<IQ", 9, 1) * 9)},
+        {"keys": 1, "rest": key(99, b"")},
+        {
+            "tensors": 1,
+            "rest": struct.pack("<Q", 1) + b"w" + struct.pack("<IQ", 1, 2**60) + bytes(12),
+        },
+    ],
+)
+def test_a_gguf_header_that_exceeds_its_file_or_a_limit_is_refused(tmp_path, changes):
+    with pytest.raises(CheckpointError, match=r"header of .* is not valid"):
+        header_of(tmp_path, **changes)
+
+
+def test_a_compressed_file_may_expand_to_a_limit(tmp_path):
+    packed = FREE_BYTES // MAX_RATIO * 2
+    require_ratio(tmp_path, MAX_RATIO * packed, packed)
+    require_ratio(tmp_path, FREE_BYTES, 1)
+    for n_bytes, n_packed in ((MAX_RATIO * packed + 1, packed), (FREE_BYTES + 1, 1)):
+        with pytest.raises(DataError, match="expands to more than"):
+            require_ratio(tmp_path, n_bytes, n_packed)
+
+
+def test_a_tokenizer_whose_steps_take_for_ever_or_multiply_is_refused(tmp_path):
+    def read(**parts):
+        model = {"type": "BPE", "vocab": {"a": 0, "<unk>": 1}, "merges": []}
+        plain = dict.fromkeys(
+            "truncation padding normalizer pre_tokenizer post_processor decoder".split()
+        )
+        document = {"version": "1.0", "added_tokens": [], "model": model} | plain | parts
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(document))
+        return library_tokenizer(path)
+
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    longer = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}
+    twice = {"type": "Sequence", "normalizers": [longer, longer]}
+    assert read(pre_tokenizer=split | {"pattern": {"Regex": r"\s+"}}, normalizer=twice)
+    with pytest.raises(DataError, match="for ever"):
+        read(pre_tokenizer=split | {"pattern": {"Regex": "(a+)+$"}})
+    with pytest.raises(DataError, match="64 times as long"):
+        read(normalizer={"type": "Sequence", "normalizers": [longer] * 3})
