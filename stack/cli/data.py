@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer
 
 from stackproof.cli.options import Json, examples
-from stackproof.cli.output import emit, note, print_gates, print_line, print_table, stderr
+from stackproof.cli.output import emit, note, note_over, print_gates, print_line, print_table
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 from stackproof.spec.errors import DataError, UsageError
 
@@ -166,19 +166,14 @@ class _Bar:
         now = time.monotonic()
         if progress.stage != self.stage:
             if self.live and self.stage:
-                stderr.print()
+                note("")
             self.stage, self.started = progress.stage, now
             self.last_line_s = -PLAIN_LINE_EVERY_S
         done = progress.done_bytes >= progress.total_bytes
         if not self.live and now - self.last_line_s < PLAIN_LINE_EVERY_S and not done:
             return
         self.last_line_s = now
-        stderr.print(
-            self._line(progress, now - self.started),
-            end="\r" if self.live else "\n",
-            markup=False,
-            soft_wrap=True,
-        )
+        (note_over if self.live else note)(self._line(progress, now - self.started))
 
     def _line(self, p: Any, seconds: float) -> str:
         counts = f"{p.documents:,} documents" + (f", {p.dropped:,} dropped" if p.dropped else "")

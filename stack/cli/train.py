@@ -1,5 +1,6 @@
 """`stack train`."""
 
+import math
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -247,7 +248,7 @@ def _derived(cfg) -> dict[str, float | str]:
         return derived
     device = resolve_device(cfg.device)
     rate = probe_peak_flops(device)
-    eta_s = round(derived["flops"] / (REACHED_SHARE * rate))
+    eta_s = math.ceil(derived["flops"] / (REACHED_SHARE * rate))
     derived |= {"probed_flops_per_s": round(rate), "eta_s": eta_s}
     refusal = _refusal(cfg, vocab_size, device)
     return derived | ({"this_machine_refuses": refusal} if refusal else {})

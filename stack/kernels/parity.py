@@ -20,6 +20,7 @@ from pathlib import Path
 from stackproof.kernels.table import FOLDER, OPERATIONS, TRITON, source_hash
 from stackproof.spec import ROOT
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.visible import say
 
 FILE = FOLDER / "parity.json"
 # The files of every operation's Triton kernel.
@@ -70,7 +71,7 @@ def main() -> int:
     )
     if not parser.parse_args().write:
         for kernel in SOURCES:
-            print(f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}")
+            say(f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}")
         return 0
     tests = ROOT / "tests" / "kernels"
     if not tests.is_dir():
@@ -82,7 +83,7 @@ def main() -> int:
     entries = {kernel: run(kernel, tests) for kernel in SOURCES}
     good = {kernel: entry for kernel, entry in entries.items() if entry}
     FILE.write_text(json.dumps(good, indent=1, sort_keys=True) + "\n", "utf-8")
-    print(f"{len(good)} of {len(entries)} kernels passed; {FILE}")
+    say(f"{len(good)} of {len(entries)} kernels passed; {FILE}")
     return 0 if len(good) == len(entries) else IntegrityError.exit_code
 
 
