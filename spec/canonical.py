@@ -17,6 +17,13 @@ MAX_SAFE_INTEGER = 2**53 - 1
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+def encodable(text: str) -> str:
+    """Text that has a UTF-8 form: lone surrogates, as of file names that are not UTF-8, become
+    escapes.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def to_jsonable(value: Any) -> Any:
     """Convert a value to types of canonical JSON. Non-finite floats and integers beyond 2^53 become
     strings. Raises TypeError for a type without a JSON form.

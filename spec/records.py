@@ -36,10 +36,12 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Scalar = bool | int | float | str | None
 HEX64 = r"^[0-9a-f]{64}$"
 RECORD_ID = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$"
+PLANT_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
 PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 # Names become paths, anchors and columns, so they are plain.
 GateId = Annotated[str, Field(pattern=GATE_ID)]
-PlantId = GateId  # subsystem and name, as those of gates
+RecordId = Annotated[str, Field(pattern=RECORD_ID)]
+PlantId = Annotated[str, Field(pattern=PLANT_ID)]
 Name = Annotated[str, Field(pattern=PLAIN)]
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
@@ -184,7 +186,7 @@ class Record(Frozen):
     series: tuple[Series, ...] = ()
     gates: tuple[GateResult, ...] = ()
     kills: tuple[Kill, ...] = ()
-    parents: tuple[Annotated[str, Field(pattern=RECORD_ID)], ...] = ()
+    parents: tuple[RecordId, ...] = ()
     started_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
     finished_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
     wall_s: float = Field(ge=0)

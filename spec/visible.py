@@ -1,5 +1,5 @@
-"""Text of others, made safe to print: no character of it moves a cursor, changes a colour, or is
-invisible.
+"""Text of others, made safe: on a terminal no character of it moves a cursor, changes a colour or
+is invisible; on a page none is markup.
 """
 
 import sys
@@ -7,6 +7,7 @@ import unicodedata
 from typing import TextIO
 
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+MARKUP = str.maketrans({c: f"&#{ord(c)};" for c in "&<>\"'|*_`[]\\{}#~^=!"})
 
 
 def visible(text: object) -> str:
@@ -23,6 +24,11 @@ def _escaped(character: str) -> str:
     if character in "\n\t" or unicodedata.category(character) not in HIDDEN:
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def without_markup(text: object) -> str:
+    """The text on one line, with no character that is markup in Markdown or HTML."""
+    return "".join(c if c.isprintable() else " " for c in str(text)).translate(MARKUP)
 
 
 def say(text: object = "", *, file: TextIO | None = None) -> None:

@@ -12,7 +12,7 @@ from stackproof.spec.coverage import State
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Limit
 from stackproof.spec.records import Metric, Record, Scalar
-from stackproof.spec.visible import visible
+from stackproof.spec.visible import visible, without_markup
 
 LETTERS: dict[State, str] = {
     "discharged": "P",
@@ -37,15 +37,11 @@ IN_PATH = "/#"  # characters of a target that are not quoted
 IN_ADDRESS = "/#:?&=%+,;@~"
 FENCE = "~~~~~~"
 BREAK = Markup("<br>")
-_SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "&<>\"'|*_`[]\\{}#~^=!"})
 
 
 def esc(text: object) -> Markup:
     """Text on one line, with no character that is markup in Markdown or HTML."""
-    if isinstance(text, Markup):
-        return text
-    plain = "".join(c if c.isprintable() else " " for c in str(text))
-    return Markup(plain.translate(_SPECIAL))
+    return text if isinstance(text, Markup) else Markup(without_markup(text))
 
 
 def prose(text: object) -> Markup:
@@ -130,8 +126,9 @@ def hyperlink(text: object, target: str) -> Markup:
     """A link to an address or to a path below the site. In any other target the colon of a scheme
     is quoted, so that it is a path.
     """
-    safe = IN_ADDRESS if target.startswith(ADDRESSES) else IN_PATH
-    return Markup(f"[{esc(text)}]({quote(visible(target), safe=safe)})")
+    if target.startswith(ADDRESSES):
+        return Markup(f"[{esc(text)}]({quote(visible(target), safe=IN_ADDRESS)})")
+    return Markup(f"[{esc(text)}]({quote(visible(target).lstrip('/'), safe=IN_PATH)})")
 
 
 def lines(items: Iterable[object], empty: str = "–") -> Markup:
