@@ -44,12 +44,14 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
-    except (SystemExit, GeneratorExit):
+    except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # click exits with 1 at once
+            end_if_unread()
         raise
     except (KeyboardInterrupt, typer.Abort):
         note("stopped")
         sys.exit(130)
-    except BaseException as e:  # also the panic of a library, which is no Exception
+    except BaseException as e:  # also the panic of a library in Rust
         if isinstance(e, OSError):
             end_if_unread()
             drop_unwritten()

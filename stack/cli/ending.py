@@ -70,7 +70,7 @@ def documented(error: BaseException) -> StackproofError | None:
             return _of_file(error)
         case ValueError() if "embedded null" in str(error):
             return UsageError("a path holds a NUL character", next_step="correct the argument")
-    if type(error).__name__ == "PanicException":  # of a library in Rust; no Exception
+    if type(error).__name__ == "PanicException":  # of a library in Rust, a BaseException
         return DataError(
             "a library stopped at its input",
             value=f"{error}",
@@ -109,7 +109,7 @@ def _of_file(error: OSError) -> StackproofError:
 
 
 def bug(error: BaseException) -> StackproofError:
-    """What is said of an exception that is no documented error, after its traceback."""
+    """The error for an exception that none of the documented ones covers; prints its traceback."""
     note("".join(traceback.format_exception(error)).rstrip())
     return StackproofError(
         "this is a bug of stackproof",
