@@ -91,8 +91,14 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def parse_lines(data: bytes, *, origin: str) -> list[Any]:
-    """The values of JSON lines, strictly parsed; blank lines are skipped."""
-    return [parse_strict(line, origin=origin) for line in data.splitlines() if line.strip()]
+    """The values of JSON lines, strictly parsed; blank lines are skipped.
+    Raises IntegrityError naming `origin` and the line.
+    """
+    return [
+        parse_strict(line, origin=f"{origin}:{number}")
+        for number, line in enumerate(data.split(b"\n"), start=1)
+        if line.strip()
+    ]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
