@@ -18,6 +18,7 @@ from stackproof.config.run import RunConfig
 from stackproof.kernels.table import by_operation
 from stackproof.spec.canonical import parse_strict
 from stackproof.spec.errors import ConfigError, IntegrityError
+from stackproof.spec.files import read_text
 from stackproof.spec.records import Override
 from stackproof.spec.renamed_keys import current_key, renamed_keys, translated
 
@@ -63,6 +64,8 @@ def recorded_config(tree: dict) -> RunConfig:
     """The configuration of a run directory, a checkpoint or a record, which may have been written
     before a key was renamed. Raises ConfigError as `validate`.
     """
+    if not isinstance(tree, dict):
+        raise ConfigError("a recorded configuration is not a table", value=repr(tree)[:120])
     return validate(translated(tree))
 
 
@@ -70,7 +73,7 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
     """Build a RunConfig from a JSON-ready tree. Raises ConfigError in the project's form."""
     _default_kinds(tree.get("data", {}))
     try:
-        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        return RunConfig.model_validate_json(_as_json(tree), strict=True)
     except ValidationError as e:
         raise _refused(*_first_error(e), origins or {}) from e
 
@@ -242,7 +245,7 @@ def validate_data(tree: dict, *, origin: str) -> DataConfig:
     """
     _default_kinds(tree)
     try:
-        return DataConfig.model_validate_json(json.dumps(tree), strict=True)
+        return DataConfig.model_validate_json(_as_json(tree), strict=True)
     except ValidationError as e:
         key, message, error = _first_error(e)
         shown = "" if isinstance(error.get("input"), dict | list) else f"{error.get('input')!r} "
@@ -264,9 +267,14 @@ def _readably(key: str, message: str, tree: dict) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _default_kinds(data: dict) -> None:
+def _as_json(tree: dict) -> str:
+    """The tree as JSON; dates and times of TOML, which no key takes, as text."""
+    return json.dumps(tree, default=str)
+
+
+def _default_kinds(data: Any) -> None:
     """A source without `kind` gets the kind `files`."""
-    corpus = data.get("corpus")
+    corpus = data.get("corpus") if isinstance(data, dict) else None
     for source in corpus.get("sources", ()) if isinstance(corpus, dict) else ():
         if isinstance(source, dict):
             source.setdefault("kind", "files")
@@ -425,14 +433,14 @@ def _parse_set(text: str) -> tuple[str, Any]:
         )
     try:
         return key.strip(), tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key.strip(), raw.strip()
 
 
 def read_run_file(path: Path) -> dict:
     """The tree of a TOML run file. Raises ConfigError if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError as e:
         raise ConfigError(
             f"the file {path} does not exist",
@@ -440,7 +448,8 @@ def read_run_file(path: Path) -> dict:
             allowed="a TOML file",
             next_step="check the path of the .toml file",
         ) from e
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting.
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(
             f"cannot read {path} as TOML: {e}",
             next_step="correct the line; quote strings, put table names in brackets",

@@ -14,8 +14,8 @@ from stackproof.config import (
     StaticCurriculum,
 )
 from stackproof.data.bandit import BanditSampler
+from stackproof.data.manifest import FILE, read_manifest
 from stackproof.data.sampler import MixtureSampler, ShuffledSampler, Source, shares
-from stackproof.spec.canonical import parse_strict
 from stackproof.spec.errors import ConfigError, DataError
 
 
@@ -37,12 +37,7 @@ def declared_sources(cfg: DataConfig) -> list[Source]:
         case Mixture(sources=sources):
             entries = {s.name: s.model_dump() for s in sources}
         case Built(path=path):
-            entries = {
-                e["name"]: e
-                for e in parse_strict(Path(path, "manifest.json").read_bytes(), origin=path)[
-                    "sources"
-                ]
-            }
+            entries = {e["name"]: e for e in read_manifest(Path(path, FILE))["sources"]}
         case _:
             return []
     return sources_of(entries, dict.fromkeys(entries, (0, 1)))

@@ -20,6 +20,7 @@ from stackproof.spec.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 # End-of-text tokens of published tokenizers, the most specific first.
+MAX_SPARSE = 100  # largest id of a vocabulary as a multiple of its size
 KNOWN_ENDS = (
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -407,7 +408,8 @@ def _parse(data: bytes, eos_token: str) -> Tokenizer:
     Raises ValueError, or any exception of the library, if they are not a valid tokenizer.
     """
     match json.loads(data):
-        case {"model": _}:
+        case {"model": _} as document:
+            _require_dense_ids(document)
             return _from_library(data.decode("utf-8"), eos_token)
         case {"stackproof_tokenizer": "hf", "eos_token": str(saved_eos), "tokenizer": str(saved)}:
             return _from_library(saved, eos_token or saved_eos)
@@ -418,6 +420,19 @@ def _parse(data: bytes, eos_token: str) -> Tokenizer:
         ) == len(symbols):
             return Chars(symbols)
     raise ValueError("it is of no known kind")
+
+
+def _require_dense_ids(document: dict) -> None:
+    """Raises ValueError for ids far beyond the number of tokens: the library goes through all
+    numbers between them.
+    """
+    vocab = document["model"].get("vocab") if isinstance(document["model"], dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    added = document.get("added_tokens")
+    ids += [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    largest = max((i for i in ids if isinstance(i, int)), default=0)
+    if largest > MAX_SPARSE * max(1000, len(ids)):
+        raise ValueError(f"it has {len(ids)} tokens and the id {largest}")
 
 
 def _from_library(saved: str, eos_token: str) -> Bpe:

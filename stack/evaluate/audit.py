@@ -16,7 +16,9 @@ from torch import nn
 
 from stackproof.evaluate.sampling import generate
 from stackproof.evaluate.suite import Suite
-from stackproof.spec.errors import DataError
+from stackproof.spec.canonical import parse_lines
+from stackproof.spec.errors import DataError, IntegrityError
+from stackproof.spec.files import read_bytes
 
 AFTER = 2  # audits that must follow the maximum of breadth before it counts as a plateau
 
@@ -139,8 +141,8 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     Raises DataError for a line that is not an answer, or with a grade that is not a number.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
+        lines = parse_lines(read_bytes(path), origin=str(path))
+    except (OSError, IntegrityError) as e:
         raise DataError(
             f"cannot read the answers {path}: {e}",
             allowed="the audits.jsonl of an audit",

@@ -6,7 +6,6 @@ empty answer or the question passes.
 """
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, assert_never
@@ -14,8 +13,9 @@ from typing import Annotated, Literal, Self, assert_never
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stackproof.evaluate.syllables import syllables
-from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.errors import DataError, IntegrityError, UsageError
 from stackproof.spec.gates import Frozen
+from stackproof.spec.tables import read_toml
 
 SUITES = Path(__file__).parent / "suites"
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
@@ -217,10 +217,10 @@ def suite_file(name: str) -> Path:
 def load_suite(path: Path) -> Suite:
     """Read a suite. Raises DataError naming file, place and defect."""
     try:
-        return Suite.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        return Suite.model_validate(read_toml(path))
+    except IntegrityError as e:
         raise DataError(
-            f"cannot read the suite {path}: {e}",
+            f"cannot read the suite {path}: {e.__cause__}",
             allowed="a TOML file",
             next_step="correct the file",
         ) from e

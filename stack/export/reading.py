@@ -18,8 +18,10 @@ from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, plain_name, their_shape, to_ours
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import CheckpointError, ConfigError
+from stackproof.spec.files import read_bytes
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_JSON_BYTES = 256 * 2**20
 READABLE = ("F32", "F16", "BF16")
 
 
@@ -66,7 +68,14 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     """
     document = read_json(path / "config.json")
     kind = hugging_face.kind_of(document)
-    cfg, aside = kind.read(document)
+    try:
+        cfg, aside = kind.read(document)
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise ConfigError(
+            f"{path / 'config.json'} holds a value of another type: {e}",
+            allowed=f"the values of {kind.architecture}",
+            next_step="download the file again",
+        ) from e
     if max_seq_len is not None:
         cfg = _shortened(cfg, max_seq_len)
     places = {}
@@ -98,8 +107,8 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for an unreadable file or another type."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
+        document = json.loads(read_bytes(path, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(
             f"cannot read {path}: {e}",
             allowed="a folder with config.json and safetensors",
@@ -154,9 +163,9 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
     """The files of an index. Raises CheckpointError unless they hold exactly its tensors."""
-    files = sorted(set(told.values()))
+    files, present = sorted(set(told.values())), {p.name for p in path.iterdir() if p.is_file()}
     for file in files:
-        if Path(file).name != file or not (path / file).is_file():
+        if file not in present:
             raise CheckpointError(
                 f"{hugging_face.INDEX} lists {file}, which is not in {path}",
                 next_step="download the whole folder again",

@@ -17,6 +17,7 @@ from stackproof.data.tokenizer import (
     load_tokenizer,
 )
 from stackproof.spec.errors import DataError
+from stackproof.spec.files import read_bytes
 
 RESERVED = "<|reserved_{}|>"
 PLAIN_TEXTS = (
@@ -186,6 +187,9 @@ def settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty if the file is missing."""
     path = folder / "tokenizer_config.json"
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as e:
+        found = json.loads(read_bytes(path)) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return found

@@ -25,7 +25,13 @@ from stackproof.museum.plant import read_plants
 from stackproof.recipes import depth, pocket
 from stackproof.spec import ROOT
 from stackproof.spec.archive import Archive
-from stackproof.spec.canonical import canonical_json, parse_lines, parse_strict, sha256_bytes
+from stackproof.spec.canonical import (
+    canonical_json,
+    parse_lines,
+    parse_strict,
+    sha256_bytes,
+    sha256_json,
+)
 from stackproof.spec.errors import StackproofError
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.files import FileRefused
@@ -141,6 +147,7 @@ def _checkpoint(folder: Path) -> Path:
     for name in checkpoint.FILES:
         if name.endswith(".json"):
             document = dict.fromkeys(checkpoint.STATE_KEYS, 0)
+            document |= {"config": {}, "config_sha256": sha256_json({})}
             (step / name).write_bytes(canonical_json(document))
         else:
             tensorfile.write(step / name, zeros, {})
@@ -290,7 +297,7 @@ def gates(folder: Path) -> Target:
 
 
 def plants(folder: Path) -> Target:
-    valid = b"".join((PLANTS / "loss.toml").read_bytes().partition(b"\n\n[[plant]]")[:1])
+    valid = (PLANTS / "loss.toml").read_bytes()
     return Target(folder / "loss.toml", valid, of_toml, lambda data: read_plants(folder))
 
 
