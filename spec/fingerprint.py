@@ -55,10 +55,12 @@ def read_carried(path: Path) -> tuple[Carried, ...]:
             row = Carried(**value)
         except TypeError as e:
             raise IntegrityError(
-                f"{path.name}: entry {number} does not carry a gate over: {e}"
+                f"{path.name} line {number} does not carry a gate over: {e}"
             ) from e
         if not all(isinstance(x, str) for x in row):
-            raise IntegrityError(f"{path.name}: entry {number} holds a value that is no text")
+            raise IntegrityError(
+                f"{path.name} line {number} holds a value of another type than text"
+            )
         found.append(row)
     return tuple(found)
 

@@ -1,5 +1,6 @@
 """`stack data build | show | verify | overlap | report`."""
 
+import glob
 import os
 import sys
 import time
@@ -136,6 +137,13 @@ def _config(
         raise UsageError(
             f"--{next(iter(of_files)).replace('_', '-')} cannot be combined with a mixture file",
             next_step="write the value into its [[source]] table",
+        )
+    if absent := [s for s in sources if not (glob.has_magic(s) or Path(s).expanduser().exists())]:
+        raise UsageError(
+            f"SRC names nothing: {absent[0]}",
+            value=Path(absent[0]).absolute(),
+            allowed="files, folders and globs, or one mixture file",
+            next_step="check the path",
         )
     base, given = recipe("pocket"), {}
     if is_mixture:

@@ -10,6 +10,7 @@ from typer import Argument, Option, Typer
 from stackproof.cli.options import Json, Sets, examples
 from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
+from stackproof.config import trackers
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
@@ -112,6 +113,13 @@ def train(
     for flag, folder in runs.items():
         if folder is not None:
             folder_at(folder, flag, allowed=RUN, next_step=MAKES_ONE)
+    if unknown := [name for name in tracker or () if name not in trackers.NAMES]:
+        raise UsageError(
+            "--tracker is unknown",
+            value=unknown[0],
+            allowed=", ".join(trackers.NAMES),
+            next_step="correct the name",
+        )
     sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
@@ -125,21 +133,14 @@ def train(
     from stackproof.train.callbacks import TRACKERS
     from stackproof.train.run_dir import default_run_dir
 
-    if unknown := [name for name in tracker or () if name not in TRACKERS]:
-        raise UsageError(
-            "--tracker is unknown",
-            value=unknown[0],
-            allowed=", ".join(TRACKERS),
-            next_step="correct the name",
-        )
     if resume and run_dir:
         raise UsageError(
             "--resume continues in its own folder",
             value=str(run_dir),
             next_step="drop --run-dir, or use --fork",
         )
-    trackers = (TRACKERS[name]() for name in tracker or ())
-    callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *trackers]
+    watching = (TRACKERS[name]() for name in tracker or ())
+    callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *watching]
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
     if resume:
         given = (resume, overrides, cfg, callbacks)

@@ -395,7 +395,10 @@ def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
     """
     try:
         return _parse(path.read_bytes(), eos_token)
-    except Exception as e:  # the tokenizers library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The tokenizers library raises bare Exception, and its panic is a BaseException.
+    except BaseException as e:
         raise DataError(
             f"{path} is not a tokenizer: {e}",
             allowed="the tokenizer.json of a run, of prepared data, or of the Hugging Face format",
