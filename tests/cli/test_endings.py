@@ -91,3 +91,16 @@ def test_output_that_finds_no_room_is_an_error_of_the_machine(tmp_path):
     assert (
         done.code == 7 and done.err.startswith("error: No space left") and done.err.count("\n") == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["train", "--tracker", "wandb", "--dry-run"], "--tracker is unknown"),
+        (["data", "build", "absent", "--out", "o"], "SRC names nothing: absent"),
+        (["data", "show", "absent"], "DIR names nothing: absent"),
+    ],
+)
+def test_a_wrong_name_or_path_is_a_usage_error_before_anything_is_read(arguments, what, in_process):
+    code, document = in_process(*arguments)
+    assert (code, document["what"]) == (2, what)
