@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stackproof.spec.canonical import sha256_file, sha256_json
+from stackproof.spec.canonical import encodable, sha256_file, sha256_json
 from stackproof.spec.files import write_atomically
 from stackproof.spec.gates import Spec
 from stackproof.spec.provenance import code_state
@@ -46,8 +46,8 @@ def artefact(
     """A file by hash. Its path is relative to `root` if the file lies below it."""
     shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     return Artefact(
-        name=name or path.name,
-        path=shown,
+        name=name or encodable(path.name),
+        path=encodable(shown),
         sha256=sha256_file(path),
         bytes=path.stat().st_size,
         license=license,
@@ -63,7 +63,7 @@ class RecordBuilder:
     config: dict
     claim: str
     not_covered: Sequence[str]
-    command: Sequence[str] = field(default_factory=lambda: ["stack", *sys.argv[1:]])
+    command: Sequence[str] = field(default_factory=lambda: ["stack", *map(encodable, sys.argv[1:])])
     overrides: Sequence[Override] = ()
     environment: dict[str, Scalar] = field(default_factory=dict)
     compute: str = "real"
@@ -126,7 +126,7 @@ class RecordBuilder:
             id=self.id,
             kind=self.kind,
             status=status,
-            end_reason=end_reason,
+            end_reason=encodable(end_reason),
             exit_code=exit_code,
             claim=self.claim,
             not_covered=tuple(self.not_covered),

@@ -17,6 +17,13 @@ MAX_SAFE_INTEGER = 2**53 - 1
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+def encodable(text: str) -> str:
+    """Text that has a UTF-8 form: lone surrogates, as of file names that are not UTF-8, become
+    escapes.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def to_jsonable(value: Any) -> Any:
     """Convert a value to types of canonical JSON. Non-finite floats and integers beyond 2^53 become
     strings. Raises TypeError for a type without a JSON form.
@@ -84,8 +91,14 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def parse_lines(data: bytes, *, origin: str) -> list[Any]:
-    """The values of JSON lines, strictly parsed; blank lines are skipped."""
-    return [parse_strict(line, origin=origin) for line in data.splitlines() if line.strip()]
+    """The values of JSON lines, strictly parsed; blank lines are skipped.
+    Raises IntegrityError naming `origin` and the line.
+    """
+    return [
+        parse_strict(line, origin=f"{origin}:{number}")
+        for number, line in enumerate(data.split(b"\n"), start=1)
+        if line.strip()
+    ]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stackproof.spec.gates import Frozen
+from stackproof.spec.records import GateId, Name
 from stackproof.spec.tables import read_tables
 
 FILE = "findings.toml"
@@ -57,8 +58,8 @@ class Finding(Frozen):
     symptom: str = Field(min_length=1)
     cause: str = Field(min_length=1)
     mechanism: str = Field(min_length=1)
-    gates: tuple[str, ...] = Field(min_length=1)
-    metric: str
+    gates: tuple[GateId, ...] = Field(min_length=1)
+    metric: Name
     better: Literal["lower", "higher"] | None = None
     negative: str = Field(pattern=CITED)
     positive: str | None = Field(None, pattern=CITED)

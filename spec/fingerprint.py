@@ -16,15 +16,15 @@ packages. The code of an object that is passed in is not part of the form.
 
 import ast
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from stackproof.spec.canonical import sha256_json
+from stackproof.spec.canonical import parse_lines, sha256_json
 from stackproof.spec.canonical_code import Form, Key, Writer, bound, imports, is_bare
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import read_bytes
 
 FORM = 2
 PACKAGE = "stackproof"
@@ -47,16 +47,21 @@ def read_carried(path: Path) -> tuple[Carried, ...]:
     """The lines of spec/carried.jsonl; empty if the file does not exist.
     Raises IntegrityError naming an invalid line.
     """
+    if not path.is_file():
+        return ()
     found = []
-    for number, line in enumerate(
-        path.read_text("utf-8").splitlines() if path.is_file() else (), start=1
-    ):
+    for number, value in enumerate(parse_lines(read_bytes(path), origin=path.name), start=1):
         try:
-            found.append(Carried(**json.loads(line)))
-        except (ValueError, TypeError) as e:
+            row = Carried(**value)
+        except TypeError as e:
             raise IntegrityError(
                 f"{path.name} line {number} does not carry a gate over: {e}"
             ) from e
+        if not all(isinstance(x, str) for x in row):
+            raise IntegrityError(
+                f"{path.name} line {number} holds a value of another type than text"
+            )
+        found.append(row)
     return tuple(found)
 
 

@@ -16,6 +16,7 @@ from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import Carried, check_fingerprint, read_carried
 from stackproof.spec.tables import read_tables, read_toml, validated
 
+GATE_ID = r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$"
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
 SUBSYSTEMS = (
@@ -106,7 +107,7 @@ class Gate(Frozen):
     is reported as a consequence.
     """
 
-    id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
+    id: str = Field(pattern=GATE_ID)
     title: str
     statement: str
     moment: Moment
@@ -194,7 +195,7 @@ def _at(config: Mapping[str, Any], key: str) -> Any:
 class Tombstone(Frozen):
     """A gate that is no more, since a version of the spec, and the gates that see its failures."""
 
-    id: str
+    id: str = Field(pattern=GATE_ID)
     successors: tuple[str, ...] = Field(min_length=1)
     retired: str = Field(pattern=r"^\d+\.\d+\.\d+$")
     why: str = Field(min_length=1)

@@ -3,7 +3,7 @@ validated on the way in and on the way out.
 """
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import read_bytes
-from stackproof.spec.gates import Frozen, Spec
+from stackproof.spec.gates import GATE_ID, Frozen, Spec
 from stackproof.spec.tables import validated
 
 SCHEMA = "stackproof/record/1"
@@ -35,6 +35,14 @@ Outcome = Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Scalar = bool | int | float | str | None
 HEX64 = r"^[0-9a-f]{64}$"
+RECORD_ID = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$"
+PLANT_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
+PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+# Names become paths, anchors and columns, so they are plain.
+GateId = Annotated[str, Field(pattern=GATE_ID)]
+RecordId = Annotated[str, Field(pattern=RECORD_ID)]
+PlantId = Annotated[str, Field(pattern=PLANT_ID)]
+Name = Annotated[str, Field(pattern=PLAIN)]
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
 BESIDE_TRAINING = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")
@@ -43,7 +51,7 @@ BESIDE_TRAINING = ("train.log_every", "checkpoint.keep", "trace.every", "gates.w
 class Waiver(Frozen):
     """A gate the user chose to let fail, with reason and expiry (ISO date)."""
 
-    id: str
+    id: GateId
     reason: str = Field(min_length=10)
     expires: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
 
@@ -53,14 +61,14 @@ class GateResult(Frozen):
     `checks` counts how often it looked; one that never did cannot have passed or failed.
     """
 
-    id: str
+    id: GateId
     fingerprint: str = Field(pattern=HEX64)
     verdict: Literal["pass", "fail", "not_run"]
     checks: int = Field(ge=0)
     heartbeat_last_step: int | None = None
     first_failure_step: int | None = None
-    measured: dict[str, Scalar] = {}
-    limits: dict[str, float] = {}
+    measured: dict[Name, Scalar] = {}
+    limits: dict[Name, float] = {}
     message: str = ""
     seconds: float = Field(default=0.0, ge=0)
     waiver: Waiver | None = None
@@ -82,17 +90,17 @@ class Kill(Frozen):
     planted line had lived by then, `touches` how often it ran.
     """
 
-    gate: str
+    gate: GateId
     fingerprint: str = Field(pattern=HEX64)
-    plant: str
+    plant: PlantId
     plant_sha256: str = Field(pattern=HEX64)
     outcome: Outcome
     control: Literal["pass", "fail", "not_run"]
     latency: str
     seconds: float = Field(ge=0)
-    measured: dict[str, Scalar] = {}
+    measured: dict[Name, Scalar] = {}
     message: str = ""
-    control_measured: dict[str, Scalar] = {}
+    control_measured: dict[Name, Scalar] = {}
     moment: str = ""
     latency_steps: int | None = None
     touches: int | None = None
@@ -122,7 +130,7 @@ class Artefact(Frozen):
 class Series(Frozen):
     """A JSON-lines file beside the record."""
 
-    path: str
+    path: Name
     sha256: str = Field(pattern=HEX64)
 
 
@@ -157,7 +165,7 @@ class Record(Frozen):
     """
 
     schema_: str = Field(alias="schema", pattern=f"^{SCHEMA}$")
-    id: str = Field(pattern=r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$")
+    id: str = Field(pattern=RECORD_ID)
     kind: Kind
     status: Status
     end_reason: str
@@ -170,15 +178,15 @@ class Record(Frozen):
     config: dict
     config_sha256: str = Field(pattern=HEX64)
     overrides: tuple[Override, ...] = ()
-    environment: dict[str, Scalar]
+    environment: dict[Name, Scalar]
     compute: Literal["real", "synthetic"]
     inputs: tuple[Artefact, ...] = ()
     outputs: tuple[Artefact, ...] = ()
-    metrics: dict[str, Metric] = {}
+    metrics: dict[Name, Metric] = {}
     series: tuple[Series, ...] = ()
     gates: tuple[GateResult, ...] = ()
     kills: tuple[Kill, ...] = ()
-    parents: tuple[str, ...] = ()
+    parents: tuple[RecordId, ...] = ()
     started_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
     finished_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
     wall_s: float = Field(ge=0)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64
+from stackproof.spec.records import HEX64, Name, RecordId
 from stackproof.spec.tables import read_tables
 
 
@@ -26,7 +26,7 @@ class Release(Frozen):
     tokenizer_sha256: str = Field(pattern=HEX64)
     weights_sha256: str = Field(pattern=HEX64)
     card: str
-    records: dict[str, str]
+    records: dict[Name, RecordId]
 
 
 REQUIRED_RECORDS = ("train", "evaluate", "resume", "falsification")

@@ -55,7 +55,7 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = table.pop(old)
         target, new = renamed.new.rsplit(".", 1)
-        _table(tree, target.split("."))[new] = renamed.values.get(value, value)
+        _table(tree, target.split("."))[new] = renamed.values.get(str(value), value)
     return tree
 
 

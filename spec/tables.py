@@ -40,13 +40,16 @@ def tables(
     document: Mapping[str, Any], key: str, kind: type[Kind], *, origin: str, **defaults: Any
 ) -> list[Kind]:
     """All tables `[[key]]` of a document, in file order."""
+    found = document.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise IntegrityError(f"{origin}: {key} must be tables", allowed=f"[[{key}]]")
     return [
         validated(
             kind,
             defaults | table,
             origin=f"{origin}: {key} {table.get('id', table.get('name', '?'))}",
         )
-        for table in document.get(key, ())
+        for table in found
     ]
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
+from stackproof.spec.visible import say  # noqa: E402
+
 try:
     from tools.integrity import (  # noqa: F401
         archive_rules,
@@ -32,7 +34,7 @@ try:
     )
     from tools.integrity.core import RULES, Finding, Repo, findings_in
 except ModuleNotFoundError as e:
-    print(
+    say(
         f"error: the integrity check needs {e.name}, which is not installed\n  next     pip "
         "install .",
         file=sys.stderr,
@@ -49,13 +51,13 @@ def explain(code: str) -> int:
     """Print what a rule holds, why, and how to fix a finding."""
     if code not in RULES:
         near = difflib.get_close_matches(code, RULES, n=1, cutoff=0.3)
-        print(
+        say(
             f"error: there is no rule {code}\n  nearest  {near[0] if near else '--list shows all'}",
             file=sys.stderr,
         )
         return 2
     rule = RULES[code]
-    print(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  fix   {rule.hint}")
+    say(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  fix   {rule.hint}")
     return 0
 
 
@@ -80,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.explain:
         return explain(options.explain)
     if options.list:
-        print("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
+        say("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
         return 0
     if options.write:
         for path in blocks.write(Repo(options.root)):
-            print(f"wrote {path}", file=sys.stderr)
+            say(f"wrote {path}", file=sys.stderr)
     repo = Repo(options.root)
     findings = findings_in(repo)
     if options.json:
@@ -94,16 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
             "findings": [asdict(f) for f in findings],
             "rules_run": len(RULES),
         }
-        print(json.dumps(document))
+        say(json.dumps(document))
     else:
         for f in findings:
-            print(
+            say(
                 f"{f.code:20} {f.path}{f':{f.line}' if f.line else ''}  {f.message}\n{'':20}   → "
                 f"{f.hint}"
             )
         for text in repo.not_verified:
-            print(f"not verified: {text}")
-        print(f"{len(RULES)} rules, {len(findings)} finding(s)")
+            say(f"not verified: {text}")
+        say(f"{len(RULES)} rules, {len(findings)} finding(s)")
     return 6 if findings else 0
 
 

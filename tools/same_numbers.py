@@ -31,6 +31,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools/checkout")]
+
+from stackproof.spec.visible import say  # noqa: E402
+
 ENVIRONMENT = ("cpu", "device", "numpy", "python", "threads", "tokenizers", "torch")
 SERIES = ("metrics", "samples", "gates", "curriculum", "points")
 # Ends of dotted paths, without the indices of lists.
@@ -170,7 +175,7 @@ class Recorder:
 
     def _run(self, *arguments: str) -> str:
         """The standard output of a command. Raises Failed if its exit code is not 0."""
-        print(f"stack {' '.join(arguments[:4])}", file=sys.stderr, flush=True)
+        say(f"stack {' '.join(arguments[:4])}", file=sys.stderr)
         command = [self.stack, *arguments]
         done = subprocess.run(
             command, cwd=self.folder, env=self.surroundings, capture_output=True, encoding="utf-8"
@@ -267,21 +272,21 @@ def compare(a: Path, b: Path) -> int:
     left, right = (json.loads(path.read_text("utf-8")) for path in (a, b))
     common = [part for part in PARTS if part in left and part in right]
     for part in (p for p in PARTS if (p in left) != (p in right)):
-        print(f"not compared: {part}, which only {a if part in left else b} has")
+        say(f"not compared: {part}, which only {a if part in left else b} has")
     if not common:
-        print(f"error: {a} and {b} have no part in common", file=sys.stderr)
+        say(f"error: {a} and {b} have no part in common", file=sys.stderr)
         return 2
     kept = ["environment", *common]
     rows = differences(*({k: side[k] for k in kept} for side in (left, right)))
     for row in rows[:ROWS_SHOWN]:
-        print(
+        say(
             "  ".join(
                 f"{cell[:80]:<{width}}" for cell, width in zip(row, (64, 24, 24), strict=True)
             ).rstrip()
         )
     if len(rows) > ROWS_SHOWN:
-        print(f"… and {len(rows) - ROWS_SHOWN} more")
-    print(
+        say(f"… and {len(rows) - ROWS_SHOWN} more")
+    say(
         f"{len(rows)} values differ in {', '.join(common)}"
         if rows
         else f"equal: {', '.join(common)}"
@@ -311,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record(given.stack, given.out, given.parts)
     except Failed as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", file=sys.stderr)
         return 1
     return 0
 

@@ -17,14 +17,9 @@ from stackproof.cli import (
     trace,
     train,
 )
-from stackproof.cli.output import emitted
-from stackproof.spec.errors import EnvironmentUnfit, StackproofError
-
-TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
-
-# Newer versions of typer include a copy of click, older ones depend on it; the errors of both
-# derive from this class.
-ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+from stackproof.cli.ending import bug, documented, drop_unwritten, end_if_unread, prepare_streams
+from stackproof.cli.output import emitted, note
+from stackproof.spec.errors import StackproofError
 
 app = typer.Typer(
     name="stack",
@@ -43,41 +38,29 @@ for module in (train, evaluate, inspect, trace, export, data, tokenizer, gates, 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a verb and map errors to the documented exit codes."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
     try:
         code = app(args=arguments, standalone_mode=False, prog_name="stack")
+        if sys.stdout is not None:
+            sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
-    except StackproofError as e:
-        _report(e.as_json(), str(e), arguments)
-        sys.exit(e.exit_code)
-    except ModuleNotFoundError as e:
-        if e.name not in TRAIN_EXTRA:
-            raise
-        unfit = EnvironmentUnfit(
-            f"this command needs {e.name}, which is not installed",
-            allowed=(
-                "the light install reads and verifies evidence; training and models need the "
-                "[train] extra"
-            ),
-            next_step="pip install 'stackproof[train]', then stack doctor",
-        )
-        _report(unfit.as_json(), str(unfit), arguments)
-        sys.exit(unfit.exit_code)
-    except ClickException as e:
-        next_step = f"{e.ctx.command_path if getattr(e, 'ctx', None) else 'stack'} --help"
-        parts = {
-            "error": "UsageError",
-            "what": e.format_message(),
-            "next_step": next_step,
-            "exit_code": 2,
-        }
-        _report(parts, f"{e.format_message()}\n  next     {next_step}", arguments)
-        sys.exit(2)
+    except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # click exits with 1 at once
+            end_if_unread()
+        raise
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped", file=sys.stderr)
+        note("stopped")
         sys.exit(130)
+    except BaseException as e:  # also the panic of a library in Rust
+        if isinstance(e, OSError):
+            end_if_unread()
+            drop_unwritten()
+        error = documented(e) or bug(e)
+        _report(error, arguments)
+        sys.exit(error.exit_code)
 
 
-def _report(document: dict, text: str, arguments: list[str]) -> None:
+def _report(error: StackproofError, arguments: list[str]) -> None:
     if "--json" in arguments and not emitted():
-        print(json.dumps(document))
-    print(f"error: {text}", file=sys.stderr)
+        print(json.dumps(error.as_json()))  # noqa: T201
+    note(f"error: {error}")

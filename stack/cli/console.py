@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+from rich.text import Text
 
 from stackproof.cli.output import MARKS, message_of, note, print_table, progress_bar, stderr
 from stackproof.contracts.gate import Verdict
@@ -43,18 +44,19 @@ class ProgressReporter(Callback):
             self.on_phase(progress.stage)
 
     def on_setup(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
-        stderr.print(
-            f"[bold]{cfg.recipe}[/]: {n_params:,} parameters, {dataset.train.n_tokens:,} training "
-            f"tokens of {cfg.data.corpus.kind}, {cfg.train.max_steps} steps of "
-            f"{cfg.train.tokens_per_step:,} tokens → {run_dir}",
-            soft_wrap=True,
+        text = (
+            f": {n_params:,} parameters, {dataset.train.n_tokens:,} training tokens of "
+            f"{cfg.data.corpus.kind}, {cfg.train.max_steps} steps of "
+            f"{cfg.train.tokens_per_step:,} tokens → {run_dir}"
         )
+        note(Text.assemble((cfg.recipe, "bold"), text))
 
     def on_preflight(self, gate: Gate, verdict: Verdict, seconds: float) -> None:
         row = [gate.id, MARKS[verdict.outcome], f"{seconds:.2f} s", message_of(verdict)]
         self.rows.append(row)
         if self._is_due():
-            note(f"  {len(self.rows)} gates checked, the last {gate.id}", "dim")
+            gates = "1 gate" if len(self.rows) == 1 else f"{len(self.rows)} gates"
+            note(f"  {gates} checked, the last {gate.id}", "dim")
 
     def _is_due(self, required: bool = False) -> bool:
         """Whether to print a line now: it is required, or the last one is ten seconds old."""

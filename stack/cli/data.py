@@ -1,5 +1,6 @@
 """`stack data build | show | verify | overlap | report`."""
 
+import glob
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer
 
 from stackproof.cli.options import Json, examples
-from stackproof.cli.output import emit, note, print_gates, print_line, print_table, stderr
+from stackproof.cli.output import emit, note, note_over, print_gates, print_line, print_table
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 from stackproof.spec.errors import DataError, UsageError
 
@@ -139,6 +140,13 @@ def _config(
             f"--{next(iter(of_files)).replace('_', '-')} cannot be combined with a mixture file",
             next_step="write the value into its [[source]] table",
         )
+    if absent := [s for s in sources if not (glob.has_magic(s) or Path(s).expanduser().exists())]:
+        raise UsageError(
+            f"SRC names nothing: {absent[0]}",
+            value=Path(absent[0]).absolute(),
+            allowed="files, folders and globs, or one mixture file",
+            next_step="check the path",
+        )
     base, given = recipe("pocket"), {}
     if is_mixture:
         base = base.model_copy(update={"data": load_mixture(Path(sources[0]))})
@@ -168,19 +176,14 @@ class _Bar:
         now = time.monotonic()
         if progress.stage != self.stage:
             if self.live and self.stage:
-                stderr.print()
+                note("")
             self.stage, self.started = progress.stage, now
             self.last_line_s = -PLAIN_LINE_EVERY_S
         done = progress.done_bytes >= progress.total_bytes
         if not self.live and now - self.last_line_s < PLAIN_LINE_EVERY_S and not done:
             return
         self.last_line_s = now
-        stderr.print(
-            self._line(progress, now - self.started),
-            end="\r" if self.live else "\n",
-            markup=False,
-            soft_wrap=True,
-        )
+        (note_over if self.live else note)(self._line(progress, now - self.started))
 
     def _line(self, p: Any, seconds: float) -> str:
         counts = f"{p.documents:,} documents" + (f", {p.dropped:,} dropped" if p.dropped else "")

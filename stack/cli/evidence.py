@@ -5,10 +5,11 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated
 
+from rich.text import Text
 from typer import Argument, Option, Typer
 
 from stackproof.cli.options import Evidence, Json, Plugins, RecordDir, Sets, without_record
-from stackproof.cli.output import MARKS, emit, print_line, print_table, stdout
+from stackproof.cli.output import MARKS, emit, print_line, print_table
 from stackproof.cli.paths import folder_at
 from stackproof.cli.recording import print_record
 from stackproof.spec.errors import IntegrityError
@@ -62,7 +63,8 @@ def show(
     record = find(_directory(evidence), record_id)
     if emit(record.model_dump(by_alias=True, mode="json"), json):
         return
-    stdout.print(f"[bold]{record.id}[/]  {record.kind}  {record.status}: {record.end_reason}")
+    ending = f"  {record.kind}  {record.status}: {record.end_reason}"
+    print_line(Text.assemble((record.id, "bold"), ending))
     print_line(f"claim        {record.claim}")
     print_line(f"not covered  {'; '.join(record.not_covered)}")
     print_line(f"code         {record.code.commit}{' (dirty)' if record.code.dirty else ''}")

@@ -4,10 +4,11 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated
 
+from rich.text import Text
 from typer import Argument, Option, Typer
 
 from stackproof.cli.options import Evidence, Json, RecordDir, examples
-from stackproof.cli.output import emit, print_line, print_table, stderr, stdout
+from stackproof.cli.output import emit, note, print_line, print_table
 from stackproof.cli.paths import bundle_at, file_at
 from stackproof.cli.recording import Claim, open_record, print_record
 from stackproof.spec.errors import GateFailed
@@ -120,7 +121,7 @@ def show(
     document = gate.model_dump(mode="json") | {"fingerprint": spec.fingerprint(gate_id)}
     if emit(document | state._asdict(), json):
         return
-    stdout.print(f"[bold]{gate.id}[/]  {gate.title}")
+    print_line(Text.assemble((gate.id, "bold"), f"  {gate.title}"))
     print_line(gate.statement)
     print_line(f"{gate.moment}, {gate.severity}; state {state.state}: {state.reason}")
     print_line(f"check {gate.check}   fingerprint {document['fingerprint'][:16]}…")
@@ -188,11 +189,11 @@ def prove(
 
     def report(kill) -> None:
         colour = "green" if kill.outcome == "killed" and kill.control == "pass" else "red"
-        stderr.print(
-            f"[{colour}]{kill.outcome:10}[/] {kill.plant:36} {kill.gate:30} control "
-            f"{kill.control:7} {kill.latency:13} {kill.seconds:4.1f} s",
-            soft_wrap=True,
+        text = (
+            f" {kill.plant:36} {kill.gate:30} control {kill.control:7} {kill.latency:13} "
+            f"{kill.seconds:4.1f} s"
         )
+        note(Text.assemble((f"{kill.outcome:10}", colour), text))
 
     claim = Claim("falsification", prover.CLAIM, prover.NOT_COVERED)
     opened = open_record(claim, museum_config(Path()).to_dict(), run_dir=run_dir, json=json)
@@ -229,10 +230,9 @@ def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
 
     def report(row: dict) -> None:
         also = [g for g in row["red"] if g != row["gate"]]
-        stderr.print(
+        note(
             f"{row['plant']:36} red {len(row['red']):2} of {row['asked']}  {row['seconds']:5.1f} "
-            f"s  also {', '.join(also)}",
-            soft_wrap=True,
+            f"s  also {', '.join(also)}"
         )
 
     return matrix(tuple(gate_ids), report)

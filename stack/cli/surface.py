@@ -86,4 +86,4 @@ def _top_level_form(group: TraceGroup) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(surface(), indent=1, sort_keys=True, ensure_ascii=False))
+    print(json.dumps(surface(), indent=1, sort_keys=True, ensure_ascii=False))  # noqa: T201

@@ -1,5 +1,6 @@
 """`stack train`."""
 
+import math
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typer import Argument, Option, Typer
 from stackproof.cli.options import Json, Plugins, Sets, examples
 from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
+from stackproof.config import trackers
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
@@ -112,6 +114,13 @@ def train(
     for flag, folder in runs.items():
         if folder is not None:
             folder_at(folder, flag, allowed=RUN, next_step=MAKES_ONE)
+    if unknown := [name for name in tracker or () if name not in trackers.NAMES]:
+        raise UsageError(
+            "--tracker is unknown",
+            value=unknown[0],
+            allowed=", ".join(trackers.NAMES),
+            next_step="correct the name",
+        )
     sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
@@ -126,21 +135,14 @@ def train(
     from stackproof.train.callbacks import TRACKERS
     from stackproof.train.run_dir import default_run_dir
 
-    if unknown := [name for name in tracker or () if name not in TRACKERS]:
-        raise UsageError(
-            "--tracker is unknown",
-            value=unknown[0],
-            allowed=", ".join(TRACKERS),
-            next_step="correct the name",
-        )
     if resume and run_dir:
         raise UsageError(
             "--resume continues in its own folder",
             value=str(run_dir),
             next_step="drop --run-dir, or use --fork",
         )
-    trackers = (TRACKERS[name]() for name in tracker or ())
-    callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *trackers]
+    watching = (TRACKERS[name]() for name in tracker or ())
+    callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *watching]
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
@@ -251,7 +253,7 @@ def _derived(cfg) -> dict[str, float | str]:
         return derived
     device = resolve_device(cfg.device)
     rate = probe_peak_flops(device)
-    eta_s = round(derived["flops"] / (REACHED_SHARE * rate))
+    eta_s = math.ceil(derived["flops"] / (REACHED_SHARE * rate))
     derived |= {"probed_flops_per_s": round(rate), "eta_s": eta_s}
     refusal = _refusal(cfg, vocab_size, device)
     return derived | ({"this_machine_refuses": refusal} if refusal else {})

@@ -285,7 +285,12 @@ def _readably(key: str, message: str, tree: dict) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _default_kinds(data: dict) -> None:
+def _as_json(tree: dict) -> str:
+    """The tree as JSON; dates and times of TOML, which no key takes, as text."""
+    return json.dumps(tree, default=str)
+
+
+def _default_kinds(data: Any) -> None:
     """A source without `kind` gets the kind `files`."""
     corpus = data.get("corpus") if isinstance(data, dict) else None
     for source in corpus.get("sources", ()) if isinstance(corpus, dict) else ():

@@ -18,6 +18,7 @@ from stackproof.spec.files import write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import GateResult, Record, read_record
+from stackproof.spec.visible import visible
 
 SOURCES = "sources.jsonl"
 JUDGED_SEQ_LEN = 512
@@ -201,9 +202,9 @@ def page(manifest: dict, results: list[GateResult]) -> str:
         ".7em;border-bottom:1px solid "
         "#bbb;text-align:left}td+td{font-variant-numeric:tabular-nums}</style>",
         "<h1>Data set</h1>",
-        f"<p>tokenizer {html.escape(manifest['tokenizer']['kind'])}, "
+        f"<p>tokenizer {_escaped(manifest['tokenizer']['kind'])}, "
         f"{manifest['tokenizer']['vocab_size']:,} entries, sha256 "
-        f"{manifest['tokenizer']['sha256'][:16]}…</p>",
+        f"{_escaped(manifest['tokenizer']['sha256'][:16])}…</p>",
         _table(
             "Documents in, out and dropped by reason",
             ["source", "in", "out", "dropped", *reasons],
@@ -217,11 +218,15 @@ def page(manifest: dict, results: list[GateResult]) -> str:
             ],
             declared,
         ),
-        *(f"<p>{html.escape(line)}</p>" for line in notices(manifest)),
+        *(f"<p>{_escaped(line)}</p>" for line in notices(manifest)),
         _table("First dropped document of each reason", ["source", "reason", "where"], examples),
         _table("Gates", ["gate", "verdict", "message"], gates),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _escaped(text: object) -> str:
+    return html.escape(visible(text))
 
 
 def notices(manifest: dict) -> list[str]:
@@ -257,8 +262,8 @@ def notices(manifest: dict) -> list[str]:
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    head = "".join(f"<th>{_escaped(c)}</th>" for c in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{_escaped(c)}</td>" for c in row) + "</tr>" for row in rows
     )
-    return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
+    return f"<h2>{_escaped(title)}</h2><table><tr>{head}</tr>{body}</table>"

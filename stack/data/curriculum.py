@@ -14,9 +14,9 @@ from stackproof.config import (
     StaticCurriculum,
 )
 from stackproof.data.bandit import BanditSampler
+from stackproof.data.manifest import FILE, read_manifest
 from stackproof.data.sampler import MixtureSampler, ShuffledSampler, Source, shares
-from stackproof.spec.canonical import read_json
-from stackproof.spec.errors import ConfigError, DataError, IntegrityError
+from stackproof.spec.errors import ConfigError, DataError
 
 
 def sources_of(
@@ -37,13 +37,7 @@ def declared_sources(cfg: DataConfig) -> list[Source]:
         case Mixture(sources=sources):
             entries = {s.name: s.model_dump() for s in sources}
         case Built(path=path):
-            try:
-                entries = {e["name"]: e for e in read_json(Path(path, "manifest.json"))["sources"]}
-            except (OSError, IntegrityError, LookupError, TypeError) as e:
-                raise DataError(
-                    f"{path} is not a built data set: {type(e).__name__}: {e}",
-                    next_step="stack data build SRC… --out DIR",
-                ) from e
+            entries = {e["name"]: e for e in read_manifest(Path(path, FILE))["sources"]}
         case _:
             return []
     return sources_of(entries, dict.fromkeys(entries, (0, 1)))

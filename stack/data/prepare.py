@@ -13,11 +13,12 @@ from stackproof.config import Built, DataConfig
 from stackproof.data import build, corpus, filters, packing, receipts
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.build import FORMAT, Progress
+from stackproof.data.manifest import read_manifest
 from stackproof.data.packing import Packing
 from stackproof.data.shards import TokenStream
 from stackproof.data.stages import SPLITS
 from stackproof.data.tokenizer import Tokenizer
-from stackproof.spec.canonical import read_json, sha256_file, sha256_json
+from stackproof.spec.canonical import sha256_file, sha256_json
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.tensorfile import BadTensorFile
 
@@ -178,7 +179,7 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
     """
     path, rebuild = folder / "manifest.json", f"delete {folder} and run again to rebuild it"
     try:
-        manifest = read_json(path)
+        manifest = read_manifest(path, schema=FORMAT)
         if manifest["schema"] != FORMAT:
             raise DataError(
                 f"{path} is of another format: {manifest['schema']}",

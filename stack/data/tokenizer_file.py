@@ -16,6 +16,7 @@ from stackproof.spec.files import read_bytes
 # 0.5 million lists.
 MAX_BYTES, MAX_QUOTES, MAX_BRACKETS = 64 * 2**20, 8_000_000, 2_000_000
 # How much longer all replacements together may make a text.
+MAX_SPARSE = 100  # largest id of a vocabulary as a multiple of its size
 MAX_GROWTH = 64
 PROBE = "A plain text, for a start."
 SHOWN_CHARS = 300
@@ -72,6 +73,7 @@ def library(saved: str, document: Any) -> Any:
             growth *= _growth(step)
     if growth > MAX_GROWTH:
         raise ValueError(f"its steps make a text more than {MAX_GROWTH} times as long")
+    _require_dense_ids(document)
     inner = Tokenizer.from_str(saved)
     inner.encode(PROBE, add_special_tokens=False)
     return inner
@@ -84,6 +86,19 @@ def library_tokenizer(path: Path) -> Any:
         if not isinstance(document, dict):
             raise ValueError("it is of no known kind")
         return library(data.decode("utf-8"), document)
+
+
+def _require_dense_ids(document: dict) -> None:
+    """Raises ValueError for ids far beyond the number of tokens: the library goes through all
+    numbers between them.
+    """
+    vocab = document["model"].get("vocab") if isinstance(document["model"], dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    added = document.get("added_tokens")
+    ids += [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    largest = max((i for i in ids if isinstance(i, int)), default=0)
+    if largest > MAX_SPARSE * max(1000, len(ids)):
+        raise ValueError(f"it has {len(ids)} tokens and the id {largest}")
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ from stackproof.config import ModelConfig
 from stackproof.export.huggingface import Exported
 from stackproof.model.foreign import for_inference
 from stackproof.spec.records import Record
+from stackproof.spec.visible import without_markup
 
 
 def card(
@@ -23,7 +24,7 @@ def card(
     """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {run.config.get('recipe', parent) if run else parent}",
+        f"# {without_markup(run.config.get('recipe', parent) if run else parent)}",
         (
             f"A language model of {n_params:,} parameters, trained with stackproof and written as "
             f"`{made.kind.architecture}`."
@@ -81,7 +82,11 @@ def training_only(cfg: ModelConfig) -> list[str]:
 
 def _verdicts(made: Exported) -> str:
     rows = [
-        (f"`{g.id}`", g.verdict, g.message or ", ".join(f"{k} {v}" for k, v in g.measured.items()))
+        (
+            f"`{g.id}`",
+            g.verdict,
+            without_markup(g.message or ", ".join(f"{k} {v}" for k, v in g.measured.items())),
+        )
         for g in made.gates
     ]
     unread = any(g.verdict == "not_run" for g in made.gates)
@@ -109,13 +114,13 @@ def _of_run(run: Record | None) -> list[str]:
     metrics = [
         (
             name,
-            f"{m.value:,.4f}" if isinstance(m.value, float) else m.value,
-            m.unit,
+            f"{m.value:,.4f}" if isinstance(m.value, float) else without_markup(m.value),
+            without_markup(m.unit),
             "" if m.n is None else m.n,
         )
         for name, m in sorted(run.metrics.items())
     ]
-    data = sorted({f"{a.name} ({a.license})" for a in run.inputs if a.license})
+    data = sorted({without_markup(f"{a.name} ({a.license})") for a in run.inputs if a.license})
     gates = [
         f"{sum(g.verdict == v for g in run.gates)} {v}"
         for v in ("pass", "fail", "not_run")
@@ -123,11 +128,12 @@ def _of_run(run: Record | None) -> list[str]:
     ]
     return [
         "## Measured",
-        f"{run.claim}\n\nStatus `{run.status}`, gates: {', '.join(gates) or 'none'}, code "
-        f"`{run.code.commit[:12]}`, spec {run.spec.version}, compute {run.compute}.",
+        f"{without_markup(run.claim)}\n\nStatus `{run.status}`, gates: "
+        f"{', '.join(gates) or 'none'}, code `{run.code.commit[:12]}`, spec "
+        f"{without_markup(run.spec.version)}, compute {run.compute}.",
         _table(("metric", "value", "unit", "n"), metrics),
         "## Data",
         "\n".join(f"- {d}" for d in data) or "The record has no licence.",
         "## Not covered",
-        "\n".join(f"- {n}" for n in run.not_covered),
+        "\n".join(f"- {without_markup(n)}" for n in run.not_covered),
     ]

@@ -23,6 +23,7 @@ from stackproof.spec.formulas import parameter_count
 from stackproof.train.memory import model_bytes, require_free
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_JSON_BYTES = 256 * 2**20
 READABLE = ("F32", "F16", "BF16")
 # config.json, and an index of some hundred thousand tensors
 MAX_DOCUMENT_BYTES = 32 * 2**20
@@ -75,7 +76,14 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     """
     document = read_json(path / "config.json")
     kind = hugging_face.kind_of(document)
-    cfg, aside = kind.read(document)
+    try:
+        cfg, aside = kind.read(document)
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise ConfigError(
+            f"{path / 'config.json'} holds a value of another type: {e}",
+            allowed=f"the values of {kind.architecture}",
+            next_step="download the file again",
+        ) from e
     if max_seq_len is not None:
         cfg = _shortened(cfg, max_seq_len)
     places = {}
@@ -165,9 +173,9 @@ def weight_files(path: Path) -> list[Path]:
 
 def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
     """The files of an index. Raises CheckpointError unless they hold exactly its tensors."""
-    files = sorted(set(told.values()))
+    files, present = sorted(set(told.values())), {p.name for p in path.iterdir() if p.is_file()}
     for file in files:
-        if Path(file).name != file or not (path / file).is_file():
+        if file not in present:
             raise CheckpointError(
                 f"{hugging_face.INDEX} lists {file}, which is not in {path}",
                 next_step="download the whole folder again",

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from stackproof.kernels.table import FOLDER, OPERATIONS, TRITON, source_hash
 from stackproof.spec import ROOT
+from stackproof.spec.canonical import read_json
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.visible import say
 
 FILE = FOLDER / "parity.json"
 # The files of every operation's Triton kernel.
@@ -31,9 +33,19 @@ NEXT_STEP = "python -m stackproof.kernels.parity --write"
 
 def passed(file: Path = FILE) -> dict[str, dict]:
     """The content of `parity.json`: kernel -> sha256, device of the tests, versions, and the worst
-    relative error per dtype.
+    relative error per dtype. Raises IntegrityError if it is damaged, OSError.
     """
-    return json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    document = read_json(file)
+    if not isinstance(document, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        for entry in document.values()
+    ):
+        raise IntegrityError(
+            f"{file} does not hold an entry with a sha256 for each kernel", next_step=NEXT_STEP
+        )
+    return document
 
 
 @cache
@@ -70,7 +82,7 @@ def main() -> int:
     )
     if not parser.parse_args().write:
         for kernel in SOURCES:
-            print(f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}")
+            say(f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}")
         return 0
     tests = ROOT / "tests" / "kernels"
     if not tests.is_dir():
@@ -82,7 +94,7 @@ def main() -> int:
     entries = {kernel: run(kernel, tests) for kernel in SOURCES}
     good = {kernel: entry for kernel, entry in entries.items() if entry}
     FILE.write_text(json.dumps(good, indent=1, sort_keys=True) + "\n", "utf-8")
-    print(f"{len(good)} of {len(entries)} kernels passed; {FILE}")
+    say(f"{len(good)} of {len(entries)} kernels passed; {FILE}")
     return 0 if len(good) == len(entries) else IntegrityError.exit_code
 
 
@@ -106,10 +118,7 @@ def run(kernel: str, tests: Path) -> dict | None:
         )
         if done.returncode != 0:
             return None
-        worst = {
-            dtype: float(f"{error:.1e}")
-            for dtype, error in json.loads(errors.read_text("utf-8")).items()
-        }
+        worst = {dtype: float(f"{error:.1e}") for dtype, error in read_json(errors).items()}
     return {
         "sha256": before,
         "passed_on": where,

@@ -285,6 +285,10 @@ def _refuse_uneven_heads(sizes: dict[str, Any]) -> None:
 KINDS: tuple[Kind, ...] = (Llama(), Qwen2(), Qwen3(), Mistral(), Mixtral(), Gpt2())
 
 
+def _shown(named: Any) -> str:
+    return ", ".join(map(str, named)) if isinstance(named, list) else repr(named)
+
+
 def kind_of(document: Mapping[str, Any]) -> Kind:
     """The architecture of a config.json. Raises ConfigError if it is unknown or contradictory."""
     known = {k.architecture: k for k in KINDS}
@@ -292,7 +296,7 @@ def kind_of(document: Mapping[str, Any]) -> Kind:
     if not isinstance(named, list) or len(named) != 1 or str(named[0]) not in known:
         raise ConfigError(
             "this architecture cannot be read",
-            value=f"architectures = {str(named)[:80]} in config.json",
+            value=f"architectures = {_shown(named)} in config.json",
             allowed=", ".join(known),
             next_step="convert the model to one of these, or train one here",
         )
@@ -384,10 +388,12 @@ def _window_of_layers(keys: Keys, n_layers: int) -> int | None:
     )
     windowed = used and window is not None
     if types is None:
-        types = [
-            "sliding_attention" if windowed and i >= first else "full_attention"
-            for i in range(n_layers)
-        ]
+        full, slides = ["full_attention"], ["sliding_attention"]
+        if not windowed or first >= n_layers:
+            return None
+        if first <= 0:
+            return window
+        types = full + slides
     if set(types) == {"full_attention"}:
         return None
     if set(types) != {"sliding_attention"} or len(types) != n_layers or not windowed:

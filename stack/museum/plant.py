@@ -8,21 +8,69 @@ name a generator function of this package that puts the bug in place, yields and
 import functools
 import importlib
 import inspect
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from stackproof.museum.edit import Edit, edited
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import GateId, PlantId
+from stackproof.spec.tables import read_tables
 
 FOLDER = Path(__file__).parent / "plants"
 Trainer = Literal["stack", "script"]
 _touches = 0
+
+
+class _Change(Frozen):
+    """`Edit` as it stands in TOML."""
+
+    target: str
+    old: str
+    new: str
+    imports: tuple[str, ...] = ()
+
+
+class _Entry(Frozen):
+    """A plant as it stands in TOML: with `target`, `old`, `new` and perhaps `imports`, with a list
+    of such tables as `edits`, or with `function`.
+    """
+
+    id: PlantId
+    gate: GateId
+    title: str
+    story: str
+    sources: tuple[str, ...]
+    museum: dict[str, Any] = {}
+    edits: tuple[_Change, ...] = ()
+    function: str = ""
+    target: str | None = None
+    old: str | None = None
+    new: str | None = None
+    imports: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "_Entry":
+        own = [self.target, self.old, self.new]
+        forms = [None not in own, bool(self.edits), bool(self.function)]
+        if sum(forms) != 1 or (not forms[0] and (any(own) or self.imports)):
+            raise ValueError("it needs target, old and new, or edits, or function")
+        return self
+
+    def plant(self) -> "Plant":
+        changes = self.edits or ([self] if self.target is not None else [])
+        return Plant(
+            edits=tuple(Edit(c.target, c.old, c.new, c.imports) for c in changes),
+            story=" ".join(self.story.split()),
+            **self.model_dump(include={"id", "gate", "title", "sources", "function", "museum"}),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,11 +123,10 @@ def read_plants(folder: Path = FOLDER) -> dict[str, Plant]:
     """
     found: dict[str, Plant] = {}
     for path in sorted(folder.glob("*.toml")):
-        for entry in tomllib.loads(path.read_text("utf-8"))["plant"]:
-            plant = _plant(entry)
-            if plant.id in found:
-                raise IntegrityError(f"{path.name}: plant id {plant.id} is used twice")
-            found[plant.id] = plant
+        for entry in read_tables(path, "plant", _Entry):
+            if entry.id in found:
+                raise IntegrityError(f"{path.name}: plant id {entry.id} is used twice")
+            found[entry.id] = entry.plant()
     return found
 
 
@@ -87,23 +134,6 @@ def read_plants(folder: Path = FOLDER) -> dict[str, Plant]:
 def load_museum() -> dict[str, Plant]:
     """All plants of the stack by id."""
     return read_plants()
-
-
-def _plant(entry: dict[str, Any]) -> Plant:
-    """An entry with `target`, `old`, `new` and perhaps `imports`, with a list of such tables as
-    `edits`, or with `function`.
-    """
-    names = {f.name for f in fields(Plant)}
-    facts = {k: v for k, v in entry.items() if k in names}
-    edit = {k: v for k, v in entry.items() if k not in names}
-    try:
-        edits = tuple(Edit(**e) for e in facts.pop("edits", [edit] if edit else []))
-        if bool(edits) == ("function" in facts) or (edit and "target" not in edit):
-            raise TypeError("it needs target, old and new, or edits, or function")
-        facts |= {"sources": tuple(facts["sources"]), "story": " ".join(facts["story"].split())}
-        return Plant(**facts, edits=edits)
-    except (TypeError, KeyError) as e:
-        raise IntegrityError(f"plant {entry.get('id', '?')} is not complete: {e}") from e
 
 
 @contextmanager

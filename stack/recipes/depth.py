@@ -17,7 +17,7 @@ from stackproof.config import (
     TrainConfig,
     Wsd,
 )
-from stackproof.spec.canonical import read_json
+from stackproof.data.manifest import read_manifest
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.formulas import parameter_count
 
@@ -94,7 +94,7 @@ def corpus_of(built: Path) -> Corpus:
     """
     path = built / "manifest.json"
     try:
-        manifest = read_json(path)
+        manifest = read_manifest(path)
         shards = manifest["splits"]["train"]["shards"]
         return Corpus(manifest["tokenizer"]["vocab_size"], sum(s["tokens"] for s in shards))
     except (OSError, IntegrityError, LookupError, TypeError, AttributeError) as e:

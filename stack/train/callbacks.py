@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig
+from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig, trackers
 from stackproof.contracts.events import (
     ActivationsTraced,
     BatchDrawn,
@@ -425,4 +425,4 @@ class TensorBoard(Callback):
             self.writer.close()
 
 
-TRACKERS = {"tensorboard": TensorBoard}
+TRACKERS = dict(zip(trackers.NAMES, (TensorBoard,), strict=True))

@@ -135,8 +135,11 @@ class RunDir:
         try:
             data = read_bytes(path)
             document = parse_strict(data, origin=str(path))
-            if not isinstance(document, dict) or "config" not in document:
-                raise IntegrityError(f"{path} is not a JSON object with a configuration")
+            match document:
+                case {"record": str(), "config": dict()}:
+                    pass
+                case _:
+                    raise IntegrityError(f"{path} has no record and configuration")
         except (OSError, IntegrityError) as e:
             why = "it has no run.json" if isinstance(e, FileNotFoundError) else str(e)
             raise CheckpointError(
@@ -294,10 +297,20 @@ def _lines_until(path: Path, step: int) -> tuple[bytes, bytes]:
         return b"", b""
     data = read_bytes(path, MAX_SERIES_BYTES)
     lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-    kept = [
-        line for line in lines if (parse_lines(line, origin=str(path))[0].get("step") or 0) <= step
-    ]
-    return data, b"".join(kept)
+    steps = [_step_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return data, b"".join(line for line, at in zip(lines, steps) if at <= step)
+
+
+def _step_of(line: bytes, origin: str) -> int:
+    """The step of a line of a series; 0 without one. Raises IntegrityError for another line."""
+    match parse_strict(line, origin=origin):
+        case {"step": int(step)}:
+            return step
+        case dict(entry) if entry.get("step") is None:
+            return 0
+    raise IntegrityError(
+        f"{origin} is not an object with a whole number as step", next_step="restore the file"
+    )
 
 
 def default_run_dir(recipe: str, seed: int) -> Path:

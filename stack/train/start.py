@@ -274,7 +274,7 @@ def _red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Ver
     if stopped := [gate_id for gate_id in red if gate_id not in waived]:
         step, verdict = red[stopped[0]]
         raise ConfigError(
-            f"gate {stopped[0]} halted this run at step {step}: {verdict.message}",
+            f"gate {stopped[0]} halted this run {_at(step)}: {verdict.message}",
             allowed="a resume of a run that no gate has halted, or with the gate waived",
             next_step=(
                 f"stack train --fork {directory.path} --set … starts a child run with a change; "
@@ -573,3 +573,7 @@ def _refuse_exhaustion(cfg: RunConfig, order: Sampler) -> None:
                 "epochs"
             ),
         )
+
+
+def _at(step: int | None) -> str:
+    return "before step 1" if step is None else f"at step {step}"

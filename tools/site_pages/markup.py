@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -11,6 +12,7 @@ from stackproof.spec.coverage import State
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Limit
 from stackproof.spec.records import Metric, Record, Scalar
+from stackproof.spec.visible import visible, without_markup
 
 LETTERS: dict[State, str] = {
     "discharged": "P",
@@ -30,17 +32,16 @@ MEANINGS: dict[State, str] = {
 }
 VERDICT_STATE: dict[str, State] = {"pass": "discharged", "fail": "failed", "not_run": "unproven"}
 LONG = 36
+ADDRESSES = ("https://", "http://")
+IN_PATH = "/#"  # characters of a target that are not quoted
+IN_ADDRESS = "/#:?&=%+,;@~"
 FENCE = "~~~~~~"
 BREAK = Markup("<br>")
-_SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "&<>\"'|*_`[]\\{}#~^=!"})
 
 
 def esc(text: object) -> Markup:
     """Text on one line, with no character that is markup in Markdown or HTML."""
-    if isinstance(text, Markup):
-        return text
-    plain = "".join(c if c.isprintable() else " " for c in str(text))
-    return Markup(plain.translate(_SPECIAL))
+    return text if isinstance(text, Markup) else Markup(without_markup(text))
 
 
 def prose(text: object) -> Markup:
@@ -118,8 +119,16 @@ def limit(limit: Limit, name: str) -> Markup:
 
 def source(source: str) -> Markup:
     """A source, as a link if it is an address."""
-    linked = source.startswith(("https://", "http://"))
-    return Markup(f"[{esc(source)}](<{source}>)") if linked else esc(source)
+    return hyperlink(source, source) if source.startswith(ADDRESSES) else esc(source)
+
+
+def hyperlink(text: object, target: str) -> Markup:
+    """A link to an address or to a path below the site. In any other target the colon of a scheme
+    is quoted, so that it is a path.
+    """
+    if target.startswith(ADDRESSES):
+        return Markup(f"[{esc(text)}]({quote(visible(target), safe=IN_ADDRESS)})")
+    return Markup(f"[{esc(text)}]({quote(visible(target).lstrip('/'), safe=IN_PATH)})")
 
 
 def lines(items: Iterable[object], empty: str = "–") -> Markup:
@@ -154,13 +163,12 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
 
 def fenced(body: str, language: str = "") -> Markup:
     """An open code block."""
-    return Markup(f"{FENCE}{language}\n{body.replace(FENCE, '~ ~ ~')}\n{FENCE}")
+    shown = visible(body).replace(FENCE, "~ ~ ~")
+    return Markup(f"{FENCE}{language}\n{shown}\n{FENCE}")
 
 
 def folded(body: str, title: str, language: str) -> Markup:
-    """A closed code block. Raises ValueError if the text contains the fence."""
-    if FENCE in body:
-        raise ValueError(f"the text of the block {title!r} contains its fence {FENCE}")
+    """A closed code block."""
     block = "".join(f"\n    {line}" for line in fenced(body, language).splitlines())
     return Markup(f'??? abstract "{esc(title)}"\n{block}')
 

@@ -1,5 +1,6 @@
 """Pages from Jinja templates in `templates/`. Every value that is not Markup is escaped."""
 
+import html
 import json
 import posixpath
 import re
@@ -10,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 from jinja2.runtime import Context
 from markupsafe import Markup
 
+from stackproof.spec.visible import visible
 from tools.site_pages import markup
 from tools.site_pages.markup import anchor, code, esc
 
@@ -19,7 +21,7 @@ def link(context: Context, text: object, target: str, anchor: str = "") -> Marku
     """A link to another page, given by its path below the site's root."""
     here = context["here"]
     path = posixpath.relpath(target, posixpath.dirname(here) or ".") if target != here else ""
-    return Markup(f"[{esc(text)}]({path}{'#' + anchor if anchor else ''})")
+    return markup.hyperlink(text, f"{path}{'#' + anchor if anchor else ''}")
 
 
 @pass_context
@@ -82,7 +84,8 @@ class Page:
         """Front matter and body."""
         deep = "/" in self.path and not self.path.endswith("index.md")
         hide = "hide: [navigation]\n" if deep else ""
-        title = f"title: {json.dumps(self.title)}\n"
+        # The theme puts the title into HTML as it stands.
+        title = f"title: {json.dumps(html.escape(visible(self.title)), ensure_ascii=False)}\n"
         return f"---\n{title}{hide}---\n\n# {esc(self.title)}\n\n{self.body}\n"
 
 

@@ -11,7 +11,7 @@ from stackproof.cli.output import print_line, print_table
 from stackproof.cli.paths import bundle_at, refuse_unused
 from stackproof.cli.recording import Claim, OpenRecord, open_record
 from stackproof.cli.trace.common import Request, takes
-from stackproof.spec.errors import UsageError
+from stackproof.spec.errors import IntegrityError, UsageError
 
 FILE = "nonfinite.jsonl"
 COLUMNS = (*"tensor is shape dtype finite min max mean std NaN +Inf −Inf".split(), "first at")
@@ -112,14 +112,21 @@ def _left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
     """The points in the bundle, recorded when the gate turned red."""
     from stackproof.evidence import repro
     from stackproof.spec.canonical import parse_lines
+    from stackproof.spec.files import read_bytes
 
     file = bundle / repro.POINTS
     if not file.is_file():
         why = held.no_points or "the bundle was written before points were"
         return {"points": 0, "why_none": why, "first_nonfinite": None}
-    lines = parse_lines(file.read_bytes(), origin=repro.POINTS)
-    broken = (x["point"] for x in lines if x["stats"]["n"] and x["stats"]["frac_nonfinite"] > 0)
-    return {"points": len(lines), "why_none": "", "first_nonfinite": next(broken, None)}
+    lines = parse_lines(read_bytes(file), origin=str(file))
+    try:
+        broken = [x["point"] for x in lines if x["stats"]["n"] and x["stats"]["frac_nonfinite"] > 0]
+    except (KeyError, TypeError) as e:
+        raise IntegrityError(
+            f"{file} holds a line of another kind than a point: {type(e).__name__}: {e}",
+            next_step="copy the whole folder again",
+        ) from e
+    return {"points": len(lines), "why_none": "", "first_nonfinite": next(iter(broken), None)}
 
 
 def _watch(request: Request, model: str) -> None:
