@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
+from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
@@ -51,6 +52,25 @@ class Archived(Frozen):
 
     def to_line(self) -> bytes:
         return canonical_json(self.model_dump()) + b"\n"
+
+
+def complete_lines(path: Path) -> list[bytes]:
+    """Lines of an append-only file without their newline; none if it does not exist.
+    Raises IntegrityError if the file cannot be read or its last line is incomplete.
+    """
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise IntegrityError(f"{path} cannot be read: {e}") from e
+    if data and not data.endswith(b"\n"):
+        raise IntegrityError(
+            f"{path} ends in the middle of a line, as a power failure leaves it",
+            value=data[data.rfind(b"\n") + 1 :][:80],
+            next_step="stack evidence repair removes that line; then repeat what wrote it",
+        )
+    return data.split(b"\n")[:-1]
 
 
 class History:
@@ -112,15 +132,12 @@ class Archive:
         field.
         """
         found = []
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        for number, text in enumerate(data.split(b"\n")[:-1] if data else (), start=1):
+        for number, text in enumerate(complete_lines(self.path), start=1):
             where = f"{self.path}:{number}"
             line = validated(Archived, parse_strict(text, origin=where), origin=where)
             if line.to_line() != text + b"\n":
                 raise IntegrityError(f"{where} is not canonical JSON")
             found.append(line)
-        if not data.endswith(b"\n") and data:
-            raise IntegrityError(f"{self.path} ends in the middle of a line")
         return found
 
     @cached_property
@@ -154,14 +171,14 @@ class Archive:
                     next_step="git fetch --unshallow, or clone the repository with its history",
                 )
             raise IntegrityError(
-                f"{record_id}/{name} is archived at commit {line.commit[:12]}, which is not an "
-                "ancestor of HEAD"
+                f"{self.path}: {record_id}/{name} is archived at commit {line.commit[:12]}, which "
+                "is not an ancestor of HEAD"
             )
         data = (self._metadata if name == METADATA else self._series).get((record_id, name))
         if data is None or sha256_bytes(data) != line.files[name]:
             raise IntegrityError(
-                f"{record_id}/{name} at commit {line.commit[:12]} is missing or not what was "
-                "archived"
+                f"{self.path}: {record_id}/{name} at commit {line.commit[:12]} is missing or not "
+                "what was archived"
             )
         return data
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from stackproof.spec.archive import METADATA, Archive, Archived
+from stackproof.spec.archive import METADATA, Archive, Archived, complete_lines
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
+from stackproof.spec.files import append_durably, read_bytes
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Record, Series, parse_record
+from stackproof.spec.records import HEX64, RECORD_ID, Record, Series, parse_record
 from stackproof.spec.tables import validated
 
 GENESIS = "0" * 64
@@ -21,7 +22,7 @@ class Entry(Frozen):
     """
 
     seq: int = Field(ge=0)
-    record: str
+    record: str = Field(pattern=RECORD_ID)
     sha256: str = Field(pattern=HEX64)
     prev: str = Field(pattern=HEX64)
     supersedes: str | None = None
@@ -43,14 +44,7 @@ class Ledger:
 
     def lines(self) -> list[bytes]:
         """Raw lines without their newline; empty if the ledger does not exist."""
-        if not self.path.is_file():
-            return []
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            raise IntegrityError(
-                f"{self.path} ends in the middle of a line", next_step="git checkout the ledger"
-            )
-        return data.split(b"\n")[:-1]
+        return complete_lines(self.path)
 
     def entries(self) -> list[Entry]:
         """All entries, parsed but not yet verified."""
@@ -80,11 +74,16 @@ class Ledger:
         history.
         """
         path = self.record_path(record_id).with_name(name)
-        if (record_id, name) in self.archive.by_file and not path.exists():
+        archived = (record_id, name) in self.archive.by_file
+        if archived and not path.exists():
             return self.archive.read(record_id, name)
         if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-            raise IntegrityError(f"{path} is missing or not a regular file")
-        return path.read_bytes()
+            unlisted = "" if archived else f", and {self.archive.path.name} does not list it"
+            raise IntegrityError(f"{path} is missing or not a regular file{unlisted}")
+        try:
+            return read_bytes(path)
+        except OSError as e:
+            raise IntegrityError(f"{path} cannot be read: {e}") from e
 
     def read(self, entry: Entry) -> Record:
         """The record of an entry, hashed and parsed from the same bytes.
@@ -95,8 +94,8 @@ class Ledger:
             raise IntegrityError(
                 f"record {entry.record} was changed after it was accepted",
                 value=(
-                    f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} holds "
-                    f"{entry.sha256[:12]}…"
+                    f"{self.record_path(entry.record)}: sha256 {sha256_bytes(data)[:12]}…, "
+                    f"ledger line {entry.seq + 1} holds {entry.sha256[:12]}…"
                 ),
                 next_step=(
                     "restore it from git; a wrong record is superseded by a new one, never edited"
@@ -189,8 +188,19 @@ class Ledger:
         return found
 
     def append(self, record: Record, *, supersedes: str | None = None) -> Entry:
-        """Append a record that is already at `<directory>/<id>/metadata.json`.
-        Raises IntegrityError if the chain is broken.
+        """Append a record that is already at `<directory>/<id>/metadata.json`, durably. Other
+        processes must not write to the ledger meanwhile.
+
+        Raises IntegrityError as `next_entry`, OSError if the line cannot be written; the ledger is
+        then as before.
+        """
+        entry = self.next_entry(record, supersedes=supersedes)
+        append_durably(self.path, entry.to_line() + b"\n")
+        return entry
+
+    def next_entry(self, record: Record, *, supersedes: str | None = None) -> Entry:
+        """The line of a record that is to be appended. Raises IntegrityError if the chain is
+        broken, or if the record cannot follow.
         """
         if problems := self.problems():
             raise IntegrityError(
@@ -199,16 +209,16 @@ class Ledger:
             )
         entries = self.entries()
         if any(e.record == record.id for e in entries):
-            raise IntegrityError(f"record {record.id} is already in the ledger")
+            raise IntegrityError(
+                f"record {record.id} is already in the ledger",
+                next_step="a record is added only once; stack evidence show ID shows it",
+            )
         if supersedes and not any(e.record == supersedes for e in entries):
             raise IntegrityError(f"cannot supersede {supersedes}: it is not in the ledger")
-        entry = Entry(
+        return Entry(
             seq=len(entries),
             record=record.id,
             sha256=record.sha256,
             prev=self.head,
             supersedes=supersedes,
         )
-        with open(self.path, "ab") as f:
-            f.write(entry.to_line() + b"\n")
-        return entry

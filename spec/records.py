@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen, Spec
 from stackproof.spec.tables import validated
 
@@ -33,6 +34,7 @@ Outcome = Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Scalar = bool | int | float | str | None
 HEX64 = r"^[0-9a-f]{64}$"
+RECORD_ID = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$"
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
 BESIDE_TRAINING = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")
@@ -155,7 +157,7 @@ class Record(Frozen):
     """
 
     schema_: str = Field(alias="schema", pattern=f"^{SCHEMA}$")
-    id: str = Field(pattern=r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$")
+    id: str = Field(pattern=RECORD_ID)
     kind: Kind
     status: Status
     end_reason: str
@@ -223,7 +225,7 @@ def parse_record(data: bytes, *, origin: str) -> Record:
 def read_record(path: Path) -> Record:
     """Read one `metadata.json`. Raises IntegrityError if it is missing or invalid."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as e:
         raise IntegrityError(
             f"cannot read record {path}: {e.strerror}",

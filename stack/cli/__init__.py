@@ -1,6 +1,7 @@
 """The command line. Nothing here imports torch before a verb needs it."""
 
 import json
+import os
 import sys
 
 import typer
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(args=arguments, standalone_mode=False, prog_name="stack")
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except StackproofError as e:
         _report(e.as_json(), str(e), arguments)
@@ -61,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
         _report(parts, f"{e.format_message()}\n  next     {next_step}", arguments)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of the output has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         sys.exit(130)
