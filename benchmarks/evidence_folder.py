@@ -23,7 +23,7 @@ from typing import Any
 from stackproof.spec import ROOT
 from stackproof.spec.archive import History
 from stackproof.spec.canonical import canonical_json, canonical_lines, sha256_bytes, sha256_json
-from stackproof.spec.gates import Spec, load_spec
+from stackproof.spec.gates import Gate, Spec, load_spec
 from stackproof.spec.ledger import GENESIS, Entry
 from stackproof.spec.records import SCHEMA
 
@@ -81,12 +81,15 @@ def _records(
     """Records and their series: six of ten are training runs, with an evaluation after each
     third, and the others proofs and benchmarks.
     """
+    # computed anew at each call
+    fingerprints = {gate_id: spec.fingerprint(gate_id) for gate_id in spec.gates}
+    of_spec = {"version": spec.version, "sha256": spec.sha256}
     kinds = ["train", "train", "train", "evaluate", "train", "train", "train"]
     kinds += ["falsification", "benchmark", "benchmark"]
     parent = ""
     for number in range(n):
         kind = kinds[number % len(kinds)]
-        document = _common(kind, number, commit, spec)
+        document = _common(kind, number, commit) | {"spec": of_spec}
         series: dict[str, bytes] = {}
         match kind:
             case "train":
@@ -94,7 +97,7 @@ def _records(
                 parent = document["id"]
             case "evaluate":
                 document["parents"] = [parent]
-        document["gates"] = [_gate(g.id, spec, chance) for g in spec.required(kind)]
+        document["gates"] = [_gate(g, fingerprints[g.id], chance) for g in spec.required(kind)]
         if kind != "train":
             names = (f"part-{i:03d}/{k}" for i in range(40) for k in ("rate", "seconds", "bytes"))
             document["metrics"] = {name: _metric(chance.random()) for name in names}
@@ -104,7 +107,7 @@ def _records(
         yield document, series
 
 
-def _common(kind: str, number: int, commit: str, spec: Spec) -> dict[str, Any]:
+def _common(kind: str, number: int, commit: str) -> dict[str, Any]:
     started = dt.datetime.now(dt.UTC).replace(microsecond=0)
     text = lambda moment: moment.strftime("%Y-%m-%dT%H:%M:%SZ")  # noqa: E731
     config = CONFIG | {"seed": number}
@@ -117,7 +120,6 @@ def _common(kind: str, number: int, commit: str, spec: Spec) -> dict[str, Any]:
         "exit_code": 0,
         "claim": "This configuration, on this text, gives these weights and these figures.",
         "not_covered": ["other seeds", "other machines", "longer runs"],
-        "spec": {"version": spec.version, "sha256": spec.sha256},
         "code": {
             "commit": commit,
             "dirty": False,
@@ -163,12 +165,11 @@ def _metric(value: float, unit: str = "1", n: int | None = None) -> dict[str, An
     return {"value": value, "unit": unit, "n": n, "stderr": None, "better": "lower"}
 
 
-def _gate(gate_id: str, spec: Spec, chance: random.Random) -> dict[str, Any]:
-    gate = spec.gates[gate_id]
+def _gate(gate: Gate, fingerprint: str, chance: random.Random) -> dict[str, Any]:
     limits = {name: limit.value for name, limit in gate.limits.items()}
     return {
-        "id": gate_id,
-        "fingerprint": spec.fingerprint(gate_id),
+        "id": gate.id,
+        "fingerprint": fingerprint,
         "verdict": "pass",
         "checks": 1 + chance.randrange(STEPS),
         "heartbeat_last_step": STEPS,

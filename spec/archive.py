@@ -19,6 +19,7 @@ from stackproof.spec.tables import validated
 
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
+BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 
 
 class Archived(Frozen):
@@ -125,6 +126,7 @@ class Archive:
     def __init__(self, directory: Path):
         self.path = Path(directory) / FILE
         self.history = History(Path(directory))
+        self._read: dict[tuple[str, str], bytes | None] = {}
 
     @cached_property
     def lines(self) -> list[Archived]:
@@ -174,7 +176,7 @@ class Archive:
                 f"{self.path}: {record_id}/{name} is archived at commit {line.commit[:12]}, which "
                 "is not an ancestor of HEAD"
             )
-        data = (self._metadata if name == METADATA else self._series).get((record_id, name))
+        data = self._content(record_id, name)
         if data is None or sha256_bytes(data) != line.files[name]:
             raise IntegrityError(
                 f"{self.path}: {record_id}/{name} at commit {line.commit[:12]} is missing or not "
@@ -182,14 +184,23 @@ class Archive:
             )
         return data
 
-    @cached_property
-    def _metadata(self) -> dict[tuple[str, str], bytes | None]:
-        return self._read_all([file for file in self.by_file if file[1] == METADATA])
+    def _content(self, record_id: str, name: str) -> bytes | None:
+        """A file from history, read together with those that follow it in the list."""
+        wanted = (record_id, name)
+        if wanted not in self._read:
+            files, first = self._files[name == METADATA], self._place[wanted]
+            block = files[first : first + (BLOCK if name == METADATA else BLOCK_OF_SERIES)]
+            places = [self.by_file[file].place(file[1]) for file in block]
+            self._read = dict(zip(block, self.history.read(places)))
+        return self._read[wanted]
 
     @cached_property
-    def _series(self) -> dict[tuple[str, str], bytes | None]:
-        return self._read_all([file for file in self.by_file if file[1] != METADATA])
+    def _files(self) -> dict[bool, list[tuple[str, str]]]:
+        """The listed files: records under True, series under False."""
+        kinds = (True, False)
+        return {k: [f for f in self.by_file if (f[1] == METADATA) is k] for k in kinds}
 
-    def _read_all(self, files: list[tuple[str, str]]) -> dict[tuple[str, str], bytes | None]:
-        places = [self.by_file[file].place(file[1]) for file in files]
-        return dict(zip(files, self.history.read(places)))
+    @cached_property
+    def _place(self) -> dict[tuple[str, str], int]:
+        """The number of each listed file among its kind."""
+        return {file: n for files in self._files.values() for n, file in enumerate(files)}

@@ -1,5 +1,6 @@
 """The evidence ledger: an append-only hash chain, one canonical JSON line per accepted record."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from pydantic import Field
 
 from stackproof.spec.archive import METADATA, Archive, Archived, complete_lines
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
-from stackproof.spec.errors import IntegrityError, NoHistory
+from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import append_durably, read_bytes
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64, RECORD_ID, Record, Series, parse_record
@@ -31,12 +32,39 @@ class Entry(Frozen):
         return canonical_json(self.model_dump(exclude_none=True))
 
 
+class Records(Mapping[str, Record]):
+    """Accepted records by id, in ledger order. Each access reads, hashes and parses the record, and
+    only the last one is kept: a ledger of many records does not fit into memory.
+
+    An access raises IntegrityError as `Ledger.read`.
+    """
+
+    def __init__(self, ledger: "Ledger", entries: Iterable[Entry]):
+        self._ledger, self._entries = ledger, {e.record: e for e in entries}
+        self._last: Record | None = None
+
+    def __getitem__(self, record_id: str) -> Record:
+        if self._last is None or self._last.id != record_id:
+            self._last = self._ledger.read(self._entries[record_id])
+        return self._last
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, record_id: object) -> bool:
+        return record_id in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 class Ledger:
     """The chain in `<directory>/ledger.jsonl`. Its records are in folders beside it or archived."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.path = self.directory / "ledger.jsonl"
+        self._parsed: tuple[list[bytes], list[Entry]] = [], []
 
     @cached_property
     def archive(self) -> Archive:
@@ -48,7 +76,11 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """All entries, parsed but not yet verified."""
-        return [self._parse(line, number) for number, line in enumerate(self.lines(), start=1)]
+        lines = self.lines()
+        if lines != self._parsed[0]:
+            parsed = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
+            self._parsed = lines, parsed
+        return list(self._parsed[1])
 
     def _parse(self, line: bytes, number: int) -> Entry:
         where = f"{self.path}:{number}"
@@ -117,27 +149,22 @@ class Ledger:
             )
         return data
 
-    def accepted(self) -> dict[str, Record]:
-        """All accepted records in ledger order, each verified by hash.
+    def accepted(self) -> Records:
+        """All accepted records in ledger order, each verified by hash when it is read.
 
         Omits archived records that this checkout cannot read: see `unread`.
         """
         return self._readable(self.entries())
 
-    def records(self) -> dict[str, Record]:
+    def records(self) -> Records:
         """Accepted records that are not superseded by a later entry."""
         entries = self.entries()
         gone = {e.supersedes for e in entries}
         return self._readable([e for e in entries if e.record not in gone])
 
-    def _readable(self, entries: list[Entry]) -> dict[str, Record]:
-        found = {}
-        for entry in entries:
-            try:
-                found[entry.record] = self.read(entry)
-            except NoHistory:
-                continue
-        return found
+    def _readable(self, entries: list[Entry]) -> Records:
+        unread = {r for r in self.unread() if not self.record_path(r).exists()}
+        return Records(self, (e for e in entries if e.record not in unread))
 
     def unread(self) -> list[str]:
         """Archived records that cannot be verified, because the checkout lacks the history."""
@@ -161,8 +188,8 @@ class Ledger:
         unknown or duplicate ids.
         """
         found, previous, seen = [], GENESIS, set()
-        for number, line in enumerate(self.lines(), start=1):
-            entry = self._parse(line, number)
+        entries = self.entries()
+        for number, (line, entry) in enumerate(zip(self.lines(), entries, strict=True), start=1):
             if entry.to_line() != line:
                 found.append((number, "line is not canonical JSON"))
             if entry.seq != number - 1:

@@ -75,7 +75,7 @@ def plan(directory: Path) -> Plan:
         )
     if problems := verify(directory):
         raise IntegrityError(f"the evidence does not verify: {problems[0]}")
-    records = ledger.accepted()
+    records = dict(ledger.accepted())
     kept = kept_records(
         load_spec(),
         records,
