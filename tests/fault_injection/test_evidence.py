@@ -4,6 +4,8 @@ ledger and the folders agree again after the next call, and every changed byte i
 
 import os
 import shutil
+import subprocess
+import sys
 from multiprocessing import get_context
 
 import pytest
@@ -15,7 +17,7 @@ from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
 from tests.fault_injection import file_calls
 from tests.fault_injection.scale import SEED, chance, scaled
-from tests.processes import Command
+from tests.processes import ROOT, Command
 from tests.tools import archived, small_repo
 
 PROCESSES = 8
@@ -314,3 +316,21 @@ def test_a_flipped_bit_in_any_byte_is_found_and_its_place_named(with_archive):
             assert problems, said
             assert any(place in problem for problem in problems), (said, problems)
     assert ledgering.verify(evidence) == []
+
+
+def test_absent_evidence_is_a_usage_error(tmp_path):
+    for verb in ("verify", "repair", "archive"):
+        done = Command("evidence", verb, "--evidence", "absent", folder=tmp_path, light=True).wait()
+        assert done.code == 2 and "names nothing" in done.err, done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["tools/check_integrity.py", "--list"], ["-m", "stackproof", "--help"]]
+)
+def test_a_reader_of_the_output_that_ends_first_sees_no_traceback(command):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=write, stderr=-1, text=True)
+    os.close(write)
+    assert done.stderr == ""
