@@ -12,12 +12,14 @@ from pydantic import Field, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
+from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
 
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
+BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 
 
 class Archived(Frozen):
@@ -51,6 +53,25 @@ class Archived(Frozen):
 
     def to_line(self) -> bytes:
         return canonical_json(self.model_dump()) + b"\n"
+
+
+def complete_lines(path: Path) -> list[bytes]:
+    """Lines of an append-only file without their newline; none if it does not exist.
+    Raises IntegrityError if the file cannot be read or its last line is incomplete.
+    """
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise IntegrityError(f"{path} cannot be read: {e}") from e
+    if data and not data.endswith(b"\n"):
+        raise IntegrityError(
+            f"{path} ends in the middle of a line, as a power failure leaves it",
+            value=data[data.rfind(b"\n") + 1 :][:80],
+            next_step="stack evidence repair removes that line; then repeat what wrote it",
+        )
+    return data.split(b"\n")[:-1]
 
 
 class History:
@@ -105,6 +126,7 @@ class Archive:
     def __init__(self, directory: Path):
         self.path = Path(directory) / FILE
         self.history = History(Path(directory))
+        self._read: dict[tuple[str, str], bytes | None] = {}
 
     @cached_property
     def lines(self) -> list[Archived]:
@@ -112,15 +134,12 @@ class Archive:
         field.
         """
         found = []
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        for number, text in enumerate(data.split(b"\n")[:-1] if data else (), start=1):
+        for number, text in enumerate(complete_lines(self.path), start=1):
             where = f"{self.path}:{number}"
             line = validated(Archived, parse_strict(text, origin=where), origin=where)
             if line.to_line() != text + b"\n":
                 raise IntegrityError(f"{where} is not canonical JSON")
             found.append(line)
-        if not data.endswith(b"\n") and data:
-            raise IntegrityError(f"{self.path} ends in the middle of a line")
         return found
 
     @cached_property
@@ -154,25 +173,34 @@ class Archive:
                     next_step="git fetch --unshallow, or clone the repository with its history",
                 )
             raise IntegrityError(
-                f"{record_id}/{name} is archived at commit {line.commit[:12]}, which is not an "
-                "ancestor of HEAD"
+                f"{self.path}: {record_id}/{name} is archived at commit {line.commit[:12]}, which "
+                "is not an ancestor of HEAD"
             )
-        data = (self._metadata if name == METADATA else self._series).get((record_id, name))
+        data = self._content(record_id, name)
         if data is None or sha256_bytes(data) != line.files[name]:
             raise IntegrityError(
-                f"{record_id}/{name} at commit {line.commit[:12]} is missing or not what was "
-                "archived"
+                f"{self.path}: {record_id}/{name} at commit {line.commit[:12]} is missing or not "
+                "what was archived"
             )
         return data
 
-    @cached_property
-    def _metadata(self) -> dict[tuple[str, str], bytes | None]:
-        return self._read_all([file for file in self.by_file if file[1] == METADATA])
+    def _content(self, record_id: str, name: str) -> bytes | None:
+        """A file from history, read together with those that follow it in the list."""
+        wanted = (record_id, name)
+        if wanted not in self._read:
+            files, first = self._files[name == METADATA], self._place[wanted]
+            block = files[first : first + (BLOCK if name == METADATA else BLOCK_OF_SERIES)]
+            places = [self.by_file[file].place(file[1]) for file in block]
+            self._read = dict(zip(block, self.history.read(places)))
+        return self._read[wanted]
 
     @cached_property
-    def _series(self) -> dict[tuple[str, str], bytes | None]:
-        return self._read_all([file for file in self.by_file if file[1] != METADATA])
+    def _files(self) -> dict[bool, list[tuple[str, str]]]:
+        """The listed files: records under True, series under False."""
+        kinds = (True, False)
+        return {k: [f for f in self.by_file if (f[1] == METADATA) is k] for k in kinds}
 
-    def _read_all(self, files: list[tuple[str, str]]) -> dict[tuple[str, str], bytes | None]:
-        places = [self.by_file[file].place(file[1]) for file in files]
-        return dict(zip(files, self.history.read(places)))
+    @cached_property
+    def _place(self) -> dict[tuple[str, str], int]:
+        """The number of each listed file among its kind."""
+        return {file: n for files in self._files.values() for n, file in enumerate(files)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rfc8785
+from pydantic_core import from_json, to_json
 
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import MAX_TEXT_BYTES, open_regular, read_bytes
@@ -102,11 +103,12 @@ def parse_lines(data: bytes, *, origin: str) -> list[Any]:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-    keys = [k for k, _ in pairs]
-    if len(keys) != len(set(keys)):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        keys = [k for k, _ in pairs]
         duplicate = next(k for k in keys if keys.count(k) > 1)
         raise ValueError(f"duplicate key {duplicate!r}")
-    return dict(pairs)
+    return unique
 
 
 def _no_constant(name: str) -> Any:
@@ -134,6 +136,24 @@ def _no_lone_surrogates(value: Any) -> None:
                 _no_lone_surrogates(item)
 
 
+def _without_escapes(data: bytes) -> Any:
+    """The value of strict JSON in which no text has an escape, by a parser several times as fast;
+    None for other data.
+
+    That parser drops duplicate keys, and takes a number that overflows for an infinity. Without
+    escapes, two quotes stand around each text and nowhere else: a dropped key changes their number.
+    """
+    if b"\\" in data:
+        return None
+    try:
+        value = from_json(data, allow_inf_nan=False)
+        written = to_json(value)
+    except ValueError:
+        return None
+    is_strict = written.count(b'"') == data.count(b'"') and b"Infinity" not in written
+    return value if is_strict else None
+
+
 def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
     """The strictly parsed value of a JSON file.
 
@@ -156,6 +176,8 @@ def parse_strict(data: bytes, *, origin: str) -> Any:
             allowed=f"at most {MAX_TEXT_BYTES}",
         )
     try:
+        if (known := _without_escapes(data)) is not None:
+            return known
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_no_duplicates,

@@ -4,12 +4,13 @@ This module is the only source of the states proven and discharged.
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from stackproof.spec.findings import Finding, bypassed
 from stackproof.spec.gates import Spec
-from stackproof.spec.records import Record
+from stackproof.spec.records import GateResult, Record
 
 State = Literal["unproven", "proven", "discharged", "stale", "failed", "waived"]
 STATES: tuple[State, ...] = ("unproven", "proven", "discharged", "stale", "failed", "waived")
@@ -33,81 +34,131 @@ def _may_discharge(record: Record) -> bool:
     )
 
 
-def gate_state(
-    spec: Spec, gate_id: str, records: dict[str, Record], today: dt.date | None = None
-) -> GateState:
-    """State of one gate, from accepted records in ledger order.
+@dataclass
+class _Seen:
+    """What the records so far hold about one gate."""
+
+    current: frozenset[str]
+    killed: dict[str, str] = field(default_factory=dict)  # plant to record
+    newest_kills: dict[str, str] = field(default_factory=dict)  # plant to fingerprint
+    has_old_kills: bool = False
+    has_old_runs: bool = False
+    last: tuple[str, GateResult] | None = None
+    passing: list[str] = field(default_factory=list)
+
+
+class Coverage:
+    """The state of gates from records that are added one by one, in ledger order; no record is
+    kept.
 
     proven: every plant of the gate was killed, with a green control, at the current fingerprint.
     discharged: proven, and the latest real, clean, finished run that held the gate passed it at the
     current fingerprint.
     """
-    today = today or dt.date.today()
-    gate, current = spec.gates[gate_id], spec.fingerprints(gate_id)
-    killed: dict[str, str] = {}
-    old_kills = False
-    for record in records.values():
+
+    def __init__(self, spec: Spec, gate_ids: Iterable[str] | None = None):
+        self.spec = spec
+        chosen = spec.gates if gate_ids is None else gate_ids
+        self._seen = {gate_id: _Seen(spec.fingerprints(gate_id)) for gate_id in chosen}
+
+    def add(self, record: Record) -> None:
+        """Count the kills and verdicts of the next record."""
         for kill in record.kills:
-            if kill.gate != gate_id:
+            if (seen := self._seen.get(kill.gate)) is None:
                 continue
-            if kill.fingerprint not in current:
-                old_kills = True
+            seen.newest_kills[kill.plant] = kill.fingerprint
+            if kill.fingerprint not in seen.current:
+                seen.has_old_kills = True
             elif kill.outcome == "killed" and kill.control == "pass" and not record.code.dirty:
-                killed[kill.plant] = record.id
+                seen.killed[kill.plant] = record.id
             else:
-                killed.pop(kill.plant, None)
-    runs = [
-        (r, g)
-        for r in records.values()
-        for g in r.gates
-        if g.id == gate_id and g.verdict != "not_run"
-    ]
-    fresh = [(r, g) for r, g in runs if g.fingerprint in current]
-    kill_records = tuple(sorted(set(killed.values())))
-    if fresh:
-        record, result = fresh[-1]
-        if result.verdict == "fail":
-            if result.waiver and dt.date.fromisoformat(result.waiver.expires) >= today:
-                return GateState(
-                    "waived",
-                    f"{result.waiver.reason} (until {result.waiver.expires})",
-                    kill_records,
-                    (record.id,),
-                )
+                seen.killed.pop(kill.plant, None)
+        for result in record.gates:
+            if (seen := self._seen.get(result.id)) is None or result.verdict == "not_run":
+                continue
+            if result.fingerprint not in seen.current:
+                seen.has_old_runs = True
+                continue
+            seen.last = (record.id, result)
+            if result.verdict == "pass" and _may_discharge(record):
+                seen.passing.append(record.id)
+
+    def newest_kills(self, gate_id: str) -> dict[str, str]:
+        """Fingerprint of the newest kill of each plant of a gate."""
+        return self._seen[gate_id].newest_kills
+
+    def state(self, gate_id: str, today: dt.date | None = None) -> GateState:
+        """State of one gate from the records so far."""
+        gate, seen, today = self.spec.gates[gate_id], self._seen[gate_id], today or dt.date.today()
+        kill_records = tuple(sorted(set(seen.killed.values())))
+        if seen.last is not None and seen.last[1].verdict == "fail":
+            return _failed(*seen.last, kill_records, today)
+        missing = [p for p in gate.plants if p not in seen.killed]
+        if not gate.plants or missing:
+            if seen.has_old_kills and not seen.killed:
+                return GateState("stale", "its kills are of an older fingerprint", kill_records)
             return GateState(
-                "failed", f"record {record.id}: {result.message}", kill_records, (record.id,)
+                "unproven", f"no kill yet for {', '.join(missing) or 'any plant'}", kill_records
             )
-    missing = [p for p in gate.plants if p not in killed]
-    if not gate.plants or missing:
-        if old_kills and not killed:
-            return GateState("stale", "its kills are of an older fingerprint", kill_records)
-        return GateState(
-            "unproven", f"no kill yet for {', '.join(missing) or 'any plant'}", kill_records
-        )
-    passing = tuple(r.id for r, g in fresh if g.verdict == "pass" and _may_discharge(r))
-    if passing:
-        return GateState("discharged", f"{len(passing)} real run(s) pass it", kill_records, passing)
-    if any(g.fingerprint not in current for _, g in runs):
-        return GateState("stale", "its run record is of an older fingerprint", kill_records)
-    return GateState("proven", "killed all its plants; no accepted real run yet", kill_records)
+        if passing := tuple(seen.passing):
+            reason = f"{len(passing)} real run(s) pass it"
+            return GateState("discharged", reason, kill_records, passing)
+        if seen.has_old_runs:
+            return GateState("stale", "its run record is of an older fingerprint", kill_records)
+        return GateState("proven", "killed all its plants; no accepted real run yet", kill_records)
+
+    def states(
+        self, today: dt.date | None = None, findings: Sequence[Finding] = ()
+    ) -> dict[str, GateState]:
+        """State of every gate. A finding with `route_around` keeps its gates at `proven`, even if
+        their runs pass.
+        """
+        states = {gate_id: self.state(gate_id, today) for gate_id in self._seen}
+        for gate_id, finding in bypassed(findings).items():
+            if gate_id in states and states[gate_id].state == "discharged":
+                states[gate_id] = states[gate_id]._replace(
+                    state="proven",
+                    reason=f"finding {finding}: its cause was bypassed, not fixed",
+                )
+        return states
+
+
+def _failed(
+    record_id: str, result: GateResult, kill_records: tuple[str, ...], today: dt.date
+) -> GateState:
+    """The state of a gate whose latest run is red."""
+    waiver = result.waiver
+    if waiver and dt.date.fromisoformat(waiver.expires) >= today:
+        reason = f"{waiver.reason} (until {waiver.expires})"
+        return GateState("waived", reason, kill_records, (record_id,))
+    reason = f"record {record_id}: {result.message}"
+    return GateState("failed", reason, kill_records, (record_id,))
+
+
+def gate_state(
+    spec: Spec, gate_id: str, records: Mapping[str, Record], today: dt.date | None = None
+) -> GateState:
+    """State of one gate, from accepted records in ledger order."""
+    return _of(spec, records, (gate_id,)).state(gate_id, today)
 
 
 def coverage(
     spec: Spec,
-    records: dict[str, Record],
+    records: Mapping[str, Record],
     today: dt.date | None = None,
     findings: Sequence[Finding] = (),
 ) -> dict[str, GateState]:
-    """State of every gate of the spec.
-    A finding with `route_around` keeps its gates at `proven`, even if their runs pass.
-    """
-    states = {gate_id: gate_state(spec, gate_id, records, today) for gate_id in spec.gates}
-    for gate_id, finding in bypassed(findings).items():
-        if gate_id in states and states[gate_id].state == "discharged":
-            states[gate_id] = states[gate_id]._replace(
-                state="proven", reason=f"finding {finding}: its cause was bypassed, not fixed"
-            )
-    return states
+    """State of every gate of the spec, from accepted records in ledger order; see Coverage."""
+    return _of(spec, records).states(today, findings)
+
+
+def _of(
+    spec: Spec, records: Mapping[str, Record], gate_ids: Iterable[str] | None = None
+) -> Coverage:
+    made = Coverage(spec, gate_ids)
+    for record in records.values():
+        made.add(record)
+    return made
 
 
 def tally(states: dict[str, GateState]) -> dict[State, int]:

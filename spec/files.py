@@ -127,6 +127,49 @@ def open_to_append(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "ab")
 
 
+def append_durably(path: Path, data: bytes) -> None:
+    """Append with one write, and wait until it is on the disk. After an error the file is as
+    before. Other processes must not write to it meanwhile.
+
+    Raises OSError as `open_to_append`, or if the data cannot be written.
+    """
+    is_new, size = not os.path.lexists(path), None
+    try:
+        if is_new:
+            write_atomically(path, data)
+            return
+        with open_to_append(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        # not before it is closed: closing writes what is left in its buffer
+        with suppress(OSError):
+            if is_new:
+                path.unlink(missing_ok=True)
+            elif size is not None:
+                os.truncate(path, size)
+        raise
+
+
+def cut_incomplete_line(path: Path) -> bytes:
+    """Remove the bytes behind the last newline of a regular file, durably, and return them; nothing
+    if the file does not exist.
+
+    Raises OSError as `open_to_append`, or if the file cannot be read or cut.
+    """
+    if not os.path.lexists(path):
+        return b""
+    with open_to_append(path) as f:
+        data = path.read_bytes()
+        incomplete = data[data.rfind(b"\n") + 1 :]
+        if incomplete:
+            f.truncate(len(data) - len(incomplete))
+            os.fsync(f.fileno())
+    return incomplete
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder with its content; nothing if it does not exist. Links in it are deleted, not
     followed.

@@ -1,15 +1,17 @@
 """The evidence ledger: an append-only hash chain, one canonical JSON line per accepted record."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field
 
-from stackproof.spec.archive import METADATA, Archive, Archived
+from stackproof.spec.archive import METADATA, Archive, Archived, complete_lines
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
-from stackproof.spec.errors import IntegrityError, NoHistory
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import append_durably, read_bytes
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Record, Series, parse_record
+from stackproof.spec.records import HEX64, RECORD_ID, Record, Series, parse_record
 from stackproof.spec.tables import validated
 
 GENESIS = "0" * 64
@@ -21,7 +23,7 @@ class Entry(Frozen):
     """
 
     seq: int = Field(ge=0)
-    record: str
+    record: str = Field(pattern=RECORD_ID)
     sha256: str = Field(pattern=HEX64)
     prev: str = Field(pattern=HEX64)
     supersedes: str | None = None
@@ -30,12 +32,39 @@ class Entry(Frozen):
         return canonical_json(self.model_dump(exclude_none=True))
 
 
+class Records(Mapping[str, Record]):
+    """Accepted records by id, in ledger order. Each access reads, hashes and parses the record, and
+    only the last one is kept: a ledger of many records does not fit into memory.
+
+    An access raises IntegrityError as `Ledger.read`.
+    """
+
+    def __init__(self, ledger: "Ledger", entries: Iterable[Entry]):
+        self._ledger, self._entries = ledger, {e.record: e for e in entries}
+        self._last: Record | None = None
+
+    def __getitem__(self, record_id: str) -> Record:
+        if self._last is None or self._last.id != record_id:
+            self._last = self._ledger.read(self._entries[record_id])
+        return self._last
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, record_id: object) -> bool:
+        return record_id in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 class Ledger:
     """The chain in `<directory>/ledger.jsonl`. Its records are in folders beside it or archived."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.path = self.directory / "ledger.jsonl"
+        self._parsed: tuple[list[bytes], list[Entry]] = [], []
 
     @cached_property
     def archive(self) -> Archive:
@@ -43,18 +72,15 @@ class Ledger:
 
     def lines(self) -> list[bytes]:
         """Raw lines without their newline; empty if the ledger does not exist."""
-        if not self.path.is_file():
-            return []
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            raise IntegrityError(
-                f"{self.path} ends in the middle of a line", next_step="git checkout the ledger"
-            )
-        return data.split(b"\n")[:-1]
+        return complete_lines(self.path)
 
     def entries(self) -> list[Entry]:
         """All entries, parsed but not yet verified."""
-        return [self._parse(line, number) for number, line in enumerate(self.lines(), start=1)]
+        lines = self.lines()
+        if lines != self._parsed[0]:
+            parsed = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
+            self._parsed = lines, parsed
+        return list(self._parsed[1])
 
     def _parse(self, line: bytes, number: int) -> Entry:
         where = f"{self.path}:{number}"
@@ -80,11 +106,16 @@ class Ledger:
         history.
         """
         path = self.record_path(record_id).with_name(name)
-        if (record_id, name) in self.archive.by_file and not path.exists():
+        archived = (record_id, name) in self.archive.by_file
+        if archived and not path.exists():
             return self.archive.read(record_id, name)
         if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-            raise IntegrityError(f"{path} is missing or not a regular file")
-        return path.read_bytes()
+            unlisted = "" if archived else f", and {self.archive.path.name} does not list it"
+            raise IntegrityError(f"{path} is missing or not a regular file{unlisted}")
+        try:
+            return read_bytes(path)
+        except OSError as e:
+            raise IntegrityError(f"{path} cannot be read: {e}") from e
 
     def read(self, entry: Entry) -> Record:
         """The record of an entry, hashed and parsed from the same bytes.
@@ -95,8 +126,8 @@ class Ledger:
             raise IntegrityError(
                 f"record {entry.record} was changed after it was accepted",
                 value=(
-                    f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} holds "
-                    f"{entry.sha256[:12]}…"
+                    f"{self.record_path(entry.record)}: sha256 {sha256_bytes(data)[:12]}…, "
+                    f"ledger line {entry.seq + 1} holds {entry.sha256[:12]}…"
                 ),
                 next_step=(
                     "restore it from git; a wrong record is superseded by a new one, never edited"
@@ -118,27 +149,22 @@ class Ledger:
             )
         return data
 
-    def accepted(self) -> dict[str, Record]:
-        """All accepted records in ledger order, each verified by hash.
+    def accepted(self) -> Records:
+        """All accepted records in ledger order, each verified by hash when it is read.
 
         Omits archived records that this checkout cannot read: see `unread`.
         """
         return self._readable(self.entries())
 
-    def records(self) -> dict[str, Record]:
+    def records(self) -> Records:
         """Accepted records that are not superseded by a later entry."""
         entries = self.entries()
         gone = {e.supersedes for e in entries}
         return self._readable([e for e in entries if e.record not in gone])
 
-    def _readable(self, entries: list[Entry]) -> dict[str, Record]:
-        found = {}
-        for entry in entries:
-            try:
-                found[entry.record] = self.read(entry)
-            except NoHistory:
-                continue
-        return found
+    def _readable(self, entries: list[Entry]) -> Records:
+        unread = {r for r in self.unread() if not self.record_path(r).exists()}
+        return Records(self, (e for e in entries if e.record not in unread))
 
     def unread(self) -> list[str]:
         """Archived records that cannot be verified, because the checkout lacks the history."""
@@ -162,8 +188,8 @@ class Ledger:
         unknown or duplicate ids.
         """
         found, previous, seen = [], GENESIS, set()
-        for number, line in enumerate(self.lines(), start=1):
-            entry = self._parse(line, number)
+        entries = self.entries()
+        for number, (line, entry) in enumerate(zip(self.lines(), entries, strict=True), start=1):
             if entry.to_line() != line:
                 found.append((number, "line is not canonical JSON"))
             if entry.seq != number - 1:
@@ -189,8 +215,19 @@ class Ledger:
         return found
 
     def append(self, record: Record, *, supersedes: str | None = None) -> Entry:
-        """Append a record that is already at `<directory>/<id>/metadata.json`.
-        Raises IntegrityError if the chain is broken.
+        """Append a record that is already at `<directory>/<id>/metadata.json`, durably. Other
+        processes must not write to the ledger meanwhile.
+
+        Raises IntegrityError as `next_entry`, OSError if the line cannot be written; the ledger is
+        then as before.
+        """
+        entry = self.next_entry(record, supersedes=supersedes)
+        append_durably(self.path, entry.to_line() + b"\n")
+        return entry
+
+    def next_entry(self, record: Record, *, supersedes: str | None = None) -> Entry:
+        """The line of a record that is to be appended. Raises IntegrityError if the chain is
+        broken, or if the record cannot follow.
         """
         if problems := self.problems():
             raise IntegrityError(
@@ -199,16 +236,16 @@ class Ledger:
             )
         entries = self.entries()
         if any(e.record == record.id for e in entries):
-            raise IntegrityError(f"record {record.id} is already in the ledger")
+            raise IntegrityError(
+                f"record {record.id} is already in the ledger",
+                next_step="a record is added only once; stack evidence show ID shows it",
+            )
         if supersedes and not any(e.record == supersedes for e in entries):
             raise IntegrityError(f"cannot supersede {supersedes}: it is not in the ledger")
-        entry = Entry(
+        return Entry(
             seq=len(entries),
             record=record.id,
             sha256=record.sha256,
             prev=self.head,
             supersedes=supersedes,
         )
-        with open(self.path, "ab") as f:
-            f.write(entry.to_line() + b"\n")
-        return entry

@@ -5,6 +5,7 @@ Importing torch and all that hangs on it takes three to five seconds,
 more than most of these commands.
 """
 
+import io
 import json
 import os
 import signal
@@ -62,7 +63,8 @@ def _context():
 
 class Command:
     """Python `code` begun in a folder, with `arguments` in sys.argv and one thread;
-    `stack …` unless said otherwise.
+    `stack …` unless said otherwise. A `light` one is forked from this process, with what it has
+    imported and read, and must not use torch.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Command:
         folder: Path,
         environment: Mapping[str, str] | None = None,
         code: str = STACK,
+        light: bool = False,
     ):
         self.temporary = tempfile.TemporaryDirectory(prefix="stackproof-said-")
         self.said = Path(self.temporary.name)
@@ -78,7 +81,7 @@ class Command:
             **(os.environ if environment is None else environment),
             "OMP_NUM_THREADS": "1",
         }
-        self.process = _context().Process(
+        self.process = (get_context("fork") if light else _context()).Process(
             target=_become, args=(code, arguments, str(folder), environment, str(self.said))
         )
         # the server inherits what stands here when the first command is given
@@ -111,6 +114,8 @@ def _become(
         file = os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
+    # a fork inherits streams that a test runner has put in their place
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), "utf-8") for n in (1, 2))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

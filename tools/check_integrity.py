@@ -10,6 +10,7 @@ What needs a git history that the checkout lacks is listed as not verified, and 
 import argparse
 import difflib
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -82,31 +83,43 @@ def main(arguments: list[str] | None = None) -> int:
     if options.explain:
         return explain(options.explain)
     if options.list:
-        say("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
+        _say("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
         return 0
     if options.write:
         for path in blocks.write(Repo(options.root)):
             say(f"wrote {path}", file=sys.stderr)
     repo = Repo(options.root)
     findings = findings_in(repo)
-    if options.json:
-        document = {
-            "ok": not findings and not repo.not_verified,
-            "not_verified": repo.not_verified,
-            "findings": [asdict(f) for f in findings],
-            "rules_run": len(RULES),
-        }
-        say(json.dumps(document))
-    else:
-        for f in findings:
-            say(
-                f"{f.code:20} {f.path}{f':{f.line}' if f.line else ''}  {f.message}\n{'':20}   → "
-                f"{f.hint}"
-            )
-        for text in repo.not_verified:
-            say(f"not verified: {text}")
-        say(f"{len(RULES)} rules, {len(findings)} finding(s)")
+    _say(_as_json(repo, findings) if options.json else _as_text(repo, findings))
     return 6 if findings else 0
+
+
+def _as_json(repo: Repo, findings: list[Finding]) -> str:
+    document = {
+        "ok": not findings and not repo.not_verified,
+        "not_verified": repo.not_verified,
+        "findings": [asdict(f) for f in findings],
+        "rules_run": len(RULES),
+    }
+    return json.dumps(document)
+
+
+def _as_text(repo: Repo, findings: list[Finding]) -> str:
+    lines = []
+    for f in findings:
+        place = f"{f.path}{f':{f.line}' if f.line else ''}"
+        lines += [f"{f.code:20} {place}  {f.message}", f"{'':20}   → {f.hint}"]
+    lines += (f"not verified: {text}" for text in repo.not_verified)
+    return "\n".join([*lines, f"{len(RULES)} rules, {len(findings)} finding(s)"])
+
+
+def _say(text: str) -> None:
+    """Print on stdout, quietly if the reader has ended, as `head` does."""
+    try:
+        say(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from stackproof.cli.options import Json, examples
 from stackproof.cli.output import emit, note, note_over, print_gates, print_line, print_table
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.files import write_atomically
 
 app = Typer(
     name="data",
@@ -89,18 +90,19 @@ def build(
     except KeyboardInterrupt:
         note(f"\nstopped; finished parts are in {out}/.work; the same command resumes the build")
         raise
-    except OSError as e:
-        raise UsageError(
-            f"cannot write to {out}: {e.strerror}",
-            allowed="a writable folder",
-            next_step="another --out",
-        ) from e
     seconds = time.perf_counter() - started
     dataset = prepare.open_folder(out, cfg)
     results, failure = account.judge(dataset)
-    if fresh or not (out / "metadata.json").is_file():
-        account.write_record(record, cfg, dataset, results, seconds)
-    (out / "report.html").write_text(account.page(dataset.manifest, results), "utf-8")
+    try:
+        if fresh or not (out / "metadata.json").is_file():
+            account.write_record(record, cfg, dataset, results, seconds)
+        page = account.page(dataset.manifest, results)
+        write_atomically(out / "report.html", page.encode())
+    except OSError as e:
+        raise DataError(
+            f"the record could not be written to {out}: {e}",
+            next_step="free space, then give the same command again",
+        ) from e
     if not _print(out, dataset.manifest, results, json):
         print_line(f"record {out / 'metadata.json'}, page {out / 'report.html'}")
         if all(r.verdict != "fail" for r in results):
@@ -348,6 +350,13 @@ def report(
     dataset = _open(folder)
     results, _ = account.judge(dataset)
     path = out or folder / "report.html"
-    path.write_text(account.page(dataset.manifest, results), "utf-8")
+    try:
+        write_atomically(path, account.page(dataset.manifest, results).encode())
+    except OSError as e:
+        raise UsageError(
+            f"the page could not be written: {e}",
+            allowed="a file in a writable folder",
+            next_step="another --out",
+        ) from e
     if not emit({"page": str(path), **_document(folder, dataset.manifest, results)}, json):
         print_line(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""`stack evidence add | show | verify | archive | diff | rerun | certify-resume`."""
+"""`stack evidence add | show | verify | repair | archive | diff | rerun | certify-resume`."""
 
 from contextlib import nullcontext
 from operator import attrgetter, itemgetter
@@ -21,6 +21,17 @@ def _directory(given: Path | None) -> Path:
     from stackproof.evidence.ledgering import default_directory
 
     return given or default_directory()
+
+
+def _existing(given: Path | None) -> Path:
+    """The evidence folder. Raises UsageError if it does not exist."""
+    return folder_at(
+        _directory(given),
+        "--evidence" if given else "the evidence folder",
+        allowed="a folder with ledger.jsonl; an installed package holds none",
+        next_step="give the command in a checkout, or name the folder with --evidence; "
+        "stack evidence add RUN_DIR makes one",
+    )
 
 
 @app.command()
@@ -91,7 +102,7 @@ def verify(evidence: Evidence = None, json: Json = False) -> None:
     from stackproof.evidence.ledgering import verify as problems_of
     from stackproof.spec.ledger import Ledger
 
-    directory = _directory(evidence)
+    directory = _existing(evidence)
     problems, ledger = problems_of(directory), Ledger(directory)
     if not (lines := len(ledger.lines())):
         problems = [*problems, f"{ledger.path} holds no line"]
@@ -118,6 +129,29 @@ def verify(evidence: Evidence = None, json: Json = False) -> None:
 
 
 @app.command()
+def repair(evidence: Evidence = None, json: Json = False) -> None:
+    """Remove the incomplete last line of ledger.jsonl and of archive.jsonl, as a power failure
+    leaves it, and print what was removed.
+
+    Nothing else is changed: a complete line is never removed. Give the command that wrote the line
+    again afterwards.
+    """
+    from stackproof.evidence import ledgering
+
+    directory = _existing(evidence)
+    removed = ledgering.repair(directory)
+    lines = [
+        {"file": name, "bytes": len(line), "line": line.decode("utf-8", "backslashreplace")}
+        for name, line in removed.items()
+    ]
+    if not emit({"folder": str(directory), "removed": lines}, json):
+        for row in lines:
+            print_line(f"removed {row['bytes']} byte(s) from {row['file']}: {row['line']}")
+        if not lines:
+            print_line("no incomplete line; nothing was changed")
+
+
+@app.command()
 def archive(
     dry_run: Annotated[
         bool,
@@ -137,12 +171,12 @@ def archive(
     parents and data sets of all these. The others are removed, and so is each series above 256 KiB
     of a record that stays: a line in archive.jsonl holds the commit and the sha256 of the files.
     `show`, `verify` and the integrity check read them from history.
-    Nothing is committed. Exit code 6 if the folder differs from its commit, or if the clone lacks
-    history.
+    Nothing is committed. A call that was killed is finished by the next one.
+    Exit code 6 if the folder differs from its commit, or if the clone lacks history.
     """
     from stackproof.evidence import archiving
 
-    directory = _directory(evidence)
+    directory = _existing(evidence)
     plan = archiving.plan(directory) if dry_run else archiving.archive(directory)
     leaving = [line.record for line in plan.lines if line.whole]
     series = [f"{x.record}/{name}" for x in plan.lines if not x.whole for name in x.files]

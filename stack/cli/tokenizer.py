@@ -10,6 +10,7 @@ from stackproof.cli.options import Json, examples
 from stackproof.cli.output import emit, print_facts, print_line
 from stackproof.cli.paths import tokenizer_at
 from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.files import write_atomically
 
 app = Typer(
     name="tokenizer",
@@ -63,8 +64,14 @@ def train(
             value=dumps(sources),
             next_step="check the paths and --text-field",
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, tokenizer.to_bytes())
+    except OSError as e:
+        raise DataError(
+            f"the tokenizer could not be written: {e}",
+            next_step="free space, or choose another --out",
+        ) from e
     document = {"path": str(out), "documents": seen[0], "bytes": seen[1], **_facts(tokenizer)}
     if not emit(document, json):
         print_facts("Tokenizer", document)

@@ -7,7 +7,6 @@ Every stage processes one part at a time and can be interrupted anywhere.
     folder/tokenizer.json, manifest.json  written last: a folder with a manifest is complete
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -42,7 +41,9 @@ from stackproof.data.workers import Pool
 from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.canonical import canonical_json, parse_strict
 from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.files import remove_leftovers, write_atomically
 from stackproof.spec.gates import load_spec
+from stackproof.tensorfile import BadTensorFile
 
 FORMAT = "stackproof/data/3"
 
@@ -77,7 +78,7 @@ def build(
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
         return _finished(manifest_path, plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     if (others := {p.name for p in folder.iterdir()} - {".lock"}) and ".work" not in others:
         raise UsageError(
             f"{folder} holds something else",
@@ -85,8 +86,33 @@ def build(
             allowed="an empty folder, or that of a build",
             next_step="another --out",
         )
-    with file_lock(folder, "build"):
-        return _Build(cfg, folder, plan, jobs, on_progress).run(workers)
+    try:
+        with file_lock(folder, "build"):
+            if manifest_path.is_file():
+                return _finished(manifest_path, plan)
+            remove_leftovers(folder)
+            return _Build(cfg, folder, plan, jobs, on_progress).run(workers)
+    except (OSError, BadTensorFile) as e:
+        raise Unwritable(
+            f"the data set could not be written to {folder}: {e}",
+            allowed="a writable folder",
+            next_step="free space, then give the same command again: it resumes; or another --out",
+        ) from e
+
+
+class Unwritable(DataError):
+    """A data set that could not be written, on a full disk for example."""
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(
+            f"cannot write to {folder}: {e.strerror}",
+            allowed="a writable folder",
+            next_step="another --out",
+        ) from e
 
 
 class GivenTokenizer(subject.Tokenizer):
@@ -232,7 +258,7 @@ class _Build:
         if _plan(cfg, work)[0] != self.plan:
             raise changed_meanwhile()
         manifest = self._manifest(by_source, tokenizer, encoded, grams)
-        shutil.copyfile(work / "tokenizer.json", folder / "tokenizer.json")
+        write_atomically(folder / "tokenizer.json", tokenizer.to_bytes())
         if grams is not None:
             shutil.copyfile(work / "grams.safetensors", folder / "grams.safetensors")
         write_json(folder / "plan.json", self.plan)
@@ -337,9 +363,7 @@ class _Build:
         if first is None:
             raise self._empty_split("train")
         tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, chain([first], texts))
-        temporary = path.with_name(f".tokenizer-{os.getpid()}")
-        tokenizer.save(temporary)
-        os.replace(temporary, path)
+        write_atomically(path, tokenizer.to_bytes())
         return tokenizer
 
     def _empty_split(self, split: str) -> DataError:
@@ -373,8 +397,15 @@ class _Build:
         )
         for split in SPLITS:
             if not any(r[split]["documents"] for r in encoded):
+                self._remove_encoded()
                 raise self._empty_split(split)
         return encoded
+
+    def _remove_encoded(self) -> None:
+        """Delete the shards of a data set that cannot be finished; its parts stay."""
+        shards_of = (self.folder.glob(f"{split}-*.safetensors") for split in SPLITS)
+        for path in chain(*shards_of, self.work.glob("encoded-*.json")):
+            path.unlink()
 
     def _manifest(
         self,

@@ -1,8 +1,6 @@
 """The data set of a configuration: built once, cached by content, and verified when opened."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from stackproof.data.packing import Packing
 from stackproof.data.shards import TokenStream
 from stackproof.data.stages import SPLITS
 from stackproof.data.tokenizer import Tokenizer
+from stackproof.evidence.file_lock import aside
 from stackproof.spec.canonical import sha256_file, sha256_json
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.tensorfile import BadTensorFile
@@ -156,21 +155,18 @@ def _build_aside(
     """Build in a new folder and rename it into place. If another process has built the same data
     meanwhile, that is used.
     """
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        temporary.mkdir(parents=True)
-        manifest = build.build(cfg, temporary, workers=WORKERS, on_progress=on_progress)
-        if manifest["corpus"]["sha256"] != corpus_sha256:
-            raise build.changed_meanwhile()
-        os.replace(temporary, folder)
-    except (OSError, BadTensorFile) as e:
+        with aside(folder) as temporary:
+            manifest = build.build(cfg, temporary, workers=WORKERS, on_progress=on_progress)
+            if manifest["corpus"]["sha256"] != corpus_sha256:
+                raise build.changed_meanwhile()
+            os.replace(temporary, folder)
+    except (OSError, BadTensorFile, build.Unwritable) as e:
         if not folder.exists():
             raise DataError(
                 f"the prepared data could not be written to {folder}: {e}",
                 next_step="free space, or set STACKPROOF_CACHE to a folder that can be written",
             ) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_folder(folder: Path, cfg: DataConfig) -> Dataset:

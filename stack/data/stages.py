@@ -19,6 +19,7 @@ from stackproof.data import corpus, dedup, plugins, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import Part, TextSource
 from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.files import write_atomically
 
 SPLITS = ("train", "validation")
 CHUNK_BYTES = 32 * 2**20
@@ -64,10 +65,8 @@ class EncodeJob:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Write a JSON document atomically."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_bytes(canonical_json(document))
-    os.replace(temporary, path)
+    """Write a JSON document atomically and durably."""
+    write_atomically(path, canonical_json(document))
 
 
 def part_folder(job: FilterJob) -> Path:

@@ -4,15 +4,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackproof.evidence.ledgering import verify
-from stackproof.spec.archive import FILE, METADATA, Archived, History
+from stackproof.evidence.file_lock import LOCK
+from stackproof.evidence.ledgering import verify, writing
+from stackproof.spec.archive import FILE, METADATA, Archive, Archived, History
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import append_durably
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
@@ -32,24 +34,26 @@ class Plan:
 
 
 def archive(directory: Path) -> Plan:
-    """Append the lines of the files to archive, then remove the files. Commits nothing.
+    """Append the lines of the files to archive, durably, then remove the files. Commits nothing.
+    If an earlier call was killed before its last removal, only finish that one.
 
-    Raises IntegrityError if `plan` does.
+    Raises IntegrityError if `plan` does, or if a file cannot be written or removed.
     """
-    made = plan(directory)
-    if made.lines:
-        with open(directory / FILE, "ab") as f:
-            f.write(b"".join(line.to_line() for line in made.lines))
+    with writing(directory):
+        made, listed = plan(directory), Archive(directory).lines
+        if new := [line.to_line() for line in made.lines if line not in listed]:
+            append_durably(directory / FILE, b"".join(new))
         for line in made.lines:
             for name in line.files:
-                (directory / line.record / name).unlink()
+                (directory / line.record / name).unlink(missing_ok=True)
             if line.whole:
-                (directory / line.record).rmdir()
+                with suppress(FileNotFoundError):
+                    (directory / line.record).rmdir()
     return made
 
 
 def plan(directory: Path) -> Plan:
-    """Plan an `archive`.
+    """Plan an `archive`, or the end of one that was killed.
 
     Raises IntegrityError if the clone lacks history, if the folder differs from its commit, if the
     evidence does not verify, or if history lacks a file to archive.
@@ -60,7 +64,10 @@ def plan(directory: Path) -> Plan:
             f"{directory} is not tracked by git, or the clone is shallow",
             next_step="archive in a clone with full history, where every record can be read back",
         )
-    if changed := (history.git("status", "--porcelain", "--", ".") or b"").decode().splitlines():
+    if begun := _unfinished(directory, ledger.archive):
+        return begun
+    status = history.git("status", "--porcelain", "--", ".", f":!{LOCK}") or b""
+    if changed := status.decode().splitlines():
         raise IntegrityError(
             f"{directory} differs from its commit",
             value=changed[0].strip(),
@@ -68,7 +75,7 @@ def plan(directory: Path) -> Plan:
         )
     if problems := verify(directory):
         raise IntegrityError(f"the evidence does not verify: {problems[0]}")
-    records = ledger.accepted()
+    records = dict(ledger.accepted())
     kept = kept_records(
         load_spec(),
         records,
@@ -90,6 +97,28 @@ def plan(directory: Path) -> Plan:
             n_bytes += sum(file.stat().st_size for file in files)
     _require_readable(history, lines)
     return Plan({n: kept[n] for n in records if n in kept}, tuple(lines), n_bytes)
+
+
+def _unfinished(directory: Path, archive: Archive) -> Plan | None:
+    """What a killed `archive` listed and did not remove; None if nothing is left of one.
+
+    Raises IntegrityError for a listed file that is not the one in history: it is not removed.
+    """
+    left = []
+    for line in archive.lines:
+        folder = directory / line.record
+        files = [folder / name for name in line.files if (folder / name).exists()]
+        for file in files:
+            if sha256_file(file) != sha256_bytes(archive.read(line.record, file.name)):
+                raise IntegrityError(
+                    f"{file} is archived, and the file in the tree is another",
+                    next_step=f"restore it from git, or remove {file}",
+                )
+        if files or (line.whole and folder.exists()):
+            left.append((line, sum(file.stat().st_size for file in files)))
+    if not left:
+        return None
+    return Plan({}, tuple(line for line, _ in left), sum(n_bytes for _, n_bytes in left))
 
 
 def kept_records(

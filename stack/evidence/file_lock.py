@@ -1,5 +1,8 @@
 """A lock on a folder: one process at a time."""
 
+import glob
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,37 @@ def file_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                 next_step="wait for it, or name another folder",
             ) from e
         yield
+
+
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside `target`, to be renamed to it; what is left of it is removed.
+    Folders of processes that have ended are removed first.
+
+    Raises OSError if the folder cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = f".writing-{target.name}-"
+    for left in target.parent.glob(f"{glob.escape(start)}*"):
+        owner = left.name.removeprefix(start)
+        if owner.isdecimal() and not (int(owner) != os.getpid() and _is_alive(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = target.parent / f"{start}{os.getpid()}"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def refuse_occupied(path: Path, option: str) -> None:

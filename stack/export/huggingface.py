@@ -19,7 +19,7 @@ from stackproof import tensorfile
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.data.tokenizer import Tokenizer
-from stackproof.evidence.file_lock import refuse_occupied
+from stackproof.evidence.file_lock import aside, refuse_occupied
 from stackproof.export import parity, vocabulary
 from stackproof.export.reading import Folder, read_tensor
 from stackproof.model import hugging_face
@@ -64,29 +64,24 @@ def export(
     """
     kind = hugging_face.kind_for(model.cfg)
     refuse_occupied(out, "--out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".writing-{out.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        rounding = round_weights(model, dtype)
-        write_documents(temporary, kind, model, tokenizer, dtype)
-        write_weights(temporary, kind, model, dtype, max_shard_bytes)
-        judge(temporary, model, keeper, dtype)
-        made = Exported(
-            kind,
-            tuple(sorted({p.name for p in temporary.iterdir()} | {"README.md"})),
-            tuple(keeper.results()),
-            rounding,
-        )
-        write_atomically(temporary / "README.md", card(made).encode())
-        _into_place(temporary, out)
+        with aside(out) as temporary:
+            rounding = round_weights(model, dtype)
+            write_documents(temporary, kind, model, tokenizer, dtype)
+            write_weights(temporary, kind, model, dtype, max_shard_bytes)
+            judge(temporary, model, keeper, dtype)
+            made = Exported(
+                kind,
+                tuple(sorted({p.name for p in temporary.iterdir()} | {"README.md"})),
+                tuple(keeper.results()),
+                rounding,
+            )
+            write_atomically(temporary / "README.md", card(made).encode())
+            _into_place(temporary, out)
     except OSError as e:
         raise CheckpointError(
             f"the export could not be written: {e}", next_step="free space, or choose another --out"
         ) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 

@@ -1,7 +1,6 @@
 """Import a model as a run: a run directory with a step-0 checkpoint and fresh optimizer state."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +12,10 @@ from torch import nn
 from stackproof.config import RunConfig
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.evaluate.stopping import make_stop_rule
-from stackproof.evidence.file_lock import refuse_occupied
+from stackproof.evidence.file_lock import aside, refuse_occupied
 from stackproof.spec.building import RecordBuilder, artefact
+from stackproof.spec.errors import CheckpointError
+from stackproof.spec.files import sync
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
 from stackproof.train import optimizer as opt
@@ -50,34 +51,52 @@ def write_run(
     **ending: Any,
 ) -> Record:
     """Write the run directory, its record last; `ending` is passed to the record.
-    After a failure `run_dir` does not exist.
+    After a failure `run_dir` does not exist. Raises CheckpointError if it cannot be written.
     """
     refuse_occupied(run_dir, "--out")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = RunDir(run_dir.parent / f".writing-{run_dir.name}-{os.getpid()}")
-    shutil.rmtree(temporary.path, ignore_errors=True)
     try:
-        temporary.create()
-        tokenizer.save(temporary.path / "tokenizer.json")
-        temporary.write_run(builder, device="cpu", imported_from=dict(source))
-        state = first_state(cfg, model)
-        document = checkpoint.state_document(
-            state,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            gates={},
-            record=builder.id,
-        )
-        folder = checkpoint.save(temporary.checkpoints, state, document)
-        builder.outputs = [
-            artefact(folder / f, root=temporary.path) for f in (*checkpoint.FILES, "manifest.json")
-        ]
-        builder.outputs.append(artefact(temporary.path / "tokenizer.json", root=temporary.path))
-        record = builder.finish(temporary.path, **ending)
-        temporary.seal()
-        if run_dir.exists():
-            run_dir.rmdir()
-        os.replace(temporary.path, run_dir)
-    finally:
-        shutil.rmtree(temporary.path, ignore_errors=True)
+        with aside(run_dir) as folder:
+            temporary = RunDir(folder)
+            record = _write(temporary, cfg, model, tokenizer, builder, source, **ending)
+            sync(folder)
+            if run_dir.exists():
+                run_dir.rmdir()
+            os.replace(folder, run_dir)
+            sync(run_dir.parent)
+    except OSError as e:
+        raise CheckpointError(
+            f"the run directory could not be written: {e}",
+            next_step="free space, or choose another --out",
+        ) from e
+    return record
+
+
+def _write(
+    temporary: RunDir,
+    cfg: RunConfig,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    builder: RecordBuilder,
+    source: Mapping[str, Any],
+    **ending: Any,
+) -> Record:
+    """All files of the run directory, its record last."""
+    temporary.create()
+    tokenizer.save(temporary.path / "tokenizer.json")
+    temporary.write_run(builder, device="cpu", imported_from=dict(source))
+    state = first_state(cfg, model)
+    document = checkpoint.state_document(
+        state,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        gates={},
+        record=builder.id,
+    )
+    folder = checkpoint.save(temporary.checkpoints, state, document)
+    builder.outputs = [
+        artefact(folder / f, root=temporary.path) for f in (*checkpoint.FILES, "manifest.json")
+    ]
+    builder.outputs.append(artefact(temporary.path / "tokenizer.json", root=temporary.path))
+    record = builder.finish(temporary.path, **ending)
+    temporary.seal()
     return record

@@ -26,12 +26,20 @@ file_calls.arm()
 """
 
 
-def run(*arguments: str, folder: Path, fault: str = "", at: int = 0, code: str = ARMED) -> Done:
+def run(
+    *arguments: str,
+    folder: Path,
+    fault: str = "",
+    at: int = 0,
+    code: str = ARMED,
+    light: bool = False,
+) -> Done:
     """`stack …` in a folder, with a fault (a key of FAULTS, or `kill`) at its `at`-th call there.
-    `code` may be other Python that calls `arm` first.
+    `code` may be other Python that calls `arm` first; `light` is that of Command.
     """
     environment = {**os.environ, "FAULT": json.dumps([fault, at, str(folder.resolve())])}
-    return Command(*arguments, folder=folder, environment=environment, code=code).wait()
+    command = Command(*arguments, folder=folder, environment=environment, code=code, light=light)
+    return command.wait()
 
 
 def calls(done: Done) -> list[str]:

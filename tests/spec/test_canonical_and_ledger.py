@@ -1,12 +1,14 @@
 """Canonical JSON, strict parsing and the hash chain."""
 
 import json
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec import canonical
+from stackproof.spec.canonical import canonical_json, parse_strict, to_jsonable
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.formulas import (
     bits_per_byte,
@@ -30,6 +32,29 @@ def test_canonical_bytes_parse_strictly_and_are_stable(value):
     data = canonical_json(value)
     assert canonical_json(parse_strict(data, origin="x")) == data
     json.loads(data.decode("utf-8"))
+
+
+@given(JSON, st.booleans())
+def test_both_parsers_give_the_same_value(value, spaced):
+    """The fast parser takes data without escapes, the other one all; types included."""
+    data = json.dumps(to_jsonable(value), ensure_ascii=False, indent=1 if spaced else None)
+    with mock.patch.object(canonical, "_without_escapes", lambda data: None):
+        slowly = parse_strict(data.encode(), origin="x")
+    assert repr(parse_strict(data.encode(), origin="x")) == repr(slowly)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a":1,"a":2,"b":1e999}',
+        b'{"a" :1,"b":{"c":0,"c":0}}',
+        b'[{"a":"Infinity","a":1e400}]',
+        b'{"":0,"":0,"x":-1e999,"y":-1e999}',
+    ],
+)
+def test_a_dropped_key_is_not_made_up_for_by_an_overflow(data):
+    with pytest.raises(IntegrityError, match=r"duplicate key|overflows"):
+        parse_strict(data, origin="x")
 
 
 def test_what_json_cannot_hold_becomes_a_string():

@@ -143,7 +143,7 @@ def test_source_of_a_check_holds_what_it_reaches_over_modules(spec):
 def records_of(root) -> dict[str, Record]:
     from stackproof.spec.ledger import Ledger
 
-    return Ledger(root / "evidence").records()
+    return dict(Ledger(root / "evidence").records())
 
 
 def test_states_are_computed_from_records(small):

@@ -25,7 +25,7 @@ from tools.freeze_spec import freeze
 from tools.integrity import core
 from tools.integrity.core import RULES, Repo
 from tools.integrity.former_fingerprint import first_form
-from tools.integrity.kinship_rules import trained_by
+from tools.integrity.glance import trained_by
 from tools.integrity.repo_rules import looks_like_weights
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,8 @@ def repo(text, claim="", series=()):
         markdown=["docs/a.md"],
         text=lambda path: text,
         records={"train-1": record},
-        series=lambda record, name: list(series),
+        glances={"train-1": record},
+        series=lambda record, name: list(series) if record else [],
         record_file=lambda record: f"evidence/{record}/metadata.json",
     )
 

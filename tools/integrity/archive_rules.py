@@ -29,8 +29,7 @@ def archive(repo: Repo) -> Messages:
 
 
 def _wrong_record(repo: Repo, line: Archived) -> list[str]:
-    name, accepted = line.record, repo.accepted.get(line.record)
-    hashes = {e.record: e.sha256 for e in repo.entries}
+    name, accepted, hashes = line.record, repo.survey.glances.get(line.record), repo.sha256_of
     released = {record for model in repo.registry for record in model.records.values()}
     problems = {
         f"{name} has no ledger line with this sha256": hashes.get(name) != line.files[METADATA],
@@ -46,8 +45,8 @@ def _wrong_record(repo: Repo, line: Archived) -> list[str]:
 
 
 def _wrong_series(repo: Repo, line: Archived) -> list[str]:
-    accepted = repo.accepted.get(line.record)
-    declared = {s.path: s.sha256 for s in accepted.series} if accepted else {}
+    accepted = repo.survey.glances.get(line.record)
+    declared = accepted.series if accepted else {}
     found = []
     for name, sha256 in line.files.items():
         if accepted and declared.get(name) != sha256:

@@ -5,6 +5,7 @@ of a table above or of a record's log.
 import re
 from itertools import pairwise
 
+from stackproof.spec.records import Record
 from tools.integrity.core import At, Messages, Repo, rule
 
 CLAIM = re.compile(
@@ -59,8 +60,8 @@ def _cells(line: str) -> list[str]:
     return [cell.strip().strip("`*") for cell in line.strip().strip("|").split("|")]
 
 
-def _series(repo: Repo, record: str, name: str) -> list[float]:
-    lines = repo.series(record, "metrics.jsonl") if record in repo.records else []
+def _series(repo: Repo, record: Record | None, name: str) -> list[float]:
+    lines = repo.series(record, "metrics.jsonl")
     return [float(line[name]) for line in lines if name in line]
 
 
@@ -88,15 +89,17 @@ def claim_series(repo: Repo) -> Messages:
         for number, line in enumerate(lines, start=1):
             for kind, name, bound, record in CLAIM.findall(line):
                 values = (
-                    _series(repo, record, name) if record else table_column(lines, number - 1, name)
+                    _series(repo, repo.records.get(record), name)
+                    if record
+                    else table_column(lines, number - 1, name)
                 )
                 yield from (At(x, number, path) for x in _refuted(kind, name, bound, values))
             if word := _unevaluated(line):
                 yield At(f"uses {word!r} without a claim to evaluate", number, path)
-    for record_id, record in repo.records.items():
+    for record_id, glance in repo.glances.items():
         path = repo.record_file(record_id)
-        for kind, name, bound, other in CLAIM.findall(record.claim):
-            values = _series(repo, other or record_id, name)
+        for kind, name, bound, other in CLAIM.findall(glance.claim):
+            values = _series(repo, repo.records.get(other or record_id), name)
             yield from (At(x, path=path) for x in _refuted(kind, name, bound, values))
-        if word := _unevaluated(record.claim):
+        if word := _unevaluated(glance.claim):
             yield At(f"the claim uses {word!r} and names no series", path=path)

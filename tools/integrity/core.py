@@ -5,7 +5,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +13,15 @@ from pathlib import Path
 
 from stackproof.spec import findings
 from stackproof.spec.archive import History
-from stackproof.spec.coverage import GateState, coverage
-from stackproof.spec.errors import IntegrityError, StackproofError
+from stackproof.spec.coverage import Coverage, GateState
+from stackproof.spec.errors import IntegrityError, NoHistory, StackproofError
 from stackproof.spec.failures import Catalogue, load_catalogue
 from stackproof.spec.gates import Spec, load_spec
-from stackproof.spec.ledger import Entry, Ledger
+from stackproof.spec.ledger import Entry, Ledger, Records
 from stackproof.spec.records import Record
 from stackproof.spec.registry import Release, read_registry
 from tools.exhibits import Exhibit, read_exhibits
+from tools.integrity.glance import Glance, glance_at
 from tools.source import Definition, definitions
 
 LEDGER, REGISTRY = "evidence/ledger.jsonl", "evidence/registry.toml"
@@ -88,23 +89,45 @@ def rule(code: str, *, title: str, why: str, hint: str, over: Scope = whole) -> 
 def findings_in(repo: "Repo") -> list[Finding]:
     """The findings of all rules, ordered by rule and place, each once. A rule that cannot read its
     subject or crashes is a finding too.
+
+    The rules about one record look at it together, while it is read: each record is read once, and
+    none is kept.
     """
     found: set[Finding] = set()
+    of_records = [r for r in RULES.values() if r.scope is each_record]
+
+    def look_at(record: Record) -> None:
+        subject = [(repo.record_file(record.id), (record,))]
+        for each in of_records:
+            found.update(_findings(repo, each, lambda repo: subject))
+
+    repo.look_at = look_at
     for each in RULES.values():
-        try:
-            found |= {
-                Finding(each.code, at.path or path, at.line, at.message, each.hint)
-                for path, arguments in each.scope(repo)
-                for message in each.look(repo, *arguments)
-                for at in [message if isinstance(message, At) else At(message)]
-            }
-        except StackproofError as e:
-            text = f"{each.code} could not look: {e.what}"
-            found.add(Finding("SCHEMA", "", 0, text, "repair what SCHEMA names first"))
-        except Exception as e:
-            text = f"rule {each.code} crashed: {type(e).__name__}: {e}"
-            found.add(Finding("INTERNAL", "tools", 0, text, "this is a bug of the checker"))
+        if each.scope is not each_record:
+            found.update(_findings(repo, each, each.scope))
+    try:
+        repo.survey  # noqa: B018
+    except StackproofError as e:
+        text = f"the records could not be read: {e.what}"
+        found.add(Finding("SCHEMA", "", 0, text, "repair what SCHEMA names first"))
     return sorted(found, key=lambda f: (f.code, f.path, f.line, f.message))
+
+
+def _findings(repo: "Repo", each: Rule, scope: Scope) -> set[Finding]:
+    """The findings of one rule about its subjects."""
+    try:
+        return {
+            Finding(each.code, at.path or path, at.line, at.message, each.hint)
+            for path, arguments in scope(repo)
+            for message in each.look(repo, *arguments)
+            for at in [message if isinstance(message, At) else At(message)]
+        }
+    except StackproofError as e:
+        text = f"{each.code} could not look: {e.what}"
+        return {Finding("SCHEMA", "", 0, text, "repair what SCHEMA names first")}
+    except Exception as e:
+        text = f"rule {each.code} crashed: {type(e).__name__}: {e}"
+        return {Finding("INTERNAL", "tools", 0, text, "this is a bug of the checker")}
 
 
 def at(path: str) -> Scope:
@@ -112,10 +135,9 @@ def at(path: str) -> Scope:
     return lambda repo: [(path, ())]
 
 
-def each_record(repo: "Repo", *, spec: str = "") -> Iterable[tuple[str, tuple[Record]]]:
-    """Records that no later one supersedes; only those of one spec if its sha256 is given."""
-    records = (r for r in repo.records.values() if spec in ("", r.spec.sha256))
-    return ((repo.record_file(r.id), (r,)) for r in records)
+def each_record(repo: "Repo") -> Iterable[tuple[str, tuple[Record]]]:
+    """Records that no later one supersedes. Rules of this scope look while a record is read."""
+    return ((repo.record_file(r.id), (r,)) for r in repo.records.values())
 
 
 def each_gate(repo: "Repo") -> Iterable[tuple[str, tuple]]:
@@ -219,12 +241,29 @@ class Checkout:
             later = then
 
 
+@dataclass
+class Survey:
+    """What one pass over all accepted records gives: a glance at each, in ledger order, the states
+    of the gates, and why a record is not the accepted one.
+    """
+
+    glances: dict[str, Glance]
+    coverage: Coverage
+    unread: dict[str, str]
+
+
 class Repo(Checkout):
     """A checkout. Files and git facts are read lazily and once."""
+
+    look_at: Callable[[Record], None] = staticmethod(lambda record: None)
 
     @cached_property
     def spec(self) -> Spec:
         return load_spec(self.root)
+
+    @cached_property
+    def spec_sha256(self) -> str:
+        return self.spec.sha256
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -239,25 +278,90 @@ class Repo(Checkout):
         return self.ledger.entries()
 
     @cached_property
-    def accepted(self) -> dict[str, Record]:
-        """Records that are readable and match their hash; RECORD-HASH reports the others."""
-        found = {}
+    def survey(self) -> Survey:
+        """The one pass over the records; `look_at` is called with each that is not superseded."""
+        made, everything = Survey({}, Coverage(self.spec), {}), Records(self.ledger, self.entries)
         for entry in self.entries:
             try:
-                found[entry.record] = self.ledger.read(entry)
-            except StackproofError:
+                record = everything[entry.record]
+            except NoHistory:
                 continue
-        return found
+            except StackproofError as e:
+                made.unread[entry.record] = e.what
+                continue
+            made.glances[record.id] = self.seen[record.id] = glance_at(record)
+            if record.id not in self.superseded:
+                made.coverage.add(record)
+                self.look_at(record)
+        return made
+
+    def glance(self, record_id: str) -> Glance | None:
+        """A glance at a record that no later one supersedes, also during the pass; None if it is
+        not accepted.
+        """
+        if record_id not in self.seen and record_id in self.sha256_of:
+            try:
+                record = Records(self.ledger, self.entries)[record_id]
+                self.seen[record_id] = glance_at(record)
+            except StackproofError:
+                return None
+        return None if record_id in self.superseded else self.seen.get(record_id)
 
     @cached_property
-    def records(self) -> dict[str, Record]:
-        """Accepted records that no later one supersedes."""
-        gone = {e.supersedes for e in self.entries if e.supersedes}
-        return {name: record for name, record in self.accepted.items() if name not in gone}
+    def sha256_of(self) -> dict[str, str]:
+        """The sha256 of each record in the ledger."""
+        return {e.record: e.sha256 for e in self.entries}
+
+    def spec_text_at(self, commit: str) -> str | None:
+        """The spec's version file at an ancestor of HEAD, read once."""
+        if commit not in self.ancestors:
+            return None
+        if commit not in self._spec_texts:
+            self._spec_texts[commit] = self.git("show", f"{commit}:spec/spec.toml")
+        return self._spec_texts[commit]
+
+    @cached_property
+    def _spec_texts(self) -> dict[str, str | None]:
+        return {}
+
+    @cached_property
+    def seen(self) -> dict[str, Glance]:
+        return {}
+
+    @cached_property
+    def superseded(self) -> frozenset[str]:
+        return frozenset(e.supersedes for e in self.entries if e.supersedes)
+
+    def valid_records(self) -> Container[str]:
+        """Accepted records that were read; none if the ledger cannot be read."""
+        try:
+            return self.survey.glances
+        except StackproofError:
+            return ()
+
+    @cached_property
+    def accepted(self) -> Records:
+        """Records that are readable and match their hash; RECORD-HASH reports the others. Each
+        access reads the record again.
+        """
+        known = self.survey.glances
+        return Records(self.ledger, (e for e in self.entries if e.record in known))
+
+    @cached_property
+    def records(self) -> Records:
+        """Accepted records that no later one supersedes, as `accepted`."""
+        known = self.survey.glances.keys() - self.superseded
+        return Records(self.ledger, (e for e in self.entries if e.record in known))
+
+    @cached_property
+    def glances(self) -> dict[str, Glance]:
+        """A glance at each accepted record that no later one supersedes."""
+        glances = self.survey.glances
+        return {name: glance for name, glance in glances.items() if name not in self.superseded}
 
     @cached_property
     def states(self) -> dict[str, GateState]:
-        return coverage(self.spec, self.records, findings=self.findings)
+        return self.survey.coverage.states(findings=self.findings)
 
     @cached_property
     def findings(self) -> list[findings.Finding]:
@@ -270,17 +374,24 @@ class Repo(Checkout):
     def record_file(self, record_id: str, name: str = "metadata.json") -> str:
         return f"evidence/{record_id}/{name}"
 
-    def series(self, record_id: str, name: str) -> list[dict]:
-        """Lines of a series beside a record. Empty if the record has none, or if a file does not
-        match its hash, which RECORD-HASH and ARTEFACT-HASH report.
+    def series(self, record: Record | None, name: str) -> list[dict]:
+        """Lines of a series beside a record; those that were read last are kept. Empty if the
+        record has none, or if a file does not match its hash, which RECORD-HASH and ARTEFACT-HASH
+        report.
         """
-        record = self.accepted.get(record_id)
         declared = next((s for s in record.series if s.path == name), None) if record else None
-        try:
-            data = self.ledger.series(record, declared) if declared else b""
-        except StackproofError:
+        if declared is None:
             return []
-        return [json.loads(line) for line in data.decode("utf-8").splitlines()]
+        if self._last_series[0] != (record.id, name):
+            try:
+                data = self.ledger.series(record, declared)
+            except StackproofError:
+                data = b""
+            lines = [json.loads(line) for line in data.decode("utf-8").splitlines()]
+            self._last_series = (record.id, name), lines
+        return self._last_series[1]
+
+    _last_series: tuple[tuple[str, str], list[dict]] = ("", ""), []
 
     def python_functions(self, path: str) -> dict[str, Definition]:
         """Functions and classes of a Python file by name."""

@@ -51,13 +51,8 @@ def append_only(repo: Repo) -> Messages:
     hint="git checkout the record; a wrong one is superseded, never edited",
 )
 def record_hash(repo: Repo) -> Messages:
-    for entry in repo.entries:
-        try:
-            repo.ledger.read(entry)
-        except NoHistory:
-            continue
-        except StackproofError as e:
-            yield At(e.what, path=repo.record_file(entry.record))
+    for record_id, problem in repo.survey.unread.items():
+        yield At(problem, path=repo.record_file(record_id))
 
 
 @rule(
@@ -69,7 +64,7 @@ def record_hash(repo: Repo) -> Messages:
 )
 def record_orphan(repo: Repo) -> Messages:
     known = {e.record for e in repo.entries}
-    folders = {p.name for p in (repo.root / "evidence").glob("*") if p.is_dir()}
+    folders = {p.name for p in (repo.root / "evidence").glob("[!.]*") if p.is_dir()}
     for name in sorted(folders - known):
         yield At("lies here without a ledger line", path=f"evidence/{name}")
     for name in sorted(known - folders - repo.ledger.archive.by_record.keys()):
@@ -144,13 +139,13 @@ def wall(repo: Repo, record: Record) -> Messages:
     if abs(elapsed - record.wall_s) > 5 + 0.05 * elapsed:
         yield f"wall_s = {record.wall_s}, the timestamps are {elapsed:.1f} s apart"
     if record.kind == "train" and record.succeeded:
-        yield from _rate_problems(record, _wall_s_with_parents(repo, record))
+        yield from _rate_problems(record, record.wall_s + _wall_s(repo, record.parents))
 
 
-def _wall_s_with_parents(repo: Repo, record: Record) -> float:
-    """Seconds of a record and of all it continues."""
-    parents = (repo.records[p] for p in record.parents if p in repo.records)
-    return record.wall_s + sum(_wall_s_with_parents(repo, p) for p in parents)
+def _wall_s(repo: Repo, parents: Iterable[str]) -> float:
+    """Seconds of records and of all that they continue."""
+    known = [g for g in map(repo.glance, parents) if g is not None]
+    return sum(g.wall_s + _wall_s(repo, g.parents) for g in known)
 
 
 def _rate_problems(record: Record, wall_s: float) -> Messages:
@@ -181,7 +176,7 @@ def finite(repo: Repo, record: Record) -> Messages:
     for name, metric in record.metrics.items():
         if not isinstance(metric.value, int | float) or not math.isfinite(metric.value):
             yield f"{name} = {metric.value}"
-    for line in repo.series(record.id, LOG):
+    for line in repo.series(record, LOG):
         if any(isinstance(line.get(k), str) for k in ("loss_nats", "grad_norm")):
             yield At(f"step {line.get('step')} is not finite", path=_log_file(repo, record))
 
@@ -229,7 +224,7 @@ def placeholder(repo: Repo, record: Record) -> Messages:
     for name in record.metrics:
         if name.endswith("_ppl") and abs(number(record, name) - math.e) < 1e-6:
             yield f"{name} is e, so the loss was exactly one"
-    lines, path = repo.series(record.id, LOG), _log_file(repo, record)
+    lines, path = repo.series(record, LOG), _log_file(repo, record)
     for a, b, c in zip(lines, lines[1:], lines[2:]):
         if a.get("loss_nats") == b.get("loss_nats") == c.get("loss_nats"):
             text = f"steps {a['step']} to {c['step']} have the same loss {a['loss_nats']}"
@@ -248,7 +243,7 @@ def placeholder(repo: Repo, record: Record) -> Messages:
 )
 def steps_contiguous(repo: Repo, record: Record) -> Messages:
     if record.succeeded and record.kind in ("train", "foreign"):
-        steps = [line["step"] for line in repo.series(record.id, LOG)]
+        steps = [line["step"] for line in repo.series(record, LOG)]
         find = _holes if record.kind == "train" else _foreign_holes
         yield from (At(text, path=_log_file(repo, record)) for text in find(record, steps))
 
@@ -278,7 +273,7 @@ def _foreign_holes(record: Record, steps: list[int]) -> Iterable[str]:
     over=each_record,
 )
 def metric_recompute(repo: Repo, record: Record) -> Messages:
-    lines = repo.series(record.id, LOG)
+    lines = repo.series(record, LOG)
     if not lines:
         return
     if record.kind == "foreign" and record.succeeded:
@@ -310,7 +305,7 @@ def _summary(record: Record, lines: list[dict]) -> dict[str, float]:
     over=each_record,
 )
 def audit_recompute(repo: Repo, record: Record) -> Messages:
-    lines = repo.series(record.id, "audits.jsonl")
+    lines = repo.series(record, "audits.jsonl")
     last = [line for line in lines if line["step"] == max(x["step"] for x in lines)]
     passed = [line for line in last if line["passed"]]
     truth = {"passes": len(passed), "breadth": len({line["domain"] for line in passed})}
@@ -356,8 +351,8 @@ def time(repo: Repo, record: Record) -> Messages:
 def dirty(repo: Repo) -> Messages:
     standing = {r for s in repo.states.values() for r in (*s.kill_records, *s.run_records)}
     standing |= {r for m in repo.registry for r in m.records.values()}
-    for name in sorted(standing & repo.records.keys()):
-        if repo.records[name].code.dirty:
+    for name in sorted(standing & repo.glances.keys()):
+        if repo.glances[name].dirty:
             text = "a gate or a release stands on it, and its code was not committed"
             yield At(text, path=repo.record_file(name))
 
@@ -367,15 +362,12 @@ def dirty(repo: Repo) -> Messages:
     title="A record's spec version is that of its commit",
     why="Evidence for another version of the spec proves another promise.",
     hint="run again at the commit",
+    over=each_record,
 )
-def spec_at_commit(repo: Repo) -> Messages:
-    commits = {r.code.commit for r in repo.records.values()} & repo.ancestors.keys()
-    texts = {sha: repo.git("show", f"{sha}:spec/spec.toml") for sha in commits}
-    for record in repo.records.values():
-        text = texts.get(record.code.commit)
-        if text is not None and f'version = "{record.spec.version}"' not in text:
-            message = f"states spec {record.spec.version}, its commit has another"
-            yield At(message, path=repo.record_file(record.id))
+def spec_at_commit(repo: Repo, record: Record) -> Messages:
+    text = repo.spec_text_at(record.code.commit)
+    if text is not None and f'version = "{record.spec.version}"' not in text:
+        yield f"states spec {record.spec.version}, its commit has another"
 
 
 @rule(
@@ -397,8 +389,10 @@ def waiver_expired(repo: Repo, record: Record) -> Messages:
     title="A record holds every gate of its kind and configuration",
     why="A gate that is left out of a run cannot turn red.",
     hint="run it again by its verb and supersede the record",
-    over=lambda repo: each_record(repo, spec=repo.spec.sha256),
+    over=each_record,
 )
 def record_gates(repo: Repo, record: Record) -> Messages:
+    if record.spec.sha256 != repo.spec_sha256:
+        return
     if absent := left_out(repo.spec, record):
         yield f"made without {len(absent)} gate(s): {', '.join(absent[:4])}"

@@ -106,7 +106,7 @@ def _unshown(repo: Repo, suspect: RuledOut) -> Iterator[str]:
         if held != suspect.value:
             yield f"{claim}: its {suspect.metric} is {held}, not {suspect.value:g}"
         return
-    found = [x for x in repo.series(record, CHAIN) if x.get("id") == link]
+    found = [x for x in repo.series(repo.accepted.get(record), CHAIN) if x.get("id") == link]
     eliminated = [x.get("hypothesis") for x in found if x.get("verdict") == "eliminated"]
     if not found:
         yield f"{claim}: its chain holds no such link"

@@ -11,7 +11,7 @@ from stackproof.spec.failures import Failure, answering_gates
 from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import Gate, Limit, normative_fields
 from stackproof.spec.ledger import Ledger
-from stackproof.spec.records import Kill, read_record
+from stackproof.spec.records import read_record
 from stackproof.spec.registry import read_registry
 from stackproof.spec.releases import FILE as RELEASES
 from stackproof.spec.releases import frozen_release, read_releases, release_text
@@ -49,7 +49,8 @@ def schema(repo: Repo) -> Messages:
         REGISTRY: lambda: read_registry(repo.root / REGISTRY),
     }
     for path in sorted((repo.root / "evidence").glob("*/metadata.json")):
-        readers[path.relative_to(repo.root).as_posix()] = lambda path=path: read_record(path)
+        if path.parent.name not in repo.valid_records():
+            readers[path.relative_to(repo.root).as_posix()] = lambda path=path: read_record(path)
     for path, read in readers.items():
         try:
             read()
@@ -196,10 +197,6 @@ def _single_files(repo: Repo) -> Iterator[tuple[str, str]]:
         yield Path(path).stem, fields.split()[3]
 
 
-def _kills(repo: Repo, gate: Gate) -> list[Kill]:
-    return [k for r in repo.records.values() for k in r.kills if k.gate == gate.id]
-
-
 @rule(
     "GATE-KILLED",
     title="Every gate has been seen red on its plants and green on the control",
@@ -209,8 +206,8 @@ def _kills(repo: Repo, gate: Gate) -> list[Kill]:
 )
 def gate_killed(repo: Repo, gate: Gate) -> Messages:
     state, current = repo.states[gate.id], repo.spec.fingerprints(gate.id)
-    kills = _kills(repo, gate)
-    only_stale = kills and all(k.fingerprint not in current for k in kills)
+    kills = repo.survey.coverage.newest_kills(gate.id).values()
+    only_stale = kills and not any(fingerprint in current for fingerprint in kills)
     if state.state == "unproven" and not only_stale:
         yield f"gate {gate.id} is unproven: {state.reason}"
 
@@ -223,7 +220,7 @@ def gate_killed(repo: Repo, gate: Gate) -> Messages:
     over=each_gate,
 )
 def stale_kill(repo: Repo, gate: Gate) -> Messages:
-    newest = {k.plant: k.fingerprint for k in _kills(repo, gate)}
+    newest = repo.survey.coverage.newest_kills(gate.id)
     current = repo.spec.fingerprints(gate.id)
     if stale := sorted(p for p, fingerprint in newest.items() if fingerprint not in current):
         yield f"gate {gate.id}: the kill of {', '.join(stale)} is of an older fingerprint"

@@ -110,7 +110,7 @@ def load_world(root: Path, evidence: Path) -> World:
         ledger=ledger,
         spec=spec,
         catalogue=load_catalogue(root),
-        records=ledger.accepted(),
+        records=dict(ledger.accepted()),
         superseded={e.supersedes: e.record for e in ledger.entries() if e.supersedes},
         unread=[ledger.archive.by_record[name] for name in ledger.unread()],
         states=coverage(spec, ledger.records(), built.date(), findings),
