@@ -82,7 +82,8 @@ class History:
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes | None:
         """Output of a git command run in the folder; None if it failed or there is no git."""
-        command = ["git", "-C", str(self.folder), *arguments]
+        # The folder may be foreign, and its configuration names programs.
+        command = ["git", "-c", "core.fsmonitor=false", "-C", str(self.folder), *arguments]
         try:
             done = subprocess.run(command, input=stdin, capture_output=True)
         except OSError:

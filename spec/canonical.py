@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import MAX_TEXT_BYTES, open_regular, read_bytes
 
 MAX_SAFE_INTEGER = 2**53 - 1
+# A million short keys take 1.6 GB when they are parsed, 500 times their length.
+MAX_JSON_VALUES = 500_000
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -105,9 +108,8 @@ def parse_lines(data: bytes, *, origin: str) -> list[Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        keys = [k for k, _ in pairs]
-        duplicate = next(k for k in keys if keys.count(k) > 1)
-        raise ValueError(f"duplicate key {duplicate!r}")
+        times = Counter(k for k, _ in pairs)
+        raise ValueError(f"duplicate key {max(times, key=times.__getitem__)!r}")
     return unique
 
 
@@ -166,14 +168,20 @@ def parse_strict(data: bytes, *, origin: str) -> Any:
     """Parse untrusted JSON strictly.
 
     Raises IntegrityError naming `origin` for other encodings than UTF-8, a byte-order mark,
-    duplicate keys, NaN, overflow, deep nesting, over-long integers, lone surrogates, or text above
-    MAX_TEXT_BYTES.
+    duplicate keys, NaN, overflow, deep nesting, over-long integers, lone surrogates, text above
+    MAX_TEXT_BYTES or more than MAX_JSON_VALUES values.
     """
     if len(data) > MAX_TEXT_BYTES:
         raise IntegrityError(
             f"{origin} is too large to be a record",
             value=f"{len(data)} bytes",
             allowed=f"at most {MAX_TEXT_BYTES}",
+        )
+    if (n_values := sum(map(data.count, (b",", b"[", b"{")))) > MAX_JSON_VALUES:
+        raise IntegrityError(
+            f"{origin} holds too many values to be a record",
+            value=f"up to {n_values}",
+            allowed=f"at most {MAX_JSON_VALUES}",
         )
     try:
         if (known := _without_escapes(data)) is not None:

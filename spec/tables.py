@@ -1,5 +1,7 @@
 """Strict reading of files into pydantic models. Errors name the file, the entry and the field."""
 
+import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +10,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import read_text
+from stackproof.spec.files import MAX_TEXT_BYTES, read_text
+
+MAX_KEY_PARTS = 100
+PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+LONG_KEY = re.compile(rf"(?:{PART}[ \t]*\.[ \t]*){{{MAX_KEY_PARTS}}}")
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -27,12 +33,25 @@ def validated(kind: type[Kind], value: Any, *, origin: str, next_step: str = "")
         ) from e
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tree of a TOML text. Raises ValueError for invalid text, impossible dates, deep nesting,
+    and keys of more than MAX_KEY_PARTS parts, for which the parser needs memory by their square.
+    """
+    if LONG_KEY.search(text):
+        raise ValueError(f"a key has more than {MAX_KEY_PARTS} parts")
+    try:
+        tree = tomllib.loads(text)
+        json.dumps(tree, default=str)  # tables in tables, for which tomllib has no limit
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    return tree
+
+
+def read_toml(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     """A TOML file. Raises IntegrityError if it cannot be read or parsed."""
     try:
-        return tomllib.loads(read_text(path))
-    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting.
-    except (OSError, ValueError, RecursionError) as e:
+        return parse_toml(read_text(path, max_bytes))
+    except (OSError, ValueError) as e:
         raise IntegrityError(f"cannot read {path}: {e}") from e
 
 

@@ -5,7 +5,6 @@ value.
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.files import read_text
 from stackproof.spec.records import Override
 from stackproof.spec.renamed_keys import current_key, renamed_keys, translated
+from stackproof.spec.tables import parse_toml
 
 MAX_RUN_FILE_BYTES = 2**20
 SHOWN = "docs/mixtures.md shows a complete file"
@@ -450,17 +450,15 @@ def _parse_set(text: str) -> tuple[str, Any]:
             "--set needs key=value", value=text, next_step="for example --set optim.lr=3e-4"
         )
     try:
-        return key.strip(), tomllib.loads(f"v = {raw}")["v"]
-    except (ValueError, RecursionError):  # the second one for deep nesting
+        return key.strip(), parse_toml(f"v = {raw}")["v"]
+    except ValueError:
         return key.strip(), raw.strip()
 
 
 def read_run_file(path: Path) -> dict:
     """The tree of a TOML run file. Raises ConfigError if it cannot be read."""
     try:
-        tree = tomllib.loads(read_text(path, MAX_RUN_FILE_BYTES))
-        json.dumps(tree, default=str)  # tables in tables, for which tomllib has no limit
-        return tree
+        return parse_toml(read_text(path, MAX_RUN_FILE_BYTES))
     except FileNotFoundError as e:
         raise ConfigError(
             f"the file {path} does not exist",
@@ -468,8 +466,7 @@ def read_run_file(path: Path) -> dict:
             allowed="a TOML file",
             next_step="check the path of the .toml file",
         ) from e
-    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(
             f"cannot read {path} as TOML: {e}",
             next_step="correct the line; quote strings, put table names in brackets",

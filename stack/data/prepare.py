@@ -193,7 +193,15 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
                 next_step=rebuild,
             )
         return Dataset(folder, manifest, tokenizer, cfg.packing)
-    except (OSError, IntegrityError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except (
+        OSError,
+        IntegrityError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as e:
         raise DataError(
             f"the prepared data in {folder} are damaged: {type(e).__name__}: {str(e)[:300]}",
             next_step=rebuild,

@@ -67,10 +67,9 @@ class StopRule:
         else:
             self.wait += 1
         self.rounds += 1
-        return Decision(improved, self.stopped, self.wait, self.best_round, se_diff)
+        return Decision(improved, self.is_over(), self.wait, self.best_round, se_diff)
 
-    @property
-    def stopped(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the latest evaluation ended the run."""
         return self.wait >= self.patience and self.rounds >= self.min_evaluations
 
@@ -109,8 +108,7 @@ class NeverStopRule(StopRule):
     def __init__(self) -> None:
         super().__init__(patience=1, min_evaluations=1, z=0.0, min_delta_nats=0.0)
 
-    @property
-    def stopped(self) -> bool:
+    def is_over(self) -> bool:
         return False
 
 

@@ -6,7 +6,6 @@ empty answer or the question passes.
 """
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, assert_never
@@ -18,6 +17,7 @@ from stackproof.patterns import slow
 from stackproof.spec.errors import DataError, UsageError
 from stackproof.spec.files import read_text
 from stackproof.spec.gates import Frozen
+from stackproof.spec.tables import parse_toml
 
 SUITES = Path(__file__).parent / "suites"
 MAX_SUITE_BYTES = 2**20
@@ -222,9 +222,8 @@ def suite_file(name: str) -> Path:
 def load_suite(path: Path) -> Suite:
     """Read a suite. Raises DataError naming file, place and defect."""
     try:
-        document = tomllib.loads(read_text(path, MAX_SUITE_BYTES))
-    # tomllib raises other ValueErrors for impossible dates, RecursionError for deep nesting
-    except (OSError, ValueError, RecursionError) as e:
+        document = parse_toml(read_text(path, MAX_SUITE_BYTES))
+    except (OSError, ValueError) as e:
         raise DataError(
             f"cannot read the suite {path}: {e}",
             allowed="a TOML file",

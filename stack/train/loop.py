@@ -38,7 +38,7 @@ def train(opened: AbstractContextManager[Trainer]) -> Record:
             complete_save(trainer, trainer.started_from)
         # From here on signals only set requests, so a step is never cut in the middle.
         requests.defer(partial(acknowledge, trainer))
-        last = trainer.resumed and state.stopper.stopped
+        last = trainer.resumed and state.stopper.is_over()
         while state.step < cfg.train.max_steps and not last:
             # The step comes first: all that follows describes the weights after it.
             take_step(trainer)

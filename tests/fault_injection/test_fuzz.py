@@ -402,7 +402,7 @@ def test_the_panic_of_the_tokenizers_library_is_a_documented_error(tmp_path, mon
     class PanicException(BaseException):
         pass
 
-    def panic(data, eos_token):
+    def panic(data, document, eos_token):
         raise PanicException("range end index 18446744073709551614 out of range")
 
     target = own_tokenizer(tmp_path)
