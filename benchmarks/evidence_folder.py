@@ -99,7 +99,7 @@ def _records(
                 document["parents"] = [parent]
         document["gates"] = [_gate(g, fingerprints[g.id], chance) for g in spec.required(kind)]
         if kind != "train":
-            names = (f"part-{i:03d}/{k}" for i in range(40) for k in ("rate", "seconds", "bytes"))
+            names = (f"part-{i:03d}.{k}" for i in range(40) for k in ("rate", "seconds", "bytes"))
             document["metrics"] = {name: _metric(chance.random()) for name in names}
         document["series"] = [
             {"path": name, "sha256": sha256_bytes(data)} for name, data in series.items()
