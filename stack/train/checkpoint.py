@@ -296,16 +296,16 @@ def step_folders(root: Path) -> list[Path]:
     return sorted(p for p in found if p.is_dir() and not p.is_symlink())
 
 
-def retain(root: Path, keep: int) -> None:
+def retain(root: Path, keep: int, *, with_later: bool = True) -> None:
     """Delete all step folders but the newest `keep` and those a pointer names, and leftovers of
     interrupted writes. Folders of steps after `latest` belong to a part of the run that was taken
-    back, and go first.
+    back; they go too, `with_later`.
     """
     kept = {pointed(root, n) for n in ("latest", "best")}
     newest = pointed(root, "latest")
     folders = step_folders(root)
     current = [p for p in folders if newest is None or p.name <= newest.name]
-    for folder in folders:
+    for folder in folders if with_later else current:
         if folder not in kept and folder not in current[-keep:]:
             remove_folder(folder)
     for leftover in (*root.glob(".writing-*"), *root.glob(".replaced-*")):

@@ -220,14 +220,16 @@ def _write(trainer: Trainer, snapshot: checkpoint.Snapshot, saved: WrittenCheckp
     return checkpoint.write(trainer.output.dir.checkpoints, snapshot, judge)
 
 
-def _written(trainer: Trainer, point: RestartPoint, folder: Path) -> None:
+def _written(
+    trainer: Trainer, point: RestartPoint, folder: Path, *, with_later: bool = True
+) -> None:
     """Point `best` at the step of the lowest loss, delete checkpoints that are no longer kept, and
     announce the new one. Raises CheckpointError if the disk refuses.
     """
     root = trainer.output.dir.checkpoints
     try:
         checkpoint.point_best(root, point.best_step)
-        checkpoint.retain(root, trainer.cfg.checkpoint.keep)
+        checkpoint.retain(root, trainer.cfg.checkpoint.keep, with_later=with_later)
     except OSError as e:
         raise CheckpointError(
             f"old checkpoints below {root} could not be cleared away: {e}",
@@ -247,7 +249,8 @@ def complete_save(trainer: Trainer, folder: Path) -> None:
         trainer.keeper.artifact(Subject(saved=saved), step=trainer.state.step)
         checkpoint.point(trainer.output.dir.checkpoints, "latest", folder)
         trainer.callbacks.on_save(trainer, folder)
-    _written(trainer, point, folder)
+    # Later folders, if an older step was chosen, stay until the next save has succeeded.
+    _written(trainer, point, folder, with_later=False)
 
 
 def restart_point(trainer: Trainer, folder: Path | None) -> RestartPoint:

@@ -159,8 +159,9 @@ def resume(
                 step = loaded.state["step"]
                 cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
                 _load(trainer, loaded, resumed=True)
-            for gate_id, failure in red.items():
-                trainer.keeper.carry(gate_id, *failure)
+            for gate_id, (at_step, verdict) in red.items():
+                trainer.keeper.carry(gate_id, at_step, verdict)
+                trainer.log_verdict(gate_id, at_step, verdict)
             _note_other_process(trainer, document, step)
             now = iso(utc_now())
             directory.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)

@@ -246,6 +246,21 @@ def test_a_damaged_latest_checkpoint_names_the_intact_step_and_at_takes_it(inter
     assert_same_end(straight, interrupted, "at step 3")
 
 
+def test_later_checkpoints_stay_until_the_next_save_has_succeeded(interrupted, cfg):
+    def folders():
+        return [checkpoint.step_of(p) for p in sorted(interrupted.glob("checkpoints/step-*"))]
+
+    found = []
+
+    class Watching(Callback):
+        def on_step(self, trainer, report):
+            found.append((report.step, folders()))
+
+    changed, overrides = load_config(start.read_config(interrupted))
+    loop.train(start.resume(interrupted, overrides, changed, [Watching()], at=3))
+    assert (4, [3, 6]) in found and folders() == [3, 6, 9]
+
+
 def test_without_an_intact_checkpoint_the_run_begins_at_its_seed(interrupted, straight):
     for folder in interrupted.glob("checkpoints/step-*"):
         flip(folder / "state.safetensors")
@@ -389,15 +404,30 @@ def halted(cfg, run, monkeypatch):
     return run
 
 
+def waived(*names):
+    parts = {"reason": "memory was replaced", "expires": "2999-01-01"}
+    inline = ", ".join(f"{k} = {json.dumps(v)}" for k, v in parts.items())
+    return f"gates.waive=[{', '.join(f'{{id = {json.dumps(n)}, {inline}}}' for n in names)}]"
+
+
+def test_a_carried_verdict_outlives_another_kill(cfg, tmp_path, monkeypatch):
+    run = halted(cfg, tmp_path / "run", monkeypatch)
+    changed, overrides = load_config(start.read_config(run), sets=[waived("runtime.finite")])
+    with monkeypatch.context() as patch, pytest.raises(Dead):
+        patch.setattr(start, "recorded", lambda trainer: _nothing())
+        loop.train(start.resume(run, overrides, changed, [Ending(Dead(), 7)]))
+    record = resume(run, waived("runtime.finite"))
+    gate = next(g for g in record.gates if g.id == "runtime.finite")
+    assert (gate.verdict, gate.first_failure_step) == ("fail", 8)
+
+
 def test_a_halted_run_is_not_resumed_into_a_green_record(cfg, tmp_path, monkeypatch):
     run = halted(cfg, tmp_path / "run", monkeypatch)
     before = (run / "metadata.json").read_bytes()
     with pytest.raises(ConfigError, match=r"runtime\.finite halted this run at step 8"):
         resume(run)
     assert (run / "metadata.json").read_bytes() == before
-    waiver = {"id": "runtime.finite", "reason": "memory was replaced", "expires": "2999-01-01"}
-    inline = ", ".join(f"{k} = {json.dumps(v)}" for k, v in waiver.items())
-    record = resume(run, f"gates.waive=[{{{inline}}}]")
+    record = resume(run, waived("runtime.finite"))
     gate = next(g for g in record.gates if g.id == "runtime.finite")
     assert record.status == "completed"
     assert (gate.verdict, gate.first_failure_step) == ("fail", 8)
