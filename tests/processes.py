@@ -5,7 +5,6 @@ Importing torch and all that hangs on it takes three to five seconds,
 more than most of these commands.
 """
 
-import io
 import json
 import os
 import signal
@@ -115,7 +114,7 @@ def _become(
         os.dup2(file, number)
         os.close(file)
     # a fork inherits streams that a test runner has put in their place
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), "utf-8") for n in (1, 2))
+    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -278,5 +278,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_the_record_of_another_run_is_not_taken_for_the_models(stack, run_dir, tmp_path):
     text = (run_dir / "metadata.json").read_text()
     (run_dir / "metadata.json").write_text(text.replace('"id":"import-2', '"id":"import-3'))
+    assert stack("export", run_dir, "--out", "out")[0] == 6, "changed after the run ended"
+    (run_dir / "SHA256SUMS").unlink()
     assert stack("export", run_dir, "--out", "out")[0] == 0
     assert "record of the run is not beside" in (tmp_path / "out" / "README.md").read_text()

@@ -156,15 +156,11 @@ def test_the_embedded_text_has_tokens_enough_for_four_layers(spec):
     assert all(each[n] > least for n in range(1, 5)) and each[5] < least
 
 
-def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path):
+def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path, dataset):
     with pytest.raises(DataError, match="is not a built data set"):
         corpus_of(tmp_path)
-    (tmp_path / "manifest.json").write_text(
-        '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}'
-        "]}}}",
-        "utf-8",
-    )
-    assert corpus_of(tmp_path) == Corpus(vocab_size=4096, unique_tokens=100)
+    found = corpus_of(dataset.directory)
+    assert found == Corpus(dataset.tokenizer.vocab_size, unique_tokens=dataset.train.n_tokens)
 
 
 @pytest.mark.parametrize("name", ["tiny", "huge", "nanolm", "gpt2-124m", "andrea-120m"])

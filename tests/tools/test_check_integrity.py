@@ -276,7 +276,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
         r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'
     ),
     "REG-RECORDS": lambda r: edit(
-        r, "evidence/registry.toml", 'resume = "resume-', 'resume = "resume-9'
+        r, "evidence/registry.toml", 'resume = "resume-2', 'resume = "resume-3'
     ),
     "REG-FILES": lambda r: (r / "docs/models/small.md").unlink(),
     "REG-PARAMS": lambda r: edit(
