@@ -23,7 +23,7 @@ from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
 from stackproof.spec.canonical import canonical_json, leaves, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, DataError, StreamExhausted
-from stackproof.spec.files import write_atomically
+from stackproof.spec.files import remove_leftovers, write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
@@ -183,6 +183,7 @@ def completed(
     with file_lock(run_dir, "run"):
         _marks(directory, document, _latest(directory, None))
         if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
+            remove_leftovers(run_dir)
             directory.seal()
     done = (
         f"{run_dir} is {record.status}; nothing is left to do. --fork with more train.max_steps "

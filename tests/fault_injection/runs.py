@@ -38,7 +38,7 @@ def assert_documented(done: Done, told: str) -> None:
 def assert_same_end(straight: Path, other: Path, told: str) -> None:
     """Two runs left the same files, logs, weights and record, times aside."""
     left, right = (sorted(_names(run)) for run in (straight, other))
-    assert left == right, told
+    assert left == right, (told, sorted(set(left) ^ set(right)))
     for name in KEPT:
         if (straight / name).is_file():
             assert (straight / name).read_bytes() == (other / name).read_bytes(), (told, name)

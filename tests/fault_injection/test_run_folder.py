@@ -159,6 +159,17 @@ def test_an_early_stop_that_lost_its_record_is_not_trained_further(cfg, tmp_path
     assert again.metric("steps") == 6
 
 
+def test_a_kill_between_record_and_checksums_leaves_an_ended_run(finished, straight):
+    """The record is there, so nothing is left to train."""
+    (finished / checksums.FILE).unlink()
+    (finished / f".{checksums.FILE}.123.tmp").write_bytes(b"half")
+    before = (finished / "metadata.json").read_bytes()
+    changed, overrides = load_config(start.read_config(finished))
+    assert start.completed(finished, overrides, changed).succeeded
+    assert (finished / "metadata.json").read_bytes() == before
+    assert_same_end(straight, finished, "killed before SHA256SUMS")
+
+
 # --- what a resume believes -----------------------------------------------------------------------
 
 CHANGES = {
