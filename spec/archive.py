@@ -2,6 +2,7 @@
 their files in git history.
 """
 
+import os
 import subprocess
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ from stackproof.spec.tables import validated
 
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
+# The folder may be foreign, and its configuration may name programs.
+NO_PROGRAMS = ("-c", "core.fsmonitor=false", "-c", "protocol.allow=never")
 BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 
 
@@ -74,6 +77,11 @@ def complete_lines(path: Path) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
+def _no_fetch() -> dict[str, str]:
+    """The environment of a git that fetches nothing, also from a promisor of a partial clone."""
+    return {**os.environ, "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
+
+
 class History:
     """The commits of the git repository that tracks a folder."""
 
@@ -82,10 +90,9 @@ class History:
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes | None:
         """Output of a git command run in the folder; None if it failed or there is no git."""
-        # The folder may be foreign, and its configuration names programs.
-        command = ["git", "-c", "core.fsmonitor=false", "-C", str(self.folder), *arguments]
+        command = ["git", *NO_PROGRAMS, "-C", str(self.folder), *arguments]
         try:
-            done = subprocess.run(command, input=stdin, capture_output=True)
+            done = subprocess.run(command, input=stdin, capture_output=True, env=_no_fetch())
         except OSError:
             return None
         return done.stdout if done.returncode == 0 else None

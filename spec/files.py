@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -153,21 +154,26 @@ def append_durably(path: Path, data: bytes) -> None:
         raise
 
 
-def cut_incomplete_line(path: Path) -> bytes:
-    """Remove the bytes behind the last newline of a regular file, durably, and return them; nothing
-    if the file does not exist.
+def end_last_line(path: Path, is_whole: Callable[[bytes], bool]) -> bytes:
+    """Make a regular file end with a newline, durably. Bytes behind the last one get theirs if they
+    are a whole line, and are removed if not. Returns what was removed; nothing if the file does not
+    exist.
 
     Raises OSError as `open_to_append`, or if the file cannot be read or cut.
     """
     if not os.path.lexists(path):
         return b""
     with open_to_append(path) as f:
-        data = path.read_bytes()
-        incomplete = data[data.rfind(b"\n") + 1 :]
-        if incomplete:
-            f.truncate(len(data) - len(incomplete))
-            os.fsync(f.fileno())
-    return incomplete
+        data = read_bytes(path)
+        tail = data[data.rfind(b"\n") + 1 :]
+        removed = b"" if not tail or is_whole(tail) else tail
+        if removed:
+            f.truncate(len(data) - len(tail))
+        elif tail:
+            f.write(b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+    return removed
 
 
 def remove_folder(path: Path) -> None:

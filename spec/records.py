@@ -34,6 +34,7 @@ Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempt
 Outcome = Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Scalar = bool | int | float | str | None
+MOMENT = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$"
 HEX64 = r"^[0-9a-f]{64}$"
 RECORD_ID = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$"
 PLANT_ID = r"^[a-z0-9]+([.-][a-z0-9]+)*$"
@@ -187,8 +188,8 @@ class Record(Frozen):
     gates: tuple[GateResult, ...] = ()
     kills: tuple[Kill, ...] = ()
     parents: tuple[RecordId, ...] = ()
-    started_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
-    finished_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
+    started_at: str = Field(pattern=MOMENT)
+    finished_at: str = Field(pattern=MOMENT)
     wall_s: float = Field(ge=0)
     device_s: float = Field(ge=0)
     model_config = {"frozen": True, "extra": "forbid", "populate_by_name": True}

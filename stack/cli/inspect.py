@@ -99,8 +99,6 @@ def _problems(run: Path) -> Iterator[str]:
             yield from checksums.changed(run, directory.files())
         except IntegrityError as e:
             yield e.what
-    elif (run / "metadata.json").exists():
-        yield f"{run} has a record, and {checksums.FILE} is missing"
     for folder in checkpoint.step_folders(directory.checkpoints):
         try:
             state = checkpoint.load(folder).state

@@ -75,6 +75,9 @@ def library(saved: str, document: Any) -> Any:
         raise ValueError(f"its steps make a text more than {MAX_GROWTH} times as long")
     _require_dense_ids(document)
     inner = Tokenizer.from_str(saved)
+    # A file may declare them; a fixed padding alone may fill the memory.
+    inner.no_padding()
+    inner.no_truncation()
     inner.encode(PROBE, add_special_tokens=False)
     return inner
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stackproof.spec.errors import UsageError
-from stackproof.spec.files import open_to_append
+from stackproof.spec.files import open_to_append, require_own
 
 LOCK = ".lock"
 
@@ -21,6 +21,7 @@ def file_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     be locked twice. Raises UsageError if another process holds the lock, OSError if the file cannot
     be opened or locked.
     """
+    require_own(folder)
     with open_to_append(folder / LOCK) as f:
         try:
             import fcntl

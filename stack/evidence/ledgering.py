@@ -8,11 +8,11 @@ from pathlib import Path
 from stackproof.evidence.file_lock import file_lock
 from stackproof.spec import IN_CHECKOUT, ROOT
 from stackproof.spec.archive import FILE, METADATA
-from stackproof.spec.canonical import leaves, sha256_bytes
+from stackproof.spec.canonical import canonical_json, leaves, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory, UsageError
 from stackproof.spec.files import (
     create,
-    cut_incomplete_line,
+    end_last_line,
     read_bytes,
     remove_folder,
     remove_leftovers,
@@ -185,14 +185,24 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
 
 def repair(directory: Path) -> dict[str, bytes]:
     """Remove the incomplete last line of the ledger and of the archive list, as a power failure
-    leaves it; a complete line is never removed. Returns what was removed, by file.
+    leaves it. A whole line that lacks its newline, as an editor may leave it, gets one. Returns
+    what was removed, by file.
 
     Raises IntegrityError as `writing`.
     """
     with writing(directory):
         paths = (Ledger(directory).path, directory / FILE)
-        removed = {path.name: cut_incomplete_line(path) for path in paths}
+        removed = {path.name: end_last_line(path, _is_whole) for path in paths}
     return {name: line for name, line in removed.items() if line}
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether bytes are one JSON object in canonical form."""
+    try:
+        value = parse_strict(line, origin="the last line")
+    except IntegrityError:
+        return False
+    return isinstance(value, dict) and canonical_json(value) == line
 
 
 def verify(directory: Path) -> list[str]:

@@ -30,8 +30,10 @@ ADAPTER = "adapter_config.json"
 DOCUMENTS = ("generation_config.json", "tokenizer_config.json", "processor_config.json")
 # Sizes of a model are bounded by what its files hold; small models may state large ones that no
 # tensor has, such as a context.
-COUNTS = re.compile(r"layer|block|expert", re.IGNORECASE)
-SIZES = re.compile(r"size|dim|hidden|head|inner|embd|ffn|vocab|rank|channels", re.IGNORECASE)
+COUNTS = re.compile(
+    r"(layers?|blocks|experts)$|(layer|block|expert)(_used|_shared)?_count$|^n_layer", re.IGNORECASE
+)
+SIZES = re.compile(r"size|length|dim|hidden|head|inner|embd|ffn|vocab|rank|channels", re.IGNORECASE)
 FEW, SMALL, LARGEST = 2**10, 2**20, 2**24
 
 

@@ -123,8 +123,9 @@ class GateEvents(Callback):
         self.loss = LossOfFirstStep()
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
-        judged = trainer.keeper.states.keys() & set(self.loss.gates)
-        self.loss.done = FIRST_STEP in trainer.verified or not judged
+        judged = [s for g, s in trainer.keeper.states.items() if g in self.loss.gates]
+        self.loss.done = FIRST_STEP in trainer.verified and all(s.checks for s in judged)
+        self.loss.done = self.loss.done or not judged
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
 
     def on_step_start(self, trainer: Trainer) -> None:

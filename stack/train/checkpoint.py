@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from stackproof import tensorfile, tensorfolder
@@ -32,9 +31,9 @@ from stackproof.spec.files import (
     require_own,
     write_atomically,
 )
-from stackproof.spec.gates import Frozen
 from stackproof.spec.tables import validated
 from stackproof.train import optimizer as opt
+from stackproof.train.checkpoint_format import Manifest, StateDocument
 from stackproof.train.rng import default_rng_state, set_default_rng_state
 from stackproof.train.state import TrainState
 
@@ -416,13 +415,6 @@ def load_document(folder: Path) -> dict:
     return _read_state(folder, manifest)
 
 
-class Manifest(Frozen):
-    """manifest.json: what each file of a step folder must be."""
-
-    schema_: str = Field(alias="schema")
-    files: dict[str, tensorfolder.Declared]
-
-
 def _read_manifest(path: Path) -> Manifest:
     document = _read_json(path)
     try:
@@ -456,7 +448,15 @@ def _read_state(folder: Path, manifest: Manifest) -> dict:
         raise CheckpointError(
             f"{folder / 'state.json'}: the configuration does not match its hash", next_step=OLDER
         )
+    _require_types(folder / "state.json", document)
     return {"run": None} | document
+
+
+def _require_types(path: Path, document: dict) -> None:
+    try:
+        validated(StateDocument, document, origin=str(path))
+    except IntegrityError as e:
+        raise CheckpointError(e.what, value=e.value, next_step=OLDER) from e
 
 
 def _read_json(path: Path) -> dict:

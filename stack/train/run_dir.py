@@ -10,6 +10,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from stackproof.evidence.file_lock import LOCK
 from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, iso
@@ -31,6 +33,8 @@ from stackproof.spec.files import (
     sync,
     write_atomically,
 )
+from stackproof.spec.records import MOMENT, RecordId, Scalar
+from stackproof.spec.tables import validated
 
 SERIES = (
     "metrics.jsonl",
@@ -45,6 +49,25 @@ STEPPED = SERIES[:5]  # cut back when a run continues from an earlier step
 MAX_SERIES_BYTES = 2**32
 FOLDERS = ("repro", "archive", "tensorboard")
 SEAL = "sha256"  # of run.json without this key
+
+
+class RunDocument(BaseModel):
+    """What run.json states, in strict types. A trained run also has the data it was started on; an
+    imported one what it was made from.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    record: RecordId
+    config: dict[str, Any]
+    overrides: list[dict[str, Any]]
+    device: str
+    environment: dict[str, Scalar]
+    code: dict[str, Scalar]
+    command: list[str]
+    started_at: str = Field(pattern=MOMENT)
+    inherited_s: float = Field(ge=0)
+    n_eval_batches: int = Field(default=1, ge=1)
+    data: dict[str, Any] = {}
 
 
 @dataclass
@@ -69,7 +92,7 @@ class RunDir:
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.sha256 = ""  # of run.json, as it was written or read
+        self.sha256, self.sealed = "", False  # of run.json, as it was written or read
         self._logs: dict[str, Log] = {}
         self._writing = Lock()  # verdicts on a checkpoint come from the thread that writes it
 
@@ -102,7 +125,6 @@ class RunDir:
             remove_leftovers(folder)
         for unfinished in self.path.glob("repro/.writing-*"):
             remove_folder(unfinished)
-        (self.path / checksums.FILE).unlink(missing_ok=True)
         if not (self.path / "run.json").exists():
             for name in SERIES:
                 (self.path / name).unlink(missing_ok=True)
@@ -135,11 +157,7 @@ class RunDir:
         try:
             data = read_bytes(path)
             document = parse_strict(data, origin=str(path))
-            match document:
-                case {"record": str(), "config": dict()}:
-                    pass
-                case _:
-                    raise IntegrityError(f"{path} has no record and configuration")
+            validated(RunDocument, document, origin=str(path))
         except (OSError, IntegrityError) as e:
             why = "it has no run.json" if isinstance(e, FileNotFoundError) else str(e)
             raise CheckpointError(
@@ -158,7 +176,7 @@ class RunDir:
                 allowed=f"sha256 {document[SEAL][:12]}…",
                 next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
             )
-        self.sha256 = sha256_bytes(data)
+        self.sha256, self.sealed = sha256_bytes(data), SEAL in document
         return content
 
     def log(self, name: str, **line: Any) -> None:
@@ -167,6 +185,7 @@ class RunDir:
         """
         data = canonical_json(line) + b"\n"
         with self._writing:
+            (self.path / checksums.FILE).unlink(missing_ok=True)  # the run continues
             log = self._log(name)
             try:
                 with open_to_append(self.path / name) as f:
@@ -202,6 +221,13 @@ class RunDir:
 
     def require_logs(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises CheckpointError unless the lines that belong to a checkpoint are all there."""
+        if unknown := sorted(marks.keys() - set(STEPPED)):
+            raise CheckpointError(
+                f"a checkpoint of {self.path} states a log that no run has",
+                value=unknown[0],
+                allowed=", ".join(STEPPED),
+                next_step="take a checkpoint of another step or run",
+            )
         for name, mark in marks.items():
             kept = Log()
             if (self.path / name).is_file():
@@ -221,6 +247,7 @@ class RunDir:
         """Cut every series back to the lines that belong to a checkpoint, so that replayed steps
         are not logged twice. Returns the bytes cut.
         """
+        (self.path / checksums.FILE).unlink(missing_ok=True)
         cut = 0
         for path in [self.path / name for name in STEPPED if (self.path / name).exists()]:
             n_bytes = marks[path.name]["bytes"] if path.name in marks else 0
@@ -263,15 +290,18 @@ class RunDir:
         return parse_lines(data[: data.rfind(b"\n") + 1], origin=str(path))
 
     def files(self) -> list[str]:
-        """Paths of all files of a finished run that have no manifest of their own: not the lock,
-        and of step folders the manifest alone.
+        """Paths of all regular files of a finished run that have no manifest of their own: not the
+        lock, and of step folders the manifest alone. Names that no line of text can hold, and the
+        files of a tracker, which may still write, are left out.
         """
-        found = (p for p in sorted(self.path.rglob("*")) if p.is_symlink() or not p.is_dir())
-        names = (p.relative_to(self.path) for p in found)
+        found = (p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.is_symlink())
+        names = [p.relative_to(self.path) for p in found]
         return [
             name.as_posix()
             for name in names
             if name.as_posix() not in (LOCK, checksums.FILE)
+            and name.as_posix().isprintable()
+            and name.parts[0] != "tensorboard"
             and (len(name.parts) != 3 or name.parts[0] != "checkpoints" or name.name == MANIFEST)
         ]
 

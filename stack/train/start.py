@@ -11,7 +11,6 @@ import torch
 
 from stackproof.config import BanditCurriculum, RunConfig, recorded_config
 from stackproof.contracts.events import Resumed
-from stackproof.contracts.gate import Verdict, failed
 from stackproof.contracts.keeper import KEPT_MOMENTS, Gatekeeper
 from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
@@ -21,14 +20,14 @@ from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
 from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
-from stackproof.spec.canonical import canonical_json, leaves, sha256_file
+from stackproof.spec.canonical import canonical_json, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, DataError, StreamExhausted
-from stackproof.spec.files import remove_leftovers, write_atomically
+from stackproof.spec.files import read_bytes, remove_leftovers, write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
-from stackproof.spec.renamed_keys import current_override, translated
+from stackproof.spec.renamed_keys import current_override
 from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint
 from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, SdcCheck, TrainingSplit
@@ -40,6 +39,7 @@ from stackproof.train.device import (
     resolve_device,
 )
 from stackproof.train.memory import keep_heap, lay_in_huge_pages, require_room
+from stackproof.train.restart import latest_checkpoint, marks_of, red_verdicts
 from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.state import AUTOCAST, build_state
 from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
@@ -140,9 +140,9 @@ def resume(
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
     with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
-        loaded = _latest(directory, at)
-        marks = _marks(directory, document, loaded)
-        red = _red_verdicts(directory, changed)
+        loaded = latest_checkpoint(directory, at)
+        marks = marks_of(directory, document, loaded)
+        red = red_verdicts(directory, changed)
         directory.open()
         former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
         trainer = setup(changed, [*former, *sets], directory, callbacks, document=document)
@@ -181,7 +181,7 @@ def completed(
     document = directory.read_run()
     _refuse_changes(recorded_config(document["config"]), changed, sets)
     with file_lock(run_dir, "run"):
-        _marks(directory, document, _latest(directory, None))
+        marks_of(directory, document, latest_checkpoint(directory, None))
         if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
             remove_leftovers(run_dir)
             directory.seal()
@@ -205,86 +205,6 @@ def parent_config(parent: Path) -> RunConfig:
     Raises CheckpointError.
     """
     return recorded_config(checkpoint.load_document(checkpoint.find(parent))["config"])
-
-
-def _latest(directory: RunDir, at: int | None) -> checkpoint.Loaded | None:
-    """The checkpoint to continue from, loaded and verified; None for the seed.
-    Raises CheckpointError naming a step that is intact.
-    """
-    root = directory.checkpoints
-    if at == 0 or (at is None and not checkpoint.has_any(root)):
-        return None
-    try:
-        return checkpoint.load(checkpoint.at(root, at) if at else checkpoint.find(directory.path))
-    except CheckpointError as e:
-        intact = checkpoint.newest_intact(root)
-        found = f"step {intact} is intact" if intact else "no checkpoint is intact"
-        raise CheckpointError(
-            e.what,
-            value=e.value,
-            allowed=e.allowed,
-            next_step=(
-                f"{found}: stack train --resume {directory.path} --at {intact or 0}"
-                f"{'' if intact else ' begins at the seed'}"
-            ),
-        ) from e
-
-
-def _marks(
-    directory: RunDir, document: dict, loaded: checkpoint.Loaded | None
-) -> dict[str, dict] | None:
-    """The lines of the logs that belong to a checkpoint; None if it does not state them.
-    Raises CheckpointError unless run.json, checkpoint and logs are of one run.
-    """
-    if loaded is None:
-        return None
-    config, ours = loaded.state["config"], document["config"]
-    apart = sorted(_differing_keys(translated(config), translated(ours)))
-    run, record = loaded.state["run"], loaded.state["record"]
-    if apart or record != document["record"] or (run and run["sha256"] != directory.sha256):
-        what = f"{', '.join(apart[:4])} differ" if apart else "not the file that the run began with"
-        raise CheckpointError(
-            f"{directory.path / 'run.json'} and {loaded.path} are not of one run: {what}",
-            value=f"record {document['record']}",
-            allowed=f"record {record}, with the configuration in its checkpoint",
-            next_step=f"restore run.json; stack train --fork {loaded.path} does not read it",
-        )
-    if run is None:
-        return None
-    directory.require_logs(run["logs"])
-    return run["logs"]
-
-
-def _differing_keys(a: dict, b: dict) -> set[str]:
-    """Dotted keys in which two configurations differ, without those that a resume may change."""
-    left, right = (dict(leaves(tree)) for tree in (a, b))
-    keys = {k for k in left.keys() | right.keys() if left.get(k) != right.get(k)}
-    return {k for k in keys if not any(k == b or k.startswith(f"{b}.") for b in BESIDE_TRAINING)}
-
-
-def _red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Verdict]]:
-    """The first red verdicts inside the run of gates that halt, as (step, verdict) by gate.
-    Raises ConfigError for one that is not waived.
-    """
-    gates, red = load_spec().gates, {}
-    for line in directory.read_lines("gates.jsonl"):
-        gate = gates.get(line["gate"])
-        halts = gate and gate.severity == "halt" and gate.moment != "preflight"
-        if halts and line["verdict"] == "fail" and gate.id not in red:
-            red[gate.id] = line["step"], failed(line["message"], **line["measured"])
-    waived = {w.id for w in cfg.gates.waive}
-    if stopped := [gate_id for gate_id in red if gate_id not in waived]:
-        step, verdict = red[stopped[0]]
-        raise ConfigError(
-            f"gate {stopped[0]} halted this run {_at(step)}: {verdict.message}",
-            allowed="a resume of a run that no gate has halted, or with the gate waived",
-            next_step=(
-                f"stack train --fork {directory.path} --set … starts a child run with a change; "
-                f"--set gates.waive=… with a reason for {stopped[0]} continues this run and keeps "
-                "the verdict in its record"
-            ),
-        )
-    return red
 
 
 def _note_other_process(trainer: Trainer, document: dict, step: int) -> None:
@@ -424,12 +344,27 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
             )
 
 
+@contextmanager
+def _restoring(loaded: checkpoint.Loaded) -> Iterator[None]:
+    """Raise CheckpointError for a state document whose values have other types or forms than a
+    writer gives them.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        raise CheckpointError(
+            f"{loaded.path / 'state.json'} cannot be restored: {type(e).__name__}: {str(e)[:200]}",
+            allowed="the document that a run has written",
+            next_step=checkpoint.OLDER,
+        ) from e
+
+
 def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False) -> None:
     """Load a checkpoint into the fresh state; `resumed` if it is one of this run.
     A changed curriculum begins where the checkpoint's order stood.
     """
     state, callbacks = trainer.state, trainer.callbacks
-    with torch.no_grad():
+    with _restoring(loaded), torch.no_grad():
         dropped = checkpoint.restore(state, loaded)
     # Another curriculum starts from the rows that the former one has drawn.
     former = recorded_config(loaded.state["config"])
@@ -446,7 +381,8 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False)
     _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
     # The gates see the resume after their own state, with which they judge it.
     moments = KEPT_MOMENTS if resumed else ("runtime",)
-    trainer.keeper.load_state_dict(loaded.state["gates"], moments)
+    with _restoring(loaded):
+        trainer.keeper.load_state_dict(loaded.state["gates"], moments)
     trainer.started_from, trainer.resumed = loaded.path, resumed
     if resumed and (run := loaded.state["run"]):
         trainer.verified = set(run["compared"])
@@ -463,12 +399,14 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
     Returns the written files for the record.
     """
     directory, source = trainer.output.dir, RunDir(parent_run(parent))
+    if run := loaded.state["run"]:
+        source.require_logs(run["logs"])
     for name in ("metrics.jsonl", "curriculum.jsonl"):
         directory.copy_history(source, name, loaded.state["step"])
     archive = directory.path / "archive"
     archive.mkdir()
     if (source.path / "samples.jsonl").is_file():
-        write_atomically(archive / "samples.jsonl", (source.path / "samples.jsonl").read_bytes())
+        write_atomically(archive / "samples.jsonl", read_bytes(source.path / "samples.jsonl"))
     write_atomically(archive / "curriculum.json", canonical_json(loaded.state["curriculum"]))
     former = recorded_config(loaded.state["config"])
     changes = curriculum.changes(former, trainer.cfg, trainer.dataset, loaded.state["curriculum"])
@@ -575,7 +513,3 @@ def _refuse_exhaustion(cfg: RunConfig, order: Sampler) -> None:
                 "epochs"
             ),
         )
-
-
-def _at(step: int | None) -> str:
-    return "before step 1" if step is None else f"at step {step}"

@@ -327,13 +327,16 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
         output.record.outputs = _written_files(output)
         output.dir.sync_logs()
         record = output.record.finish(root, gates=trainer.keeper.results(), series=SERIES, **ending)
-        trainer.callbacks.on_close(record, root)
-        output.dir.seal()
     except OSError as e:
         raise EnvironmentUnfit(
             f"the record of the run could not be written: {e}",
             next_step=f"free space below {root}, then stack train --resume {root}",
         ) from e
+    trainer.callbacks.on_close(record, root)
+    try:
+        output.dir.seal()
+    except OSError as e:  # the record stands
+        trainer.callbacks.on_message(f"the checksums of {root} could not be written: {e}")
     return record
 
 

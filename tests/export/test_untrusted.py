@@ -139,3 +139,40 @@ def test_a_tokenizer_whose_steps_take_for_ever_or_multiply_is_refused(tmp_path):
         read(pre_tokenizer=split | {"pattern": {"Regex": "(a+)+$"}})
     with pytest.raises(DataError, match="64 times as long"):
         read(normalizer={"type": "Sequence", "normalizers": [longer] * 3})
+
+
+# As published: counts of tensors and weights are rounded.
+PUBLISHED = {
+    "a mixture of experts": (
+        {"num_hidden_layers": 28, "num_experts": 64, "shared_expert_intermediate_size": 20480},
+        5715,
+        57 * 10**9,
+    ),
+    "its .gguf": ({"qwen2moe.expert_shared_feed_forward_length": 5632}, 400, 14 * 10**9),
+    "a context by another name": ({"block_size": 2048, "n_layer": 12}, 150, 124 * 10**6),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_published_models_are_taken(name, tmp_path):
+    numbers, n_tensors, n_weights = PUBLISHED[name]
+    untrusted._refuse_sizes(tmp_path, numbers, n_tensors, n_weights)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "n_layer", "num_experts", "n_routed_experts", "llama.block_count"]
+)
+def test_a_count_beyond_the_tensors_is_refused(key, tmp_path):
+    with pytest.raises(CheckpointError, match="larger than its weights allow"):
+        untrusted._refuse_sizes(tmp_path, {key: 10**6}, 5715, 57 * 10**9)
+
+
+def test_a_declared_padding_or_truncation_of_a_tokenizer_has_no_effect(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.enable_padding(length=1000)
+    made.enable_truncation(2)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert library_tokenizer(tmp_path / "tokenizer.json").encode("a a a").ids == [0, 0, 0]

@@ -14,7 +14,7 @@ from stackproof.evidence.file_lock import LOCK
 from stackproof.museum.collection import museum_config
 from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder
-from stackproof.spec.canonical import canonical_json, sha256_json
+from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.errors import (
     CheckpointError,
     ConfigError,
@@ -193,6 +193,22 @@ def test_a_changed_run_json_is_refused(interrupted, change, sealed):
         resume(interrupted)
     assert "not of one run" in error.value.what or "was changed" in error.value.what
     assert not (interrupted / "metadata.json").exists()
+
+
+def test_without_a_checkpoint_the_hash_of_run_json_is_required(cfg, tmp_path):
+    run = killed(cfg, tmp_path / "run", 1)
+    rewrite(run, lambda d: (d.pop(SEAL), CHANGES["lr"](d)), sealed=False)
+    with pytest.raises(CheckpointError, match="lacks its hash"):
+        resume(run)
+
+
+def test_a_continued_run_takes_over_no_changed_history(interrupted, cfg, tmp_path):
+    log = interrupted / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step":3', b'"step":4', 1))
+    changed, overrides = load_config(cfg, sets=["curriculum.probe_every=5"])
+    child = start.fresh(changed, overrides, tmp_path / "child", parent=interrupted, continued=True)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is not the log"):
+        loop.train(child)
 
 
 def test_a_fork_reads_the_configuration_of_the_checkpoint(interrupted, cfg):
@@ -558,3 +574,156 @@ def test_the_logs_of_a_run_that_never_began_are_not_kept(cfg, straight, tmp_path
     RunDir(run).log("gates.jsonl", gate="runtime.finite", step=None, verdict="pass")
     begin(cfg, run)
     assert_same_end(straight, run, "begun again")
+
+
+# --- what is gone, foreign or beside the run ------------------------------------------------------
+
+
+def without_steps(run):
+    for folder in run.glob("checkpoints/step-*"):
+        shutil.rmtree(folder)
+
+
+LOSSES = {
+    "the step folders": without_steps,
+    "all checkpoints": lambda run: shutil.rmtree(run / "checkpoints"),
+}
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again_in_silence(interrupted, straight, lost):
+    LOSSES[lost](interrupted)
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="are gone") as error:
+        resume(interrupted)
+    assert "--at 0" in error.value.next_step
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
+    resume(interrupted, at=0)
+    assert_same_end(straight, interrupted, lost)
+
+
+def test_step_folders_that_became_links_are_not_followed(interrupted, tmp_path):
+    for folder in list(interrupted.glob("checkpoints/step-*")):
+        folder.rename(tmp_path / folder.name)
+        folder.symlink_to(tmp_path / folder.name)
+    (interrupted / "checkpoints/latest").unlink()
+    with pytest.raises(CheckpointError, match="are gone"):
+        resume(interrupted)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a name that is no text"])
+def test_what_lies_beside_a_run_does_not_change_its_ending(cfg, tmp_path, in_process, kind):
+    run = tmp_path / "run"
+
+    class Placing(Callback):
+        def on_step(self, trainer, report):
+            if report.step != 2:
+                return
+            match kind:
+                case "a link":
+                    (run / "data").symlink_to("/etc")
+                case "a pipe":
+                    os.mkfifo(run / "notes")
+                case _:
+                    with open(os.fsencode(run) + b"/caf\xe9.txt", "wb"):
+                        pass
+
+    assert begin(cfg, run, Placing()).status == "completed"
+    assert read_record(run / "metadata.json").status == "completed"
+    assert in_process("inspect", run, "--verify")[0] == 0
+
+
+def test_checksums_that_cannot_be_written_leave_the_record(cfg, tmp_path, monkeypatch):
+    def full(folder, paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checksums, "write_checksums", full)
+    assert begin(cfg, tmp_path / "run").status == "completed"
+    assert read_record(tmp_path / "run/metadata.json").status == "completed"
+
+
+def test_a_refused_resume_leaves_the_checksums(finished):
+    waiver = waived("runtime.finite").replace("2999", "2001")
+    with pytest.raises(ConfigError, match="expired"):
+        resume(finished, waiver, at=6)
+    assert (finished / checksums.FILE).is_file()
+
+
+@pytest.mark.parametrize("line", [b"[]", b'{"gate":["x"],"verdict":"fail"}', b'"x"', b"{}"])
+def test_a_verdict_of_another_form_is_refused_with_its_line(interrupted, line):
+    n = (interrupted / "gates.jsonl").read_bytes().count(b"\n")
+    with open(interrupted / "gates.jsonl", "ab") as f:
+        f.write(line + b"\n")
+    with pytest.raises(CheckpointError, match=rf"gates\.jsonl:{n + 1} is not a verdict"):
+        resume(interrupted)
+
+
+def test_a_checkpoint_does_not_name_files_outside_of_its_run(interrupted):
+    mark = {"bytes": 0, "sha256": "e3b0"}
+    with pytest.raises(CheckpointError, match="states a log that no run has"):
+        RunDir(interrupted).require_logs({"../../etc/hostname": mark})
+
+
+def test_a_linked_run_directory_is_not_locked(interrupted, tmp_path):
+    (interrupted / LOCK).unlink()
+    (tmp_path / "link").symlink_to(interrupted)
+    with pytest.raises((StackproofError, OSError), match="is a link"):
+        resume(tmp_path / "link")
+    assert not (interrupted / LOCK).exists()
+
+
+def corrected(folder, **values):
+    """Change values of a state document, and its hash in the manifest, as another author would."""
+    document = json.loads((folder / "state.json").read_bytes()) | values
+    data = canonical_json(document)
+    (folder / "state.json").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"]["state.json"] = {"sha256": sha256_bytes(data), "bytes": len(data)}
+    (folder / "manifest.json").write_bytes(canonical_json(manifest))
+
+
+WRONG = {
+    "step": ["x", [1], -1, 1.5],
+    "tokens_seen": ["x", {}],
+    "cursor": ["x", None],
+    "vocab_size": ["x", 0],
+    "ema_loss_nats": ["x"],
+    "best": [3, {"step": "x"}],
+    "run": ["x", {}, {"logs": "x"}],
+    "gates": [[], {"runtime.finite": {"checks": 1}}, {"runtime.finite": 3}],
+    "stopper": [3, {}],
+    "curriculum": [[], {}],
+    "scaler": [[], {"scale": "x"}],
+    "config": ["x", {}],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_state_document_with_values_of_another_type_is_refused(interrupted, key):
+    folder = interrupted / "checkpoints/step-00000006"
+    before = (folder / "state.json").read_bytes()
+    for value in WRONG[key]:
+        more = {"config_sha256": sha256_json(value)} if key == "config" else {}
+        corrected(folder, **{key: value}, **more)
+        if key == "curriculum" and value == {}:
+            continue  # the order of a run without arms
+        with pytest.raises((CheckpointError, ConfigError)):
+            resume(interrupted)
+            pytest.fail(f"{key} = {value!r} was believed")
+        (folder / "state.json").write_bytes(before)
+
+
+RUN_KEYS = "record config overrides device environment code command started_at inherited_s".split()
+
+
+@pytest.mark.parametrize("key", RUN_KEYS)
+def test_a_run_json_with_values_of_another_type_is_refused(interrupted, key):
+    before = (interrupted / "run.json").read_bytes()
+    for change in (
+        lambda d: d.pop(key),
+        lambda d: d.update({key: 3 if key != "inherited_s" else "x"}),
+    ):
+        rewrite(interrupted, change, sealed=True)
+        with pytest.raises(CheckpointError, match=key):
+            resume(interrupted)
+        (interrupted / "run.json").write_bytes(before)

@@ -127,3 +127,25 @@ def test_history_reads_many_places_at_once_and_none_for_what_is_not_there(repo):
 def test_a_line_says_where_its_files_are():
     line = Archived(record="a-1", commit="c" * 40, files={METADATA: "a" * 64})
     assert line.place(METADATA) == f"{'c' * 40}:./a-1/{METADATA}"
+
+
+def test_history_starts_no_program_that_a_foreign_folder_names(tmp_path):
+    """A missing object of a partial clone is fetched by a program that its configuration names."""
+    root, mark = tmp_path / "repo", tmp_path / "mark"
+    root.mkdir()
+    git(root, "init", "-q")
+    (root / "f").write_text("content")
+    git(root, "add", "f")
+    git(root, "commit", "-qm", "one")
+    blob = git(root, "rev-parse", "HEAD:f").strip()
+    (root / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    with open(root / ".git/config", "a") as f:
+        f.write(
+            "[core]\n\trepositoryformatversion = 1\n[extensions]\n\tpartialClone = origin\n"
+            f'[remote "origin"]\n\turl = {tmp_path}\n\tpromisor = true\n'
+            f"\tuploadpack = touch {mark}; git-upload-pack\n"
+        )
+    assert History(root).read(["HEAD:./f"]) == [None]
+    assert not mark.exists()
+    subprocess.run(["git", "-C", str(root), "cat-file", "-p", "HEAD:f"], capture_output=True)
+    assert mark.exists(), "git itself starts it, so that the test shows something"

@@ -11,6 +11,7 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import (
     FileRefused,
     create,
+    end_last_line,
     open_regular,
     open_to_append,
     read_bytes,
@@ -19,6 +20,7 @@ from stackproof.spec.files import (
     remove_leftovers,
     write_atomically,
 )
+from stackproof.spec.tables import parse_toml
 
 
 def made(kind: str, path: Path):
@@ -138,3 +140,25 @@ def test_a_new_file_never_takes_the_place_of_another(tmp_path):
         create(tmp_path / "f")
     create(tmp_path / "f", replace=True).close()
     assert (tmp_path / "f").is_file() and not (tmp_path / "nothing").exists()
+
+
+def test_the_last_line_gets_its_newline_if_it_is_whole_and_is_removed_if_not(tmp_path):
+    path = tmp_path / "f"
+    for content, removed, left in (
+        (b"a\nb", b"", b"a\nb\n"),
+        (b"a\nhalf", b"half", b"a\n"),
+        (b"a\n", b"", b"a\n"),
+    ):
+        path.write_bytes(content)
+        assert end_last_line(path, lambda tail: tail == b"b") == removed
+        assert path.read_bytes() == left
+    assert end_last_line(tmp_path / "absent", lambda tail: True) == b""
+
+
+def test_a_key_of_many_parts_is_refused_and_a_long_text_is_not():
+    with pytest.raises(ValueError, match="more than 100 parts"):
+        parse_toml(".".join("a" * 101) + " = 1")
+    # By a pattern that tries each start anew, a megabyte takes hours.
+    text = "a" * 2**20
+    assert parse_toml(f'x = "{text}"  # {text}') == {"x": text}
+    assert parse_toml("a.b.c = 1") == {"a": {"b": {"c": 1}}}

@@ -1,0 +1,56 @@
+"""The documents of a step folder as models: manifest.json, and the plain values of state.json."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stackproof import tensorfolder
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import HEX64
+
+
+class Mark(BaseModel):
+    """Length and sha256 of a log."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=HEX64)
+
+
+class RunState(BaseModel):
+    """What a checkpoint states of its run directory."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    sha256: str = Field(pattern=HEX64)
+    logs: dict[str, Mark]
+    compared: list[str]
+
+
+class Manifest(Frozen):
+    """manifest.json: what each file of a step folder must be."""
+
+    schema_: str = Field(alias="schema")
+    files: dict[str, tensorfolder.Declared]
+
+
+class StateDocument(BaseModel):
+    """Types of the plain values of state.json; what they belong to checks the others."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    step: int = Field(ge=0)
+    tokens_seen: int = Field(ge=0)
+    cursor: int = Field(ge=0)
+    vocab_size: int = Field(ge=1)
+    wall_s: float = Field(ge=0)
+    ema_loss_nats: float | None
+    min_ema_loss_nats: float | None
+    last_val_nats: float | None
+    best: dict[str, float]
+    config: dict[str, Any]
+    curriculum: dict[str, Any]
+    scaler: dict[str, float]
+    stopper: dict[str, Any]
+    gates: dict[str, dict[str, Any]]
+    record: str
+    tokenizer_sha256: str
+    run: RunState | None = None

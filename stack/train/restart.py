@@ -1,0 +1,130 @@
+"""What a resume continues from: a verified checkpoint, the lines of the logs that belong to it, and
+the red verdicts of its gates.
+"""
+
+from stackproof.config import RunConfig
+from stackproof.contracts.gate import Verdict, failed
+from stackproof.spec.canonical import leaves
+from stackproof.spec.errors import CheckpointError, ConfigError
+from stackproof.spec.gates import load_spec
+from stackproof.spec.records import BESIDE_TRAINING
+from stackproof.spec.renamed_keys import translated
+from stackproof.train import checkpoint
+from stackproof.train.run_dir import RunDir
+
+
+def latest_checkpoint(directory: RunDir, at: int | None) -> checkpoint.Loaded | None:
+    """The checkpoint to continue from, loaded and verified; None for the seed.
+    Raises CheckpointError naming a step that is intact.
+    """
+    root = directory.checkpoints
+    if at == 0:
+        return None
+    if at is None and not checkpoint.has_any(root):
+        _refuse_lost(directory)
+        if not directory.sealed:
+            raise CheckpointError(
+                f"{directory.path / 'run.json'} lacks its hash, and no checkpoint vouches for it",
+                next_step="begin the run again in another folder",
+            )
+        return None
+    try:
+        return checkpoint.load(checkpoint.at(root, at) if at else checkpoint.find(directory.path))
+    except CheckpointError as e:
+        intact = checkpoint.newest_intact(root)
+        found = f"step {intact} is intact" if intact else "no checkpoint is intact"
+        raise CheckpointError(
+            e.what,
+            value=e.value,
+            allowed=e.allowed,
+            next_step=(
+                f"{found}: stack train --resume {directory.path} --at {intact or 0}"
+                f"{'' if intact else ' begins at the seed'}"
+            ),
+        ) from e
+
+
+def _refuse_lost(directory: RunDir) -> None:
+    """Raise CheckpointError if the run had checkpoints: something stands in their folder, such as
+    `latest`, or gates have judged a save.
+    """
+    root = directory.checkpoints
+    entries = root.iterdir() if root.exists() else ()
+    left = sorted(p.name for p in entries if not p.name.startswith("."))
+    on_saves = {g.id for g in load_spec().gates.values() if g.moment == "artifact"}
+    judged = (x.get("gate") for x in directory.read_lines("gates.jsonl") if isinstance(x, dict))
+    saves = ["a verdict on a save" for gate_id in judged if gate_id in on_saves]
+    if left or saves:
+        raise CheckpointError(
+            f"the checkpoints of {directory.path} are gone",
+            value=f"no step folder, but {(left or saves)[0]}",
+            allowed="the step folders that the run has written, not links to them",
+            next_step=f"restore them; stack train --resume {directory.path} --at 0 begins again",
+        )
+
+
+def marks_of(
+    directory: RunDir, document: dict, loaded: checkpoint.Loaded | None
+) -> dict[str, dict] | None:
+    """The lines of the logs that belong to a checkpoint; None if it does not state them.
+    Raises CheckpointError unless run.json, checkpoint and logs are of one run.
+    """
+    if loaded is None:
+        return None
+    config, ours = loaded.state["config"], document["config"]
+    apart = sorted(_differing_keys(translated(config), translated(ours)))
+    run, record = loaded.state["run"], loaded.state["record"]
+    if apart or record != document["record"] or (run and run["sha256"] != directory.sha256):
+        what = f"{', '.join(apart[:4])} differ" if apart else "not the file that the run began with"
+        raise CheckpointError(
+            f"{directory.path / 'run.json'} and {loaded.path} are not of one run: {what}",
+            value=f"record {document['record']}",
+            allowed=f"record {record}, with the configuration in its checkpoint",
+            next_step=f"restore run.json; stack train --fork {loaded.path} does not read it",
+        )
+    if run is None:
+        return None
+    directory.require_logs(run["logs"])
+    return run["logs"]
+
+
+def _differing_keys(a: dict, b: dict) -> set[str]:
+    """Dotted keys in which two configurations differ, without those that a resume may change."""
+    left, right = (dict(leaves(tree)) for tree in (a, b))
+    keys = {k for k in left.keys() | right.keys() if left.get(k) != right.get(k)}
+    return {k for k in keys if not any(k == b or k.startswith(f"{b}.") for b in BESIDE_TRAINING)}
+
+
+def red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Verdict]]:
+    """The first red verdicts inside the run of gates that halt, as (step, verdict) by gate.
+    Raises ConfigError for one that is not waived.
+    """
+    gates, red = load_spec().gates, {}
+    for number, line in enumerate(directory.read_lines("gates.jsonl"), start=1):
+        match line:
+            case {"gate": str(gate_id), "verdict": "fail", "step": int(step), "message": str(text)}:
+                gate, measured = gates.get(gate_id), line.get("measured")
+                if gate and gate.severity == "halt" and gate_id not in red:
+                    measured = measured if isinstance(measured, dict) else {}
+                    red[gate_id] = step, failed(text, **measured)
+            case {"gate": str(), "verdict": str()}:
+                pass
+            case _:
+                raise CheckpointError(
+                    f"{directory.path / 'gates.jsonl'}:{number} is not a verdict",
+                    value=repr(line)[:100],
+                    next_step="restore the file, or begin the run again",
+                )
+    waived = {w.id for w in cfg.gates.waive}
+    if stopped := [gate_id for gate_id in red if gate_id not in waived]:
+        step, verdict = red[stopped[0]]
+        raise ConfigError(
+            f"gate {stopped[0]} halted this run at step {step}: {verdict.message}",
+            allowed="a resume of a run that no gate has halted, or with the gate waived",
+            next_step=(
+                f"stack train --fork {directory.path} --set … starts a child run with a change; "
+                f"--set gates.waive=… with a reason for {stopped[0]} continues this run and keeps "
+                "the verdict in its record"
+            ),
+        )
+    return red
