@@ -121,7 +121,11 @@ def carried(folder: Path) -> Target:
 def run_json(folder: Path) -> Target:
     found = parse_strict(_record(), origin="x")
     kept = ("config", "overrides", "environment", "code", "command", "started_at")
-    document = {k: found[k] for k in kept} | {"record": found["id"], "device": "cpu"}
+    document = {k: found[k] for k in kept} | {
+        "record": found["id"],
+        "device": "cpu",
+        "inherited_s": 0.0,
+    }
     read = lambda data: recorded_config(RunDir(folder).read_run()["config"])  # noqa: E731
     return Target(folder / "run.json", canonical_json(document), of_json, read)
 
@@ -146,8 +150,10 @@ def _checkpoint(folder: Path) -> Path:
     files = {}
     for name in checkpoint.FILES:
         if name.endswith(".json"):
-            document = dict.fromkeys(checkpoint.STATE_KEYS, 0)
-            document |= {"config": {}, "config_sha256": sha256_json({})}
+            document = dict.fromkeys(checkpoint.STATE_KEYS, 1)
+            document |= {key: {} for key in "config best curriculum scaler stopper gates".split()}
+            document |= dict.fromkeys("schema record tokenizer_sha256".split(), "x")
+            document |= {"config_sha256": sha256_json({}), "run": None}
             (step / name).write_bytes(canonical_json(document))
         else:
             tensorfile.write(step / name, zeros, {})
