@@ -76,18 +76,15 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file atomically and durably: a reader sees the old or the new content, also after a
-    power failure. A link of that name is replaced, and its target stays as it is.
+    """Replace a file atomically and durably: it has the old or the new content, also after a power
+    failure. A link of that name is replaced, and its target stays as it is.
 
     Raises FileRefused if the folder is a link, OSError if the file cannot be written.
     """
     require_own(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with create(temporary, replace=True) as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        create_durably(temporary, data, replace=True)
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException:
@@ -114,6 +111,16 @@ def create(path: Path, *, replace: bool = False) -> BinaryIO:
             path.unlink()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def create_durably(path: Path, data: bytes, *, replace: bool = False) -> None:
+    """Write a new file and wait until it is on the disk. Raises as `create`, and OSError if it
+    cannot be written.
+    """
+    with create(path, replace=replace) as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def open_to_append(path: Path) -> BinaryIO:

@@ -14,9 +14,11 @@ from torch import Tensor
 from stackproof import tensorfile
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError
-from stackproof.spec.files import create, sync
+from stackproof.spec.files import create_durably, sync
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64
+
+OLDER = "stack train --resume DIR --at STEP takes an older step folder"
 
 
 class Declared(Frozen):
@@ -62,7 +64,7 @@ def write(folder: Path, content: Content) -> bytes:
             n: tensorfile.write_hashed(created[n], tensors, content.metadata, pool)
             for n, tensors in groups
         }
-        _write_and_sync(folder / "state.json", content.document)
+        create_durably(folder / "state.json", content.document)
     files: dict[str, dict] = {
         "state.json": {"sha256": sha256_bytes(content.document), "bytes": len(content.document)}
     }
@@ -74,7 +76,7 @@ def write(folder: Path, content: Content) -> bytes:
             "crc32": file.crc32,
         }
     manifest = canonical_json({"schema": content.schema, "files": files})
-    _write_and_sync(folder / "manifest.json", manifest)
+    create_durably(folder / "manifest.json", manifest)
     sync(folder)
     return manifest
 
@@ -139,7 +141,7 @@ def verify(folder: Path, files: Mapping[str, Declared], *, by_tensor: bool) -> N
 
 def verify_file(path: Path, entry: Declared, *, by_tensor: bool) -> None:
     """`verify` of one file."""
-    older = {"next_step": "stack train --resume DIR --at STEP takes an older step folder"}
+    older = {"next_step": OLDER}
     damaged = CheckpointError(
         f"{path} is damaged",
         allowed=f"sha256 {entry.sha256[:12]}…, {entry.bytes} bytes",
@@ -180,10 +182,3 @@ def _changed(path: Path, what: str) -> CheckpointError:
         allowed="the bytes in memory, which nothing may change while a checkpoint is written",
         next_step="check the disk and the memory of this machine; earlier checkpoints are intact",
     )
-
-
-def _write_and_sync(path: Path, data: bytes) -> None:
-    with create(path) as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())

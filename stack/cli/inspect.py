@@ -101,7 +101,7 @@ def _problems(run: Path) -> Iterator[str]:
             yield e.what
     for folder in checkpoint.step_folders(directory.checkpoints):
         try:
-            state = checkpoint.load(folder).state
+            state = checkpoint.verify(folder)
             if state["run"] and folder == checkpoint.pointed(directory.checkpoints, "latest"):
                 directory.require_logs(state["run"]["logs"])
         except StackproofError as e:
@@ -127,7 +127,6 @@ def _described(folder: Path) -> dict:
     """Architecture, tensors, counts and checksum of a step folder.
     A damaged folder is reported as INVALID.
     """
-    import json
 
     from stackproof.config import recorded_config
     from stackproof.spec.errors import CheckpointError
@@ -144,7 +143,6 @@ def _described(folder: Path) -> dict:
         {"name": n, "shape": list(t.shape), "dtype": dtype(t), "numel": t.numel()}
         for n, t in loaded.model.items()
     ]
-    manifest = json.loads((folder / "manifest.json").read_bytes())
     return {
         "path": str(folder),
         "checksum": "VALID",
@@ -154,7 +152,7 @@ def _described(folder: Path) -> dict:
         "n_params": sum(t["numel"] for t in tensors),
         "n_tensors": len(tensors),
         "bytes": sum((folder / f).stat().st_size for f in (*checkpoint.FILES, "manifest.json")),
-        "sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "sha256": checkpoint.read_manifest(folder).files["model.safetensors"].sha256,
         "best": checkpoint.pointed(folder.parent, "best") == folder,
         "tensors": tensors,
     }

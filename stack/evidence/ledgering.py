@@ -11,7 +11,7 @@ from stackproof.spec.archive import FILE, METADATA
 from stackproof.spec.canonical import canonical_json, leaves, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory, UsageError
 from stackproof.spec.files import (
-    create,
+    create_durably,
     end_last_line,
     read_bytes,
     remove_folder,
@@ -171,10 +171,7 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     try:
         aside.mkdir()
         for name, data in files.items():
-            with create(aside / name) as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
+            create_durably(aside / name, data)
         sync(aside)
         os.rename(aside, target)
     except BaseException:

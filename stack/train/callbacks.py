@@ -124,8 +124,8 @@ class GateEvents(Callback):
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
         judged = [s for g, s in trainer.keeper.states.items() if g in self.loss.gates]
-        self.loss.done = FIRST_STEP in trainer.verified and all(s.checks for s in judged)
-        self.loss.done = self.loss.done or not judged
+        known = FIRST_STEP in trainer.verified and all(s.checks for s in judged)
+        self.loss.done = known or not judged
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
 
     def on_step_start(self, trainer: Trainer) -> None:

@@ -32,8 +32,9 @@ from stackproof.spec.files import (
     write_atomically,
 )
 from stackproof.spec.tables import validated
+from stackproof.tensorfolder import OLDER
 from stackproof.train import optimizer as opt
-from stackproof.train.checkpoint_format import Manifest, StateDocument
+from stackproof.train.checkpoint_format import STATE_KEYS, Manifest, StateDocument
 from stackproof.train.rng import default_rng_state, set_default_rng_state
 from stackproof.train.state import TrainState
 
@@ -43,15 +44,7 @@ FORMER = ("stackproof/checkpoint/3", "stackproof/checkpoint/2")
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 # Fields of the training state that the document holds as they are.
 COUNTERS = ("step tokens_seen wall_s ema_loss_nats min_ema_loss_nats last_val_nats best").split()
-STATE_KEYS = frozenset(
-    (
-        "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats "
-        "min_ema_loss_nats last_val_nats best config config_sha256 tokenizer_sha256 vocab_size "
-        "record run"
-    ).split()
-)
 STEP = re.compile(r"step-(\d{8})")
-OLDER = "stack train --resume DIR --at STEP takes an older step folder"
 SPARE_BYTES = 16 * 2**20  # left free beside checkpoints, for logs and the record
 
 
@@ -363,7 +356,7 @@ def newest_intact(root: Path) -> int | None:
     """The newest step whose folder is complete and verifies, or None."""
     for folder in reversed(step_folders(root)):
         try:
-            load(folder)
+            verify(folder)
         except CheckpointError:
             continue
         return step_of(folder)
@@ -393,30 +386,36 @@ def load(folder: Path) -> Loaded:
     Never unpickles. The former version has no CRC-32.
     Raises CheckpointError naming the file and what differs.
     """
-    # The manifest comes first, as it declares what the other files must be.
-    manifest = _read_manifest(folder / "manifest.json")
-    # Verify the bytes before anything reads their content.
-    tensorfolder.verify(folder, manifest.files, by_tensor=manifest.schema_ != FORMER[1])
+    document = verify(folder)
     return Loaded(
         folder,
         _read_tensors(folder / "model.safetensors"),
         _read_tensors(folder / "state.safetensors"),
-        _read_state(folder, manifest),
+        document,
     )
+
+
+def verify(folder: Path) -> dict:
+    """Verify a step folder as `load` does, without keeping a tensor. Returns the state document."""
+    # The manifest comes first, as it declares what the other files must be.
+    manifest = read_manifest(folder)
+    # Verify the bytes before anything reads their content.
+    tensorfolder.verify(folder, manifest.files, by_tensor=manifest.schema_ != FORMER[1])
+    return _read_state(folder, manifest)
 
 
 def load_document(folder: Path) -> dict:
     """The state document of a step folder, verified by its hash; reads no tensor.
     Raises CheckpointError as `load`.
     """
-    manifest = _read_manifest(folder / "manifest.json")
-    name = "state.json"
+    manifest, name = read_manifest(folder), "state.json"
     tensorfolder.verify(folder, {name: manifest.files[name]}, by_tensor=False)
     return _read_state(folder, manifest)
 
 
-def _read_manifest(path: Path) -> Manifest:
-    document = _read_json(path)
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a step folder. Raises CheckpointError."""
+    document = _read_json(path := folder / "manifest.json")
     try:
         manifest = validated(Manifest, document, origin=str(path))
     except IntegrityError as e:

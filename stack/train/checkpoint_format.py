@@ -34,9 +34,13 @@ class Manifest(Frozen):
 
 
 class StateDocument(BaseModel):
-    """Types of the plain values of state.json; what they belong to checks the others."""
+    """state.json: its keys, and the types of its plain values; what they belong to checks the
+    others.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
+    schema_: str = Field(alias="schema")
+    config_sha256: str
     step: int = Field(ge=0)
     tokens_seen: int = Field(ge=0)
     cursor: int = Field(ge=0)
@@ -54,3 +58,6 @@ class StateDocument(BaseModel):
     record: str
     tokenizer_sha256: str
     run: RunState | None = None
+
+
+STATE_KEYS = frozenset(field.alias or name for name, field in StateDocument.model_fields.items())

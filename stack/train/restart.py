@@ -52,12 +52,13 @@ def _refuse_lost(directory: RunDir) -> None:
     entries = root.iterdir() if root.exists() else ()
     left = sorted(p.name for p in entries if not p.name.startswith("."))
     on_saves = {g.id for g in load_spec().gates.values() if g.moment == "artifact"}
-    judged = (x.get("gate") for x in directory.read_lines("gates.jsonl") if isinstance(x, dict))
-    saves = ["a verdict on a save" for gate_id in judged if gate_id in on_saves]
-    if left or saves:
+    lines = (x for x in directory.read_lines("gates.jsonl") if isinstance(x, dict))
+    if any(x.get("gate") in on_saves for x in lines):
+        left.append("a verdict on a save")
+    if left:
         raise CheckpointError(
             f"the checkpoints of {directory.path} are gone",
-            value=f"no step folder, but {(left or saves)[0]}",
+            value=f"no step folder, but {left[0]}",
             allowed="the step folders that the run has written, not links to them",
             next_step=f"restore them; stack train --resume {directory.path} --at 0 begins again",
         )
