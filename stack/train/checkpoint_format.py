@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof import tensorfolder
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64
+from stackproof.spec.records import HEX64, Scalar
 
 
 class Mark(BaseModel):
@@ -17,13 +17,24 @@ class Mark(BaseModel):
     sha256: str = Field(pattern=HEX64)
 
 
+class Process(BaseModel):
+    """A process that continued a run: the step that it began after, and where its code and
+    environment differ from those in run.json.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    after: int = Field(ge=0)
+    differs: dict[str, Scalar]
+
+
 class RunState(BaseModel):
-    """What a checkpoint states of its run directory."""
+    """What a checkpoint states of its run directory. Those of former versions state no process."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     sha256: str = Field(pattern=HEX64)
     logs: dict[str, Mark]
     compared: list[str]
+    processes: list[Process] = []
 
 
 class Manifest(Frozen):

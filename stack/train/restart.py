@@ -1,16 +1,24 @@
-"""What a resume continues from: a verified checkpoint, the lines of the logs that belong to it, and
-the red verdicts of its gates.
+"""What a resume continues from: a verified checkpoint, the lines of the logs that belong to it, the
+red verdicts of its gates, and the processes that computed the steps before.
 """
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from stackproof.config import RunConfig
 from stackproof.contracts.gate import Verdict, failed
-from stackproof.spec.canonical import leaves
-from stackproof.spec.errors import CheckpointError, ConfigError
+from stackproof.spec.building import RecordBuilder
+from stackproof.spec.canonical import leaves, sha256_file
+from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
 from stackproof.spec.gates import load_spec
-from stackproof.spec.records import BESIDE_TRAINING
+from stackproof.spec.records import BESIDE_TRAINING, Record
 from stackproof.spec.renamed_keys import translated
 from stackproof.train import checkpoint
 from stackproof.train.run_dir import RunDir
+
+ALLOCATED = ("allocator",)  # how memory was laid out; it decides no bit
 
 
 def latest_checkpoint(directory: RunDir, at: int | None) -> checkpoint.Loaded | None:
@@ -129,3 +137,48 @@ def red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Verd
             ),
         )
     return red
+
+
+def process_of(record: RecordBuilder, document: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """This process as a checkpoint states it: the step that it begins after, and where its code and
+    environment differ from those in run.json.
+    """
+    then = document["environment"] | {"commit": document["code"]["commit"]}
+    now = record.environment | {"commit": record.code.commit}
+    apart = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    return {"after": step, "differs": {k: now.get(k) for k in apart if k not in ALLOCATED}}
+
+
+def other_processes(
+    processes: Sequence[Mapping[str, Any]], document: Mapping[str, Any]
+) -> Iterator[str]:
+    """What the record states of each process that took steps in another way than the last one."""
+    first = document["environment"] | {"commit": document["code"]["commit"]}
+    last = processes[-1]["differs"]
+    for process, following in pairwise([{"after": 0, "differs": {}}, *processes]):
+        begin, end, then = process["after"] + 1, following["after"], process["differs"]
+        apart = [
+            k for k in sorted(then.keys() | last.keys()) if then.get(k, ...) != last.get(k, ...)
+        ]
+        changes = "; ".join(
+            f"{k} {then.get(k, first.get(k))}, now {last.get(k, first.get(k))}" for k in apart
+        )
+        if changes and begin <= end:
+            yield f"steps {begin} to {end} had another process: {changes}"
+
+
+def require_recorded(run_dir: Path, record: Record) -> None:
+    """Raises IntegrityError unless the logs and files that a record states are there, unchanged."""
+    for stated in (*record.series, *record.outputs):
+        path = run_dir / stated.path
+        try:
+            found = sha256_file(path)
+        except OSError as e:
+            found = str(e)
+        if found != stated.sha256:
+            raise IntegrityError(
+                f"{path} is not the file that the record of the run states",
+                value=found if path.is_file() else "no readable file",
+                allowed=f"sha256 {stated.sha256}",
+                next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
+            )

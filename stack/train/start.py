@@ -4,7 +4,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +21,13 @@ from stackproof.kernels import dispatch
 from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
 from stackproof.spec.canonical import canonical_json, sha256_file
-from stackproof.spec.errors import CheckpointError, ConfigError, DataError, StreamExhausted
+from stackproof.spec.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StackproofError,
+    StreamExhausted,
+)
 from stackproof.spec.files import read_bytes, remove_leftovers, write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
@@ -39,8 +45,16 @@ from stackproof.train.device import (
     resolve_device,
 )
 from stackproof.train.memory import keep_heap, lay_in_huge_pages, require_room
-from stackproof.train.restart import latest_checkpoint, marks_of, red_verdicts
+from stackproof.train.restart import (
+    latest_checkpoint,
+    marks_of,
+    other_processes,
+    process_of,
+    red_verdicts,
+    require_recorded,
+)
 from stackproof.train.run_dir import RunDir, parent_run
+from stackproof.train.signals import uninterrupted
 from stackproof.train.state import AUTOCAST, build_state
 from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
 
@@ -54,7 +68,6 @@ NOT_COVERED = (
     "bitwise equality on another processor, torch build or number of threads",
 )
 STATE_BYTES_PER_PARAMETER = 12  # a weight and two moments, float32
-ALLOCATED = ("allocator",)  # how memory was laid out; it decides no bit
 # What continued pre-training may change.
 CONTINUABLE_KEYS = ("curriculum", "train.log_every", "checkpoint.keep", "gates.waive")
 
@@ -152,17 +165,29 @@ def resume(
             if loaded is None:
                 directory.restore_logs({})
             # The gates run again, as the code or the machine may have changed since.
-            run_preflight(trainer, document["n_eval_batches"])
+            try:
+                run_preflight(trainer, document["n_eval_batches"])
+            except BaseException:
+                # The record of a resume that ends here describes the run up to its checkpoint.
+                if loaded is not None:
+                    with uninterrupted(), suppress(StackproofError):
+                        _restore(trainer, loaded, KEPT_MOMENTS)
+                raise
             # Cut the logs back to the checkpoint, or the steps after it would appear twice.
-            step, cut = 0, 0
+            step, cut, processes = 0, 0, []
             if loaded is not None:
-                step = loaded.state["step"]
+                step, run = loaded.state["step"], loaded.state["run"]
                 cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
                 _load(trainer, loaded, resumed=True)
+                processes = run["processes"] if run else []
             for gate_id, (at_step, verdict) in red.items():
                 trainer.keeper.carry(gate_id, at_step, verdict)
                 trainer.log_verdict(gate_id, at_step, verdict)
-            _note_other_process(trainer, document, step)
+            record = trainer.output.record
+            trainer.processes = [*processes, process_of(record, document, step)]
+            for text in other_processes(trainer.processes, document):
+                record.not_covered = (*record.not_covered, text)
+                trainer.callbacks.on_message(text)
             now = iso(utc_now())
             directory.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
             yield trainer
@@ -183,6 +208,7 @@ def completed(
     with file_lock(run_dir, "run"):
         marks_of(directory, document, latest_checkpoint(directory, None))
         if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
+            require_recorded(run_dir, record)
             remove_leftovers(run_dir)
             directory.seal()
     done = (
@@ -205,25 +231,6 @@ def parent_config(parent: Path) -> RunConfig:
     Raises CheckpointError.
     """
     return recorded_config(checkpoint.load_document(checkpoint.find(parent))["config"])
-
-
-def _note_other_process(trainer: Trainer, document: dict, step: int) -> None:
-    """State in the record what computed the steps before, if that was other code or another
-    environment.
-    """
-    record = trainer.output.record
-    then = document["environment"] | {"commit": document["code"]["commit"]}
-    now = record.environment | {"commit": record.code.commit}
-    apart = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    if step and (apart := [k for k in apart if k not in ALLOCATED]):
-        changes = "; ".join(f"{k} {then.get(k)}, now {now.get(k)}" for k in apart)
-        record.not_covered = (
-            *record.not_covered,
-            f"the first steps had another process: {changes}",
-        )
-        trainer.callbacks.on_message(
-            f"this process is not like the one that began the run: {changes}"
-        )
 
 
 def setup(
@@ -360,12 +367,28 @@ def _restoring(loaded: checkpoint.Loaded) -> Iterator[None]:
 
 
 def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False) -> None:
-    """Load a checkpoint into the fresh state; `resumed` if it is one of this run.
-    A changed curriculum begins where the checkpoint's order stood.
-    """
+    """Load a checkpoint into the fresh state; `resumed` if it is one of this run."""
     state, callbacks = trainer.state, trainer.callbacks
+    # The gates see the resume after their own state, with which they judge it.
+    _restore(trainer, loaded, KEPT_MOMENTS if resumed else ("runtime",))
+    _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
+    trainer.started_from, trainer.resumed = loaded.path, resumed
+    if resumed and (run := loaded.state["run"]):
+        trainer.verified = set(run["compared"])
+    trainer.keeper.observe(
+        Resumed(step=state.step, path=str(loaded.path), cursor=state.data_loader.cursor)
+    )
+    callbacks.on_message(f"continuing after step {state.step} from {loaded.path}")
+
+
+def _restore(trainer: Trainer, loaded: checkpoint.Loaded, moments: Sequence[str]) -> None:
+    """Restore the training state, and the gates of these moments. A changed curriculum begins where
+    the checkpoint's order stood. Raises CheckpointError.
+    """
+    state = trainer.state
     with _restoring(loaded), torch.no_grad():
         dropped = checkpoint.restore(state, loaded)
+        trainer.keeper.load_state_dict(loaded.state["gates"], moments)
     # Another curriculum starts from the rows that the former one has drawn.
     former = recorded_config(loaded.state["config"])
     if former.curriculum != trainer.cfg.curriculum:
@@ -375,21 +398,9 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False)
         )
     for name in dropped:
         trainer.output.dir.log("events.jsonl", event="arm_dropped", step=state.step, source=name)
-        callbacks.on_message(
+        trainer.callbacks.on_message(
             f"the curriculum's state has source {name}, which is not an arm of this run; dropped"
         )
-    _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
-    # The gates see the resume after their own state, with which they judge it.
-    moments = KEPT_MOMENTS if resumed else ("runtime",)
-    with _restoring(loaded):
-        trainer.keeper.load_state_dict(loaded.state["gates"], moments)
-    trainer.started_from, trainer.resumed = loaded.path, resumed
-    if resumed and (run := loaded.state["run"]):
-        trainer.verified = set(run["compared"])
-    trainer.keeper.observe(
-        Resumed(step=state.step, path=str(loaded.path), cursor=state.data_loader.cursor)
-    )
-    callbacks.on_message(f"continuing after step {state.step} from {loaded.path}")
 
 
 def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> list[Artefact]:

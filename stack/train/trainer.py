@@ -190,7 +190,8 @@ class Trainer:
 
     `batches`, `report` and `evaluation` are those of the latest step; `started_from` is the step
     folder that was loaded, and `resumed` is whether it is one of this run; `verified` are the
-    measurements that a run makes once, such as kinds of read-only sections that were compared.
+    measurements that a run makes once, such as kinds of read-only sections that were compared;
+    `processes` are those that continued the run, as its checkpoints state them.
     """
 
     state: TrainState
@@ -209,6 +210,7 @@ class Trainer:
     resumed: bool = False
     timer: StepTimer = field(default_factory=StepTimer)
     verified: set[str] = field(default_factory=set)
+    processes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def cfg(self) -> RunConfig:
@@ -236,14 +238,15 @@ class Trainer:
         )
 
     def mark(self) -> dict[str, Any]:
-        """What a checkpoint states of its run: sha256 of run.json, the lines of each log, and the
-        sections that were compared.
+        """What a checkpoint states of its run: sha256 of run.json, the lines of each log, the
+        sections that were compared, and the processes that continued it.
         """
         directory = self.output.dir
         return {
             "sha256": directory.sha256,
             "logs": directory.marks(),
             "compared": sorted(self.verified),
+            "processes": self.processes,
         }
 
     def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
@@ -305,7 +308,9 @@ def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
         case Stopped():
             return "interrupted", error.what, 130
         case StoppedAtOnce(status="preempted"):
-            return "preempted", "stopped at once by SIGTERM, before step 1", 75
+            step = trainer.state.step
+            when = f"after step {step}" if step else "before step 1"
+            return "preempted", f"stopped at once by SIGTERM, {when}", 75
         case KeyboardInterrupt():
             saved = (trainer.output.dir.checkpoints / "latest").is_file()
             left = "the last checkpoint is good" if saved else "nothing was saved yet"
@@ -406,4 +411,6 @@ def _last_loss(trainer: Trainer) -> float | None:
     if trainer.report is not None:
         return trainer.report.loss_nats
     lines = trainer.output.dir.read_lines("metrics.jsonl")
-    return lines[-1]["loss_nats"] if lines else None
+    # A resume that ends in its preflight leaves the lines after its checkpoint.
+    losses = [line["loss_nats"] for line in lines if line["step"] <= trainer.state.step]
+    return losses[-1] if losses else None

@@ -1,3 +1,53 @@
-"""Fixtures of the command line's tests."""
+"""Fixtures: those of the command line's tests, and runs of nine steps."""
 
+import shutil
+
+import pytest
+
+from stackproof.config import NeverStop
+from stackproof.museum.collection import museum_config
+from stackproof.train import start
 from tests.cli.conftest import cli_cache, in_process  # noqa: F401
+from tests.fault_injection.nine_steps import EVERY, FEW, STEPS, begin, killed
+
+
+@pytest.fixture(scope="module")
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
+    saved = base.checkpoint.model_copy(update={"every": EVERY, "keep": 9})
+    steps = base.train.model_copy(update={"max_steps": STEPS})
+    looks = base.eval.model_copy(update={"every": EVERY})
+    changes = {"train": steps, "stop": NeverStop(), "checkpoint": saved, "eval": looks}
+    return base.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def few_gates():
+    """All runs here, resumed ones too, hold the same few gates."""
+    keeper, patch = start.Gatekeeper, pytest.MonkeyPatch()
+    patch.setattr(start, "Gatekeeper", lambda *a, **o: keeper(*a, **o | {"only": FEW}))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def straight(cfg, tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight") / "run"
+    begin(cfg, run)
+    return run
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def interrupted_once(cfg, tmp_path_factory):
+    return killed(cfg, tmp_path_factory.mktemp("killed") / "run", 8)
+
+
+@pytest.fixture
+def interrupted(interrupted_once, tmp_path):
+    """A run that a kill ended after step 8; its latest checkpoint is of step 6."""
+    return shutil.copytree(interrupted_once, tmp_path / "run")

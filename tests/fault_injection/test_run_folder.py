@@ -5,169 +5,34 @@ what is intact.
 import json
 import os
 import shutil
-import signal
+from contextlib import contextmanager
 
 import pytest
 
-from stackproof.config import NeverStop, load_config
+from stackproof.config import load_config
 from stackproof.evidence.file_lock import LOCK
-from stackproof.museum.collection import museum_config
 from stackproof.spec import checksums
-from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.errors import (
     CheckpointError,
     ConfigError,
-    EnvironmentUnfit,
-    GateFailed,
     IntegrityError,
     StackproofError,
-    Stopped,
 )
-from stackproof.spec.gates import load_spec
 from stackproof.spec.records import read_record
 from stackproof.train import checkpoint, loop, start
 from stackproof.train.run_dir import SEAL, RunDir
 from stackproof.train.trainer import Callback
+from tests.fault_injection.nine_steps import (
+    killed,
+    resume,
+    rewrite,
+    waived,
+)
 from tests.fault_injection.runs import assert_same_end
 from tests.fault_injection.scale import SEED, chance, scaled
 
-# Runtime gates that see every kind of event, and the artifact gate.
-FEW = ("runtime.finite", "runtime.cadence", "checkpoint.reloads", "loss.logit-gradient")
-STEPS, EVERY = 9, 3
-
-
-class Dead(BaseException):
-    """Ends a run as a kill does: nothing writes a record."""
-
-
-class Ending(Callback):
-    """Raises after a step, or after the checkpoint of a step."""
-
-    def __init__(self, error, step, after="on_step_end"):
-        self.error, self.step = error, step
-        setattr(self, after, self.end)
-
-    def end(self, trainer, *_):
-        if trainer.state.step == self.step:
-            raise self.error
-
-
-@pytest.fixture(scope="module")
-def cfg(museum_folder):
-    base = museum_config(museum_folder)
-    saved = base.checkpoint.model_copy(update={"every": EVERY, "keep": 9})
-    steps = base.train.model_copy(update={"max_steps": STEPS})
-    looks = base.eval.model_copy(update={"every": EVERY})
-    changes = {"train": steps, "stop": NeverStop(), "checkpoint": saved, "eval": looks}
-    return base.model_copy(update=changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_gates():
-    """All runs here, resumed ones too, hold the same few gates."""
-    keeper, patch = start.Gatekeeper, pytest.MonkeyPatch()
-    patch.setattr(start, "Gatekeeper", lambda *a, **o: keeper(*a, **o | {"only": FEW}))
-    yield
-    patch.undo()
-
-
-def begin(cfg, run, *callbacks):
-    return loop.train(start.fresh(cfg, (), run, callbacks))
-
-
-def resume(run, *sets, at=None):
-    changed, overrides = load_config(start.read_config(run), sets=sets)
-    return loop.train(start.resume(run, overrides, changed, at=at))
-
-
-def killed(cfg, run, step, after="on_step_end"):
-    """A run that was killed, which leaves no record."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(start, "recorded", lambda trainer: _nothing())
-        begin(cfg, run, Ending(Dead(), step, after))
-    assert not (run / "metadata.json").exists()
-    return run
-
-
-def _nothing():
-    from contextlib import nullcontext
-
-    return nullcontext()
-
-
-@pytest.fixture(scope="module")
-def straight(cfg, tmp_path_factory):
-    run = tmp_path_factory.mktemp("straight") / "run"
-    begin(cfg, run)
-    return run
-
-
-@pytest.fixture
-def finished(straight, tmp_path):
-    return shutil.copytree(straight, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def interrupted_once(cfg, tmp_path_factory):
-    return killed(cfg, tmp_path_factory.mktemp("killed") / "run", 8)
-
-
-@pytest.fixture
-def interrupted(interrupted_once, tmp_path):
-    """A run that a kill ended after step 8; its latest checkpoint is of step 6."""
-    return shutil.copytree(interrupted_once, tmp_path / "run")
-
-
-def rewrite(run, change, *, sealed):
-    """Change run.json; with `sealed` as somebody does who corrects its hash."""
-    document = json.loads((run / "run.json").read_bytes())
-    change(document)
-    if sealed:
-        content = {k: v for k, v in document.items() if k != SEAL}
-        document[SEAL] = sha256_json(content)
-    (run / "run.json").write_bytes(canonical_json(document))
-
-
-# --- one end, whatever came between ---------------------------------------------------------------
-
-
-STEPPED = [("on_step_end", step) for step in range(1, STEPS + 1)]
-SAVED = [
-    (hook, step) for hook in ("on_save", "on_saved") for step in range(EVERY, STEPS + 1, EVERY)
-]
-
-
-@pytest.mark.parametrize(("after", "step"), STEPPED + SAVED)
-def test_a_kill_after_any_step_and_save_ends_as_a_straight_run(
-    cfg, straight, tmp_path, step, after
-):
-    run = killed(cfg, tmp_path / "run", step, after)
-    resume(run)
-    assert_same_end(straight, run, f"killed at {after} of step {step}")
-
-
-def test_an_early_stop_that_lost_its_record_is_not_trained_further(cfg, tmp_path):
-    stops = {"kind": "patience", "patience": 2, "min_evaluations": 2, "min_delta_nats": 100.0}
-    early, _ = load_config(cfg, sets=[f"stop.{k}={json.dumps(v)}" for k, v in stops.items()])
-    early = early.model_copy(update={"eval": early.eval.model_copy(update={"every": 2})})
-    record = begin(early, tmp_path / "run")
-    assert record.status == "early_stopped" and record.metric("steps") == 6
-    (tmp_path / "run" / "metadata.json").unlink()
-    again = resume(tmp_path / "run")
-    assert (again.status, again.end_reason) == (record.status, record.end_reason)
-    assert again.metric("steps") == 6
-
-
-def test_a_kill_between_record_and_checksums_leaves_an_ended_run(finished, straight):
-    """The record is there, so nothing is left to train."""
-    (finished / checksums.FILE).unlink()
-    (finished / f".{checksums.FILE}.123.tmp").write_bytes(b"half")
-    before = (finished / "metadata.json").read_bytes()
-    changed, overrides = load_config(start.read_config(finished))
-    assert start.completed(finished, overrides, changed).succeeded
-    assert (finished / "metadata.json").read_bytes() == before
-    assert_same_end(straight, finished, "killed before SHA256SUMS")
+pytestmark = pytest.mark.usefixtures("few_gates")
 
 
 # --- what a resume believes -----------------------------------------------------------------------
@@ -245,14 +110,31 @@ def test_logs_that_lack_lines_of_the_checkpoint_are_refused_and_later_lines_are_
         resume(finished)
 
 
-def test_other_code_and_another_environment_are_stated_in_the_record(interrupted, monkeypatch):
+@contextmanager
+def environment_with(monkeypatch, **values):
     environment = start.environment
-    monkeypatch.setattr(
-        start, "environment", lambda *a, **o: environment(*a, **o) | {"threads": 77}
-    )
-    record = resume(interrupted)
-    assert any("threads 1, now 77" in text or ", now 77" in text for text in record.not_covered)
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "environment", lambda *a, **o: environment(*a, **o) | values)
+        yield
+
+
+def test_other_code_and_another_environment_are_stated_in_the_record(interrupted, monkeypatch):
+    with environment_with(monkeypatch, threads=77):
+        record = resume(interrupted)
+    assert any(t.startswith("steps 1 to 6") and ", now 77" in t for t in record.not_covered)
     assert record.command == tuple(json.loads((interrupted / "run.json").read_text())["command"])
+
+
+def test_each_process_of_a_run_is_stated_in_the_record(cfg, tmp_path, monkeypatch):
+    """The last one is like the first, so that only the checkpoints know the one between."""
+    run = killed(cfg, tmp_path / "run", 4)
+    with environment_with(monkeypatch, threads=77):
+        killed(None, run, 7)
+    record = resume(run)
+    threads = record.environment["threads"]
+    told = f"steps 4 to 6 had another process: threads 77, now {threads}"
+    assert told in record.not_covered
+    assert not [t for t in record.not_covered if "steps 1" in t or "steps 7" in t]
 
 
 # --- what is damaged ------------------------------------------------------------------------------
@@ -411,171 +293,6 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_refused_and_not_waited_for(
         resume(interrupted)
 
 
-# --- halts, signals, disks and clocks -------------------------------------------------------------
-
-
-def halted(cfg, run, monkeypatch):
-    """A run that runtime.finite halts at step 8, for a reason that is gone at a resume."""
-    with monkeypatch.context() as patch:
-        take = loop.steps.train_step
-
-        def broken(state, batches):
-            report = take(state, batches)
-            if state.step == 8:
-                report.loss_nats = float("nan")
-            return report
-
-        patch.setattr(loop.steps, "train_step", broken)
-        with pytest.raises(GateFailed, match=r"runtime\.finite"):
-            begin(cfg, run)
-    return run
-
-
-def waived(*names):
-    parts = {"reason": "memory was replaced", "expires": "2999-01-01"}
-    inline = ", ".join(f"{k} = {json.dumps(v)}" for k, v in parts.items())
-    return f"gates.waive=[{', '.join(f'{{id = {json.dumps(n)}, {inline}}}' for n in names)}]"
-
-
-def test_a_carried_verdict_outlives_another_kill(cfg, tmp_path, monkeypatch):
-    run = halted(cfg, tmp_path / "run", monkeypatch)
-    changed, overrides = load_config(start.read_config(run), sets=[waived("runtime.finite")])
-    with monkeypatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(start, "recorded", lambda trainer: _nothing())
-        loop.train(start.resume(run, overrides, changed, [Ending(Dead(), 7)]))
-    record = resume(run, waived("runtime.finite"))
-    gate = next(g for g in record.gates if g.id == "runtime.finite")
-    assert (gate.verdict, gate.first_failure_step) == ("fail", 8)
-
-
-def test_a_halted_run_is_not_resumed_into_a_green_record(cfg, tmp_path, monkeypatch):
-    run = halted(cfg, tmp_path / "run", monkeypatch)
-    before = (run / "metadata.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"runtime\.finite halted this run at step 8"):
-        resume(run)
-    assert (run / "metadata.json").read_bytes() == before
-    record = resume(run, waived("runtime.finite"))
-    gate = next(g for g in record.gates if g.id == "runtime.finite")
-    assert record.status == "completed"
-    assert (gate.verdict, gate.first_failure_step) == ("fail", 8)
-    assert gate.waiver and gate.waiver.reason == "memory was replaced"
-
-
-class Signal(Callback):
-    """Sends signals to this process, at a preflight phase or after a step."""
-
-    def __init__(self, *numbers, step=None):
-        self.numbers, self.step = numbers, step
-
-    def _send(self):
-        for number in self.numbers:
-            os.kill(os.getpid(), number)
-
-    def on_phase(self, name):
-        if self.step is None and name == "preflight":
-            self._send()
-
-    def on_step(self, trainer, report):
-        if report.step == self.step:
-            self._send()
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "status"),
-    [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")],
-)
-def test_a_signal_in_preflight_ends_with_a_record_and_the_run_is_begun_again(
-    cfg, straight, tmp_path, number, code, status
-):
-    run = tmp_path / "run"
-    with pytest.raises(Stopped) as stopped:
-        begin(cfg, run, Signal(number))
-    assert stopped.value.exit_code == code
-    assert read_record(run / "metadata.json").status == status
-    begin(cfg, run)
-    assert_same_end(straight, run, status)
-
-
-def test_a_request_for_a_checkpoint_in_preflight_does_not_end_the_run(cfg, tmp_path):
-    boundary = cfg.checkpoint.model_copy(update={"every": 100, "signal_boundary": 4})
-    early = cfg.model_copy(update={"checkpoint": boundary})
-    assert begin(early, tmp_path / "run", Signal(signal.SIGUSR1)).status == "completed"
-    assert 4 in [
-        checkpoint.step_of(p) for p in checkpoint.step_folders(tmp_path / "run/checkpoints")
-    ]
-
-
-def test_a_scheduler_that_repeats_sigterm_gets_its_checkpoint(cfg, straight, tmp_path):
-    run = tmp_path / "run"
-    with pytest.raises(Stopped, match="preempted after step 4; its checkpoint is good"):
-        begin(cfg, run, Signal(*[signal.SIGTERM] * 3, step=4))
-    assert checkpoint.load(checkpoint.find(run)).state["step"] == 4
-    resume(run)
-
-
-def test_a_second_ctrl_c_ends_at_once_with_a_record(cfg, straight, tmp_path):
-    run = tmp_path / "run"
-    with pytest.raises(Stopped) as stopped:
-        begin(cfg, run, Signal(signal.SIGINT, signal.SIGINT, step=4))
-    record = read_record(run / "metadata.json")
-    assert stopped.value.exit_code == 130 and record.status == "interrupted"
-    assert checkpoint.load(checkpoint.find(run)).state["step"] == 3
-    resume(run)
-    assert_same_end(straight, run, "twice Ctrl-C")
-
-
-def test_a_disk_without_room_is_refused_before_step_1(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda root: 1000)
-    with pytest.raises(EnvironmentUnfit, match="no room for 2 checkpoint") as error:
-        begin(cfg, tmp_path / "run")
-    assert "1000 bytes free" in str(error.value.value)
-
-
-def test_a_disk_that_fills_up_ends_with_a_record_and_the_run_goes_on_later(
-    cfg, straight, tmp_path, monkeypatch
-):
-    run = tmp_path / "run"
-    free = checkpoint.free_bytes
-    with monkeypatch.context() as patch:
-        full = lambda root: 1000 if (run / "checkpoints/step-00000003").exists() else free(root)  # noqa: E731
-        patch.setattr(checkpoint, "free_bytes", full)
-        with pytest.raises(EnvironmentUnfit, match="no room for 1 checkpoint"):
-            begin(cfg, run)
-    record = read_record(run / "metadata.json")
-    assert (record.status, record.exit_code) == ("failed", 7)
-    resume(run)
-    assert_same_end(straight, run, "a full disk")
-
-
-def test_a_clock_that_is_set_back_leaves_a_valid_record(tmp_path, monkeypatch):
-    import datetime as dt
-
-    builder = RecordBuilder("train", load_spec(), {}, "claim", ("nothing",))
-    earlier = builder.started - dt.timedelta(days=2)
-    monkeypatch.setattr("stackproof.spec.building.utc_now", lambda: earlier)
-    for resumed in (False, True):
-        if resumed:
-            builder.continue_record(builder.id, builder.started.isoformat())
-        record = builder.finish(tmp_path, status="completed", end_reason="x", exit_code=0)
-        assert record.wall_s >= 0 and record.finished_at >= record.started_at
-
-
-def test_leftovers_of_killed_writes_are_cleared_away(interrupted, straight):
-    (interrupted / ".run.json.1.tmp").write_bytes(b"half")
-    (interrupted / "checkpoints/.latest.1.tmp").write_bytes(b"half")
-    (interrupted / "checkpoints/.writing-step-00000009-1").mkdir()
-    resume(interrupted)
-    assert_same_end(straight, interrupted, "leftovers")
-
-
-def test_the_logs_of_a_run_that_never_began_are_not_kept(cfg, straight, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    RunDir(run).log("gates.jsonl", gate="runtime.finite", step=None, verdict="pass")
-    begin(cfg, run)
-    assert_same_end(straight, run, "begun again")
-
-
 # --- what is gone, foreign or beside the run ------------------------------------------------------
 
 
@@ -609,37 +326,6 @@ def test_step_folders_that_became_links_are_not_followed(interrupted, tmp_path):
     (interrupted / "checkpoints/latest").unlink()
     with pytest.raises(CheckpointError, match="are gone"):
         resume(interrupted)
-
-
-@pytest.mark.parametrize("kind", ["a link", "a pipe", "a name that is no text"])
-def test_what_lies_beside_a_run_does_not_change_its_ending(cfg, tmp_path, in_process, kind):
-    run = tmp_path / "run"
-
-    class Placing(Callback):
-        def on_step(self, trainer, report):
-            if report.step != 2:
-                return
-            match kind:
-                case "a link":
-                    (run / "data").symlink_to("/etc")
-                case "a pipe":
-                    os.mkfifo(run / "notes")
-                case _:
-                    with open(os.fsencode(run) + b"/caf\xe9.txt", "wb"):
-                        pass
-
-    assert begin(cfg, run, Placing()).status == "completed"
-    assert read_record(run / "metadata.json").status == "completed"
-    assert in_process("inspect", run, "--verify")[0] == 0
-
-
-def test_checksums_that_cannot_be_written_leave_the_record(cfg, tmp_path, monkeypatch):
-    def full(folder, paths):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checksums, "write_checksums", full)
-    assert begin(cfg, tmp_path / "run").status == "completed"
-    assert read_record(tmp_path / "run/metadata.json").status == "completed"
 
 
 def test_a_refused_resume_leaves_the_checksums(finished):
