@@ -51,6 +51,16 @@ def calls(done: Done) -> list[str]:
     return json.loads(found[0].removeprefix(COUNT))
 
 
+def came(done: Done, fault: str, at: int) -> bool:
+    """Whether the command came to the call with the fault: a kill shows in the exit code, an error
+    in the number of calls.
+    """
+    if fault == "kill":
+        assert done.code in (0, -signal.SIGKILL), (done.code, done.err[-800:])
+        return done.code == -signal.SIGKILL
+    return len(calls(done)) >= at
+
+
 class _Faults:
     """Counts the calls below a folder, and breaks one of them."""
 

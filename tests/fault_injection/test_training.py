@@ -37,50 +37,69 @@ def cache(monkeypatch, cli_cache):
 
 
 def disturbed(straight, tmp_path, name, *faults):
-    """A run that ends by each fault in turn, and then goes on to its end."""
+    """A run that each fault in turn ends, and that then goes on to its end. Returns its folder and
+    how many faults came: a resume may have fewer calls.
+    """
     arguments, _, _, _ = straight
     folder = tmp_path / name
     folder.mkdir()
+    came = 0
     for fault, at in faults:
         done = file_calls.run(
             *again(folder, arguments), folder=folder, fault=fault, at=at, code=UNDER_FAULT
         )
+        came += file_calls.came(done, fault, at)
         if fault != "kill":
             assert_documented(done, f"{fault} at call {at}, SEED={SEED}")
     done = file_calls.run(*again(folder, arguments), folder=folder, code=UNDER_FAULT)
     assert done.code == 0, (faults, done.err[-2000:])
-    return folder
+    return folder, came
+
+
+def places(straight, name, short):
+    """Numbers of calls: some in `make test`, all in `make stress`."""
+    _, _, calls, variant = straight
+    everywhere = range(1, len(calls) + 1)
+    return chance(f"{name} {variant}").sample(everywhere, scaled(short, len(calls)))
 
 
 def test_a_kill_at_any_call_and_a_resume_leave_the_record_of_a_straight_run(straight, tmp_path):
     _, run, calls, variant = straight
-    draw = chance(variant)
-    places = range(1, len(calls) + 1)
-    for n in draw.sample(places, min(scaled(3, 250), len(calls))):
-        folder = disturbed(straight, tmp_path, f"kill-{n}", ("kill", n))
-        assert_same_end(run, folder / "run", f"killed at call {n} ({calls[n - 1]}), SEED={SEED}")
+    chosen = places(straight, "kill", 3)
+    for n in chosen:
+        told = f"killed at call {n} ({calls[n - 1]}), SEED={SEED}"
+        folder, came = disturbed(straight, tmp_path, f"kill-{n}", ("kill", n))
+        assert came == 1, told
+        assert_same_end(run, folder / "run", told)
         shutil.rmtree(folder)
+    print(f"{len(chosen)} kills {variant}, at {len(calls)} calls")
 
 
 def test_three_kills_in_a_row_leave_the_record_of_a_straight_run(straight, tmp_path):
     _, run, calls, variant = straight
-    draw = chance(f"three {variant}")
-    for n in range(scaled(1, 40)):
-        at = [draw.randint(1, len(calls)) for _ in range(3)]
-        folder = disturbed(straight, tmp_path, f"kills-{n}", *(("kill", k) for k in at))
+    draw, kills = chance(f"three {variant}"), 0
+    for n in range(scaled(1, 20)):
+        # A resume has fewer calls than the run it continues.
+        at = [draw.randint(1, len(calls) // k) for k in (1, 3, 6)]
+        folder, came = disturbed(straight, tmp_path, f"kills-{n}", *(("kill", k) for k in at))
+        kills += came
         assert_same_end(run, folder / "run", f"killed at {at}, SEED={SEED}")
         shutil.rmtree(folder)
+    assert kills >= scaled(1, 20)
+    print(f"{kills} kills {variant}, up to three in a run")
 
 
 def test_an_error_at_any_call_ends_documented_and_a_resume_completes(straight, tmp_path):
     _, run, calls, variant = straight
-    draw = chance(f"faults {variant}")
-    for n in draw.sample(range(1, len(calls) + 1), min(scaled(2, 250), len(calls))):
+    draw, chosen = chance(f"kind of {variant}"), places(straight, "error", 2)
+    for n in chosen:
         fault = draw.choice(list(file_calls.FAULTS))
-        folder = disturbed(straight, tmp_path, f"fault-{n}", (fault, n))
         told = f"{fault} at call {n} ({calls[n - 1]}), SEED={SEED}"
+        folder, came = disturbed(straight, tmp_path, f"fault-{n}", (fault, n))
+        assert came == 1, told
         assert_same_end(run, folder / "run", told)
         shutil.rmtree(folder)
+    print(f"{len(chosen)} errors {variant}, at {len(calls)} calls")
 
 
 def test_a_kill_in_a_run_with_preflight_leaves_the_record_of_a_straight_run(tmp_path, text_file):
@@ -88,16 +107,19 @@ def test_a_kill_in_a_run_with_preflight_leaves_the_record_of_a_straight_run(tmp_
     (tmp_path / "straight").mkdir()
     done = file_calls.run(*arguments, folder=tmp_path / "straight")
     assert done.code == 0, done.err
-    places, draw = len(file_calls.calls(done)), chance("preflight")
-    for n in draw.sample(range(1, places + 1), scaled(1, 25)):
+    calls, draw = file_calls.calls(done), chance("preflight")
+    chosen = draw.sample(range(1, len(calls) + 1), scaled(1, 12))
+    for n in chosen:
         folder = tmp_path / f"kill-{n}"
         folder.mkdir()
-        file_calls.run(*arguments, folder=folder, fault="kill", at=n)
+        told = f"killed at {n} ({calls[n - 1]}) with preflight, SEED={SEED}"
+        done = file_calls.run(*arguments, folder=folder, fault="kill", at=n)
+        assert file_calls.came(done, "kill", n), told
         done = file_calls.run(*again(folder, arguments), folder=folder)
         assert done.code == 0, done.err[-2000:]
-        told = f"killed at {n} with preflight, SEED={SEED}"
         assert_same_end(tmp_path / "straight" / "run", folder / "run", told)
         shutil.rmtree(folder)
+    print(f"{len(chosen)} kills with preflight")
 
 
 def test_of_eight_resumes_at_once_one_goes_on_and_none_does_harm(straight, tmp_path):
