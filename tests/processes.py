@@ -1,8 +1,8 @@
 """Commands in processes of their own, forked from one that has imported the libraries: a child has
 its own memory, signals and exit code.
 
-Importing torch and all that hangs on it takes three to five seconds,
-more than most of these commands.
+Importing torch and all that hangs on it takes three to five seconds, and hashing the code of the
+gates one: more than most of these commands.
 """
 
 import json
@@ -34,6 +34,7 @@ PRELOADED = [
     "stackproof.train.start",
     "stackproof.museum.prove",
     "stackproof.evaluate.sampling",
+    "tests.warm",
 ]
 
 

@@ -56,16 +56,16 @@ def disturbed(straight, tmp_path, name, *faults):
     return folder, came
 
 
-def places(straight, name, short):
-    """Numbers of calls: some in `make test`, all in `make stress`."""
+def places(straight, name, short, long):
+    """Numbers of calls: `short` in `make test`, `long` in `make stress`, or all if they are fewer."""
     _, _, calls, variant = straight
     everywhere = range(1, len(calls) + 1)
-    return chance(f"{name} {variant}").sample(everywhere, scaled(short, len(calls)))
+    return chance(f"{name} {variant}").sample(everywhere, min(scaled(short, long), len(calls)))
 
 
 def test_a_kill_at_any_call_and_a_resume_leave_the_record_of_a_straight_run(straight, tmp_path):
     _, run, calls, variant = straight
-    chosen = places(straight, "kill", 3)
+    chosen = places(straight, "kill", 3, 200)
     for n in chosen:
         told = f"killed at call {n} ({calls[n - 1]}), SEED={SEED}"
         folder, came = disturbed(straight, tmp_path, f"kill-{n}", ("kill", n))
@@ -91,7 +91,9 @@ def test_three_kills_in_a_row_leave_the_record_of_a_straight_run(straight, tmp_p
 
 def test_an_error_at_any_call_ends_documented_and_a_resume_completes(straight, tmp_path):
     _, run, calls, variant = straight
-    draw, chosen = chance(f"kind of {variant}"), places(straight, "error", 2)
+    # The calls of both variants are the same ones, in the calling thread or beside it.
+    draw, long = chance(f"kind of {variant}"), 200 if variant == "in background" else len(calls)
+    chosen = places(straight, "error", 2, long)
     for n in chosen:
         fault = draw.choice(list(file_calls.FAULTS))
         told = f"{fault} at call {n} ({calls[n - 1]}), SEED={SEED}"
