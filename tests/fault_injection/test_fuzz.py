@@ -2,6 +2,7 @@
 
 import json
 import random
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evaluate.audit import read_answers
 from stackproof.evaluate.suite import SUITES, load_suite
-from stackproof.export import reading, vocabulary
+from stackproof.export import gguf, reading, vocabulary
 from stackproof.kernels import measured, parity
 from stackproof.model import hugging_face
 from stackproof.museum.plant import FOLDER as PLANTS
@@ -265,6 +266,17 @@ def their_settings(folder: Path) -> Target:
     return Target(path, valid, of_json, read)
 
 
+def gguf_header(folder: Path) -> Target:
+    text = lambda t: struct.pack("<Q", len(t)) + t  # noqa: E731
+    number = text(b"llama.block_count") + struct.pack("<II", 4, 2)
+    name = text(b"general.name") + struct.pack("<I", 8) + text(b"small")
+    words = text(b"tokens") + struct.pack("<IIQ", 9, 8, 2) + text(b"a") + text(b"bc")
+    tensor = text(b"w") + struct.pack("<IQQIQ", 2, 3, 2, 0, 0)
+    valid = b"GGUF" + struct.pack("<IQQ", 3, 1, 3) + number + name + words + tensor + bytes(64)
+    path = folder / "model.gguf"
+    return Target(path, valid, of_bytes, lambda data: gguf.read_header(path))
+
+
 def suite(folder: Path) -> Target:
     path = folder / "suite.toml"
     valid = (SUITES / "domains.toml").read_bytes()
@@ -381,7 +393,18 @@ def kernel_parity(folder: Path) -> Target:
 TARGETS = (
     *(strict, lines, record, ledger, archive, releases, carried, run_json, run_lines, rewound),
     *(manifest, state, pointer, tensors, tokenizer, own_tokenizer, their_config, their_index),
-    *(their_settings, suite, mixture, run_file, settings, gates, plants, failures, findings),
+    *(
+        their_settings,
+        gguf_header,
+        suite,
+        mixture,
+        run_file,
+        settings,
+        gates,
+        plants,
+        failures,
+        findings,
+    ),
     *(registry, answers, data_set, kernels, kernel_parity),
 )
 

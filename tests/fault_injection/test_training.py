@@ -57,7 +57,7 @@ def disturbed(straight, tmp_path, name, *faults):
 
 
 def places(straight, name, short, long):
-    """Numbers of calls: `short` in `make test`, `long` in `make stress`, or all if they are fewer."""
+    """Numbers of calls: `short` in `make test`, `long` in `make stress`, at most all."""
     _, _, calls, variant = straight
     everywhere = range(1, len(calls) + 1)
     return chance(f"{name} {variant}").sample(everywhere, min(scaled(short, long), len(calls)))
