@@ -28,6 +28,7 @@ keeper = start.Gatekeeper
 start.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
 {STACK}
 """
+HANGING_S = 3 * 3600  # longer than any command takes, on any machine
 PRELOADED = [
     "torch._dynamo",
     "stackproof.cli",
@@ -94,8 +95,8 @@ class Command:
     def poll(self) -> int | None:
         return self.process.exitcode
 
-    def wait(self, timeout: float = 240) -> Done:
-        """Raises TimeoutError if the command has not ended in time; it is killed then."""
+    def wait(self, timeout: float = HANGING_S) -> Done:
+        """Raises TimeoutError if the command hangs; it is killed then."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
