@@ -26,7 +26,8 @@ class Meter(callbacks.RunLog):
         logs = {p.name: p.stat().st_size for p in trainer.output.dir.path.glob("*.jsonl")}
         gc.collect()
         meter = {"step": report.step, "memory": pages * os.sysconf("SC_PAGE_SIZE"),
-                 "objects": len(gc.get_objects()), "files": len(os.listdir("/proc/self/fd")), "logs": logs, "wall_s": report.wall_s}
+                 "objects": len(gc.get_objects()), "files": len(os.listdir("/proc/self/fd")),
+                 "logs": logs, "wall_s": report.wall_s}
         with open("meter.jsonl", "a") as f:
             f.write(json.dumps(meter) + "\\n")
 
