@@ -15,7 +15,9 @@ from pathlib import Path
 
 from tests.processes import STACK, Command, Done
 
-CHANGING = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link"}
+# Events of calls that change files, with the place of the folder's descriptor in their arguments.
+CHANGING = {"os.rename": 2, "os.link": 2, "os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
+CHANGING |= {"os.truncate": None}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 FAULTS = {"full": errno.ENOSPC, "broken": errno.EIO, "denied": errno.EACCES}
 COUNT = "file-calls"
@@ -94,7 +96,10 @@ class _Faults:
     def hook(self, event: str, arguments: tuple) -> None:
         opens = event == "open" and not isinstance(arguments[0], int)
         if event in CHANGING or (opens and (arguments[2] or 0) & WRITING):
-            self.call(event.removeprefix("os."), arguments[0])
+            at, path = CHANGING.get(event), arguments[0]
+            if at is not None and arguments[at] >= 0:  # relative to an open folder
+                path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[at]}"), path)
+            self.call(event.removeprefix("os."), path)
 
 
 def arm() -> None:
