@@ -93,6 +93,7 @@ class RunDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.sha256, self.sealed = "", False  # of run.json, as it was written or read
+        self._ended = True  # so far as is known
         self._logs: dict[str, Log] = {}
         self._writing = Lock()  # verdicts on a checkpoint come from the thread that writes it
 
@@ -185,7 +186,7 @@ class RunDir:
         """
         data = canonical_json(line) + b"\n"
         with self._writing:
-            (self.path / checksums.FILE).unlink(missing_ok=True)  # the run continues
+            self._unseal()
             log = self._log(name)
             try:
                 with open_to_append(self.path / name) as f:
@@ -247,7 +248,7 @@ class RunDir:
         """Cut every series back to the lines that belong to a checkpoint, so that replayed steps
         are not logged twice. Returns the bytes cut.
         """
-        (self.path / checksums.FILE).unlink(missing_ok=True)
+        self._unseal()
         cut = 0
         for path in [self.path / name for name in STEPPED if (self.path / name).exists()]:
             n_bytes = marks[path.name]["bytes"] if path.name in marks else 0
@@ -307,7 +308,14 @@ class RunDir:
 
     def seal(self) -> None:
         """Write SHA256SUMS: the run has ended. Raises OSError."""
+        self._ended = True
         checksums.write_checksums(self.path, self.files())
+
+    def _unseal(self) -> None:
+        """Delete SHA256SUMS before the first change: the run continues."""
+        if self._ended:
+            (self.path / checksums.FILE).unlink(missing_ok=True)
+            self._ended = False
 
 
 def _read_into(log: Log, path: Path, n_bytes: int = MAX_SERIES_BYTES) -> None:
