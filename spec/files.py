@@ -57,7 +57,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """
     with open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
-        data = f.read(max_bytes + 1) if size <= max_bytes else b""
+        # room for what the file holds, not for all that is allowed; more if it grows meanwhile
+        data = f.read(size + 1) if size <= max_bytes else b""
+        if size < len(data) <= max_bytes:
+            data += f.read(max_bytes + 1 - len(data))
     if max(size, len(data)) > max_bytes:
         raise FileRefused(
             path, f"holds more than the {max_bytes} bytes that are allowed", errno.EFBIG

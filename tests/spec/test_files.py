@@ -52,6 +52,14 @@ def test_a_regular_file_is_read_through_a_link(tmp_path):
     assert read_bytes(tmp_path / "link", 4) == b"text"
 
 
+def test_a_file_that_holds_more_than_its_stated_size_is_read_whole_and_keeps_its_limit():
+    """The system states 0 bytes for its own files, as for a file that grows while it is read."""
+    status = Path("/proc/self/status")
+    assert status.stat().st_size == 0 and b"\nThreads:" in read_bytes(status)
+    with pytest.raises(FileRefused, match="more than the 100 bytes"):
+        read_bytes(status, 100)
+
+
 def test_a_file_above_the_limit_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "f", "wb") as f:
         f.truncate(2**40)  # takes no room on the disk, and would not fit into memory
