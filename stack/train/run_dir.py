@@ -4,7 +4,8 @@ lines that belong to a checkpoint.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -17,13 +18,13 @@ from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, iso
 from stackproof.spec.canonical import (
     canonical_json,
-    parse_lines,
     parse_strict,
     sha256_bytes,
     sha256_json,
 )
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError, UsageError
 from stackproof.spec.files import (
+    lines_of,
     open_regular,
     open_to_append,
     read_bytes,
@@ -280,14 +281,29 @@ class RunDir:
             write_atomically(self.path / name, kept)
 
     def read_lines(self, name: str) -> list[dict]:
-        """The complete lines of a series; none without its file. Raises IntegrityError naming a
-        damaged line.
+        """The complete lines of a series, all at once, as `lines`."""
+        return list(self.lines(name))
+
+    def lines(self, name: str) -> Iterator[dict]:
+        """The complete lines of a series, one at a time; none without its file. Raises
+        IntegrityError naming a damaged line, FileRefused as `lines_of`.
         """
+        for number, line in self._complete(name):
+            yield parse_strict(line, origin=f"{self.path / name}:{number}")
+
+    def last_line(self, name: str) -> dict | None:
+        """The last complete line of a series, the only one that is parsed; None without one. Raises
+        as `lines`.
+        """
+        for number, line in deque(self._complete(name), maxlen=1):
+            return parse_strict(line, origin=f"{self.path / name}:{number}")
+        return None
+
+    def _complete(self, name: str) -> Iterator[tuple[int, bytes]]:
+        """The number and the bytes of each line of a series that is whole and not blank."""
         path = self.path / name
-        if not path.is_file():
-            return []
-        data = read_bytes(path, MAX_SERIES_BYTES)
-        return parse_lines(data[: data.rfind(b"\n") + 1], origin=str(path))
+        found = lines_of(path, MAX_SERIES_BYTES) if path.is_file() else ()
+        return ((n, line[:-1]) for n, line in found if line.endswith(b"\n") and line.strip())
 
     def files(self) -> list[str]:
         """Paths of all regular files of a finished run that have no manifest of their own: not the

@@ -405,5 +405,5 @@ def _last_loss(trainer: Trainer) -> float | None:
     """
     if trainer.report is not None:
         return trainer.report.loss_nats
-    lines = trainer.output.dir.read_lines("metrics.jsonl")
-    return lines[-1]["loss_nats"] if lines else None
+    last = trainer.output.dir.last_line("metrics.jsonl")
+    return last["loss_nats"] if last else None
