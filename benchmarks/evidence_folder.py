@@ -1,4 +1,5 @@
-"""CPU time and peak memory of the commands that read a large evidence folder.
+"""CPU time and peak memory of the commands that read a large evidence folder, and of the page of a
+run whose log is as long as one can be.
 
     python benchmarks/evidence_folder.py [--records 10000] [--folder DIR] [--json PATH]
 
@@ -13,19 +14,22 @@ import datetime as dt
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stackproof.evidence.ledgering import MAX_ARTEFACT_BYTES
 from stackproof.spec import ROOT
 from stackproof.spec.archive import History
 from stackproof.spec.canonical import canonical_json, canonical_lines, sha256_bytes, sha256_json
 from stackproof.spec.gates import Gate, Spec, load_spec
 from stackproof.spec.ledger import GENESIS, Entry
-from stackproof.spec.records import SCHEMA
+from stackproof.spec.records import SCHEMA, Series
 
 STEPS, VOCAB = 20, 1024
 MODEL = {
@@ -241,6 +245,30 @@ def write_checkout(folder: Path, n: int) -> None:
     write_records(evidence, n, commit=commit.decode().strip(), spec=load_spec(folder))
 
 
+def page_of_a_long_log(folder: Path) -> dict[str, Any]:
+    """CPU seconds and peak bytes of the site's page of a run whose log is as long as the ledger
+    takes it up. The checkout is written to `folder`.
+    """
+    sys.path.insert(0, str(ROOT))
+    from tools.site_pages.runs import run_page
+    from tools.site_pages.world import load_world
+
+    write_checkout(folder, 1)
+    world = load_world(folder, folder / "evidence")
+    (record,) = world.records.values()
+    lines, n_bytes = [], 0
+    while n_bytes < MAX_ARTEFACT_BYTES - 1000:
+        row = {"step": len(lines) + 1, "loss_nats": 7 - len(lines) / 1e7, "grad_norm": 0.5}
+        lines.append(canonical_json(row | {"lr": 1e-3, "tokens_seen": 2048 * len(lines)}) + b"\n")
+        n_bytes += len(lines[-1])
+    (folder / "evidence" / record.id / "metrics.jsonl").write_bytes(data := b"".join(lines))
+    series = (Series(path="metrics.jsonl", sha256=sha256_bytes(data)),)
+    started = time.process_time()
+    run_page(world, record.model_copy(update={"series": series}))
+    used_s, peak = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"code": 0, "cpu_s": used_s, "peak_bytes": peak * 1024, "lines": len(lines)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,6 +290,7 @@ def main() -> int:
             )
         }
         rows = {name: measured(folder, *command) for name, command in commands.items()}
+        rows["page of the longest log"] = page_of_a_long_log(Path(temporary) / "page")
     for name, row in rows.items():
         print(
             f"{name:28} exit {row['code']}  {row['cpu_s']:6.1f} s of CPU  "

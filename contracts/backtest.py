@@ -9,8 +9,10 @@ from pathlib import Path
 from stackproof.contracts.events import Evaluated, Event, Sampled, Started, StepTaken
 from stackproof.contracts.gate import limits_of, resolve
 from stackproof.spec.errors import ConfigError, DataError
+from stackproof.spec.files import lines_of
 from stackproof.spec.gates import load_spec
 
+MAX_LOG_BYTES, MAX_LINE_BYTES = 2**29, 2**20  # a log of a million steps has about 2**28
 # Gates whose events a log line holds completely; the others watch things no log keeps.
 # Each with the key its lines must have.
 REPLAYABLE = {
@@ -101,8 +103,11 @@ def _saved(lines: list[dict], fires: list[int], seconds_per_step: float | None) 
 
 def _read(log: Path) -> list[dict]:
     try:
-        lines = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
+        found = lines_of(log, MAX_LOG_BYTES, MAX_LINE_BYTES)
+        lines = [json.loads(line) for _, line in found if line.strip()]
+        if odd := [x for x in lines if not isinstance(x, dict)]:
+            raise ValueError(f"a line is not an object: {odd[0]!r:.100}")
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(
             f"cannot read the log {log}: {e}",
             allowed="JSON lines",

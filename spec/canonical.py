@@ -177,7 +177,9 @@ def parse_strict(data: bytes, *, origin: str) -> Any:
             value=f"{len(data)} bytes",
             allowed=f"at most {MAX_TEXT_BYTES}",
         )
-    if (n_values := sum(map(data.count, (b",", b"[", b"{")))) > MAX_JSON_VALUES:
+    # a shorter text has no room for more values
+    n_values = 0 if len(data) <= MAX_JSON_VALUES else sum(map(data.count, (b",", b"[", b"{")))
+    if n_values > MAX_JSON_VALUES:
         raise IntegrityError(
             f"{origin} holds too many values to be a record",
             value=f"up to {n_values}",

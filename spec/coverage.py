@@ -73,6 +73,7 @@ class Coverage:
                 seen.killed[kill.plant] = record.id
             else:
                 seen.killed.pop(kill.plant, None)
+        may_discharge = _may_discharge(record)
         for result in record.gates:
             if (seen := self._seen.get(result.id)) is None or result.verdict == "not_run":
                 continue
@@ -80,7 +81,7 @@ class Coverage:
                 seen.has_old_runs = True
                 continue
             seen.last = (record.id, result)
-            if result.verdict == "pass" and _may_discharge(record):
+            if result.verdict == "pass" and may_discharge:
                 seen.passing.append(record.id)
 
     def newest_kills(self, gate_id: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -57,7 +57,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """
     with open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
-        data = f.read(max_bytes + 1) if size <= max_bytes else b""
+        # room for what the file holds, not for all that is allowed; more if it grows meanwhile
+        data = f.read(size + 1) if size <= max_bytes else b""
+        if size < len(data) <= max_bytes:
+            data += f.read(max_bytes + 1 - len(data))
     if max(size, len(data)) > max_bytes:
         raise FileRefused(
             path, f"holds more than the {max_bytes} bytes that are allowed", errno.EFBIG
@@ -73,6 +76,36 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as e:
         raise FileRefused(path, f"is not UTF-8 at byte {e.start}") from e
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a regular file has exactly these bytes. Raises OSError if it cannot be read."""
+    try:
+        return read_bytes(path, len(data)) == data
+    except FileRefused:
+        return False
+
+
+def lines_of(
+    path: Path, max_bytes: int, max_line_bytes: int = MAX_TEXT_BYTES
+) -> Iterator[tuple[int, bytes]]:
+    """The number and the bytes of each line of a regular file, newline included, one at a time. The
+    last one may have none.
+
+    Raises FileRefused at a longer line, for a larger file or one of another kind, OSError if it
+    cannot be read.
+    """
+    left, number = max_bytes, 0
+    with open_regular(path) as f:
+        while line := f.readline(min(max_line_bytes, left) + 1):
+            left, number = left - len(line), number + 1
+            if left < 0:
+                why = f"holds more than the {max_bytes} bytes that are allowed"
+                raise FileRefused(path, why, errno.EFBIG)
+            if len(line) > max_line_bytes:
+                why = f"line {number} holds more than the {max_line_bytes} bytes that are allowed"
+                raise FileRefused(path, why, errno.EFBIG)
+            yield number, line
 
 
 def write_atomically(path: Path, data: bytes) -> None:

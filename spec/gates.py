@@ -4,7 +4,7 @@ together with their checks.
 
 import difflib
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,7 +251,14 @@ class Spec(Frozen):
 
     def required(self, kind: str) -> list[Gate]:
         """The gates of runs of one kind, for every configuration."""
-        return [g for g in self.gates.values() if kind in g.kinds and g.moment != "repository"]
+        return list(self.of_kinds.get(kind, ()))
+
+    @cached_property
+    def of_kinds(self) -> dict[str, tuple[Gate, ...]]:
+        """The gates of runs of each kind, for every configuration, in the order of the spec."""
+        gates = [g for g in self.gates.values() if g.moment != "repository"]
+        kinds = {kind for g in gates for kind in g.kinds}
+        return {kind: tuple(g for g in gates if kind in g.kinds) for kind in kinds}
 
     @property
     def sha256(self) -> str:

@@ -1,5 +1,7 @@
 """The evidence ledger: an append-only hash chain, one canonical JSON line per accepted record."""
 
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +60,15 @@ class Records(Mapping[str, Record]):
         return len(self._entries)
 
 
+def _is_own_file(path: Path) -> bool:
+    """Whether a path is a regular file, and neither it nor its folder is a link."""
+    try:
+        folder = os.lstat(os.path.dirname(path)).st_mode
+        return stat.S_ISREG(os.lstat(path).st_mode) and not stat.S_ISLNK(folder)
+    except OSError:
+        return False
+
+
 class Ledger:
     """The chain in `<directory>/ledger.jsonl`. Its records are in folders beside it or archived."""
 
@@ -97,7 +108,7 @@ class Ledger:
         """The folder of a record. Raises IntegrityError for an id that is a path."""
         if "/" in record_id or "\\" in record_id or record_id.startswith("."):
             raise IntegrityError(f"record id {record_id!r} is not a plain name")
-        return self.directory / record_id / "metadata.json"
+        return self.directory / record_id / METADATA
 
     def content(self, record_id: str, name: str = METADATA) -> bytes:
         """A file of a record, from its folder or, if the file is archived, from git history.
@@ -105,11 +116,13 @@ class Ledger:
         Raises IntegrityError if the file is in neither, NoHistory if this checkout lacks the
         history.
         """
-        path = self.record_path(record_id).with_name(name)
+        path = self.record_path(record_id)
+        if name != METADATA:
+            path = path.with_name(name)
         archived = (record_id, name) in self.archive.by_file
         if archived and not path.exists():
             return self.archive.read(record_id, name)
-        if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+        if not _is_own_file(path):
             unlisted = "" if archived else f", and {self.archive.path.name} does not list it"
             raise IntegrityError(f"{path} is missing or not a regular file{unlisted}")
         try:

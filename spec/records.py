@@ -33,7 +33,8 @@ Kind = Literal[
 Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempted", "failed"]
 Outcome = Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-Scalar = bool | int | float | str | None
+# A float is tried first, as most values are floats; each value keeps its own type in any order.
+Scalar = float | int | bool | str | None
 MOMENT = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$"
 HEX64 = r"^[0-9a-f]{64}$"
 RECORD_ID = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$"
@@ -110,7 +111,7 @@ class Kill(Frozen):
 class Metric(Frozen):
     """One number with unit, sample count and spread. `better` is the good direction."""
 
-    value: int | float | str
+    value: float | int | str
     unit: str
     n: int | None = None
     stderr: float | str | None = None
@@ -222,7 +223,7 @@ def left_out(spec: Spec, record: Record) -> list[str]:
     """
     held = {g.id for g in record.gates}
     return [
-        g.id for g in spec.required(record.kind) if g.applies_to(record.config) and g.id not in held
+        g.id for g in spec.required(record.kind) if g.id not in held and g.applies_to(record.config)
     ]
 
 

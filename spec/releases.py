@@ -13,6 +13,7 @@ from pydantic import Field
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen, Spec
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
@@ -54,7 +55,7 @@ def read_releases(root: Path = ROOT) -> dict[str, dict]:
     Raises IntegrityError naming the first line that cannot be read or reconstructed.
     """
     path = root / FILE
-    return parse_releases(path.read_bytes() if path.is_file() else b"", origin=FILE)
+    return parse_releases(read_bytes(path) if path.is_file() else b"", origin=FILE)
 
 
 def parse_releases(data: bytes, *, origin: str) -> dict[str, dict]:

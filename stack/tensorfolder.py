@@ -14,7 +14,7 @@ from torch import Tensor
 from stackproof import tensorfile
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError
-from stackproof.spec.files import create_durably, sync
+from stackproof.spec.files import create_durably, holds, sync
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64
 
@@ -120,7 +120,7 @@ def compare(folder: Path, content: Content, manifest: bytes) -> None:
         except tensorfile.BadTensorFile as e:
             raise _changed(path, str(e)) from e
     for name, written in (("state.json", content.document), ("manifest.json", manifest)):
-        if (folder / name).read_bytes() != written:
+        if not holds(folder / name, written):
             raise _changed(folder / name, "it is not what was written")
 
 

@@ -16,6 +16,7 @@ from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import StateRestored
 from stackproof.contracts.subject import NotOffered, SavedCheckpoint
+from stackproof.spec.files import read_text
 
 FILE = "stack_gates.json"
 KEPT_BATCHES = 4096  # hashes of one epoch
@@ -219,6 +220,8 @@ def _write(document: dict, folder: Path | None) -> None:
 
 
 def read(folder: Path) -> dict | None:
-    """The document in the folder of a checkpoint, or None."""
+    """The document in the folder of a checkpoint, or None. Raises FileRefused for a larger file
+    than any that is written, ValueError for one that is not JSON.
+    """
     path = folder / FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return json.loads(read_text(path)) if path.is_file() else None

@@ -39,9 +39,9 @@ from stackproof.data.stages import (
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.data.workers import Pool
 from stackproof.evidence.file_lock import file_lock
-from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError, UsageError
-from stackproof.spec.files import remove_leftovers, write_atomically
+from stackproof.spec.files import holds, remove_leftovers, write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.tensorfile import BadTensorFile
 
@@ -201,7 +201,7 @@ def _finished(path: Path, plan: dict) -> dict:
     Raises UsageError if it was built from other sources or another configuration.
     """
     built_from = path.with_name("plan.json")
-    if not built_from.is_file() or built_from.read_bytes() != canonical_json(plan):
+    if not built_from.is_file() or not holds(built_from, canonical_json(plan)):
         raise UsageError(
             f"{path.parent} already holds another data set",
             allowed="a new folder, or the same sources and configuration",
@@ -209,14 +209,14 @@ def _finished(path: Path, plan: dict) -> dict:
         )
     # left by a build that was killed just before its end
     shutil.rmtree(path.with_name(".work"), ignore_errors=True)
-    return parse_strict(path.read_bytes(), origin=str(path))
+    return read_json(path)
 
 
 def _open_work(folder: Path, plan: dict) -> None:
     """Make the work folder of this plan; files of another plan are removed."""
     work = folder / ".work"
     path = work / "plan.json"
-    if work.exists() and not (path.is_file() and path.read_bytes() == canonical_json(plan)):
+    if work.exists() and not (path.is_file() and holds(path, canonical_json(plan))):
         shutil.rmtree(work)
         for leftover in (p for split in SPLITS for p in folder.glob(f"{split}-*.safetensors")):
             leftover.unlink()

@@ -38,8 +38,9 @@ from stackproof.data import corpus, shards
 from stackproof.data.files import Unreadable
 from stackproof.data.filters import rejection
 from stackproof.data.tokenizer import Encoding, Tokenizer, load_tokenizer
-from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError, EnvironmentUnfit, IntegrityError
+from stackproof.spec.files import read_text
 from stackproof.tensorfile import BadTensorFile
 
 try:
@@ -249,7 +250,7 @@ def _part(output: Path, split: str, rank: int, n_tasks: int) -> dict:
         f"delete {path.parent} and completions/{rank:05d} in the logging directory, and run again"
     )
     try:
-        part = parse_strict(path.read_bytes(), origin=str(path))
+        part = read_json(path)
         expected = {"schema": FORMAT, "rank": rank, "n_tasks": n_tasks}
         declared = {key: part[key] for key in expected}
     except (OSError, IntegrityError, KeyError, TypeError) as e:
@@ -286,7 +287,7 @@ def _task_counts(path: Path) -> Counter:
     """
     counts: Counter = Counter()
     try:
-        blocks = [(b["name"], _numbers(b["stats"])) for b in json.loads(path.read_text("utf-8"))]
+        blocks = [(b["name"], _numbers(b["stats"])) for b in json.loads(read_text(path))]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(
             f"{path} has no counts of dropped documents: {e}",

@@ -18,7 +18,7 @@ from stackproof.config import ExactDedup, HashSplit, NearDedup, TailSplit
 from stackproof.data import corpus, dedup, plugins, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import Part, TextSource
-from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.files import write_atomically
 
 SPLITS = ("train", "validation")
@@ -80,7 +80,7 @@ def filter_part(job: FilterJob) -> dict:
     """
     final = part_folder(job)
     if (final / "receipt.json").is_file():
-        return parse_strict((final / "receipt.json").read_bytes(), origin=str(final))
+        return read_json(final / "receipt.json")
     temporary = final.with_name(f".{final.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -202,7 +202,7 @@ def encode_chunk(job: EncodeJob) -> dict:
     """
     done = job.work / f"encoded-{job.number:05d}.json"
     if done.is_file():
-        return parse_strict(done.read_bytes(), origin=str(done))
+        return read_json(done)
     tokenizer = tokenizers.load_tokenizer(job.work / "tokenizer.json")
     documents: dict[str, list[tuple[str, int]]] = {s: [] for s in SPLITS}
     for split, text, digest in chunk_sides(job.split, job.chunk):

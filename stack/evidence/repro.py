@@ -126,6 +126,10 @@ def read_bundle(folder: Path) -> Bundle:
     except OSError as e:
         raise IntegrityError(f"cannot read {path}: {e}") from e
     bundle = validated(Bundle, value, origin=str(path))
+    if TENSORS not in bundle.files:
+        raise IntegrityError(
+            f"{path} states no hash of {TENSORS}", next_step="copy the whole folder again"
+        )
     for name, file in bundle.files.items():
         inside = folder / name
         if (

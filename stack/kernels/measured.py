@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stackproof.kernels.table import Operation
+from stackproof.spec.files import read_bytes
 
 FILE = "kernels.json"
 PACKAGES = ("torch", "triton", "stackproof")
@@ -65,7 +66,7 @@ class _File(BaseModel):
 def _read(path: Path) -> _File:
     """The content of the file; without comparisons if it is missing or unreadable."""
     try:
-        return _File.model_validate_json(path.read_bytes())
+        return _File.model_validate_json(read_bytes(path))
     except (OSError, ValidationError):
         return _File()
 

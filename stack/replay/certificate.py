@@ -120,10 +120,10 @@ def _kill_at(command: list[str], run_dir: Path, log: Path, target: int, draw: ra
 
 def _last_step(run_dir: Path) -> int:
     try:
-        lines = RunDir(run_dir).read_lines("metrics.jsonl")
+        last = RunDir(run_dir).last_line("metrics.jsonl")
     except ValueError:
         return 0
-    return lines[-1]["step"] if lines else 0
+    return last["step"] if last else 0
 
 
 def _judge(
@@ -177,4 +177,4 @@ def _judge(
 
 
 def _resumes(run_dir: Path) -> int:
-    return sum(line["event"] == "resumed" for line in RunDir(run_dir).read_lines("events.jsonl"))
+    return sum(line["event"] == "resumed" for line in RunDir(run_dir).lines("events.jsonl"))

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from stackproof.contracts.subject import Checkpoints, SavedCheckpoint
+from stackproof.spec.files import FileRefused, open_regular, read_bytes, read_text
 from stackproof.subject.run import RunParts
 from stackproof.subject.training import RunTrainee
+from stackproof.tensorfile import MAX_HEADER_BYTES
 from stackproof.train import checkpoint
 
 
@@ -75,16 +77,16 @@ class WrittenCheckpoint(SavedCheckpoint):
         names = {path.name for path in self.folder.iterdir()}
         if missing := [f for f in FILES if f not in names]:
             return [f"{self.folder.name} lacks {', '.join(missing)}"]
-        document = (self.folder / "state.json").read_bytes()
+        document = read_bytes(self.folder / "state.json")
         state = json.loads(document)
-        manifest = json.loads((self.folder / "manifest.json").read_bytes())["files"]
+        manifest = json.loads(read_bytes(self.folder / "manifest.json"))["files"]
         sha256 = {file: digest for file, (digest, _) in self._tensor_files.items()}
         sha256["state.json"] = hashlib.sha256(document).hexdigest()
         bad = [f for f in sha256 if manifest.get(f, {}).get("sha256") != sha256[f]]
         absent = [key for key in REQUIRED_STATE if key not in state]
         latest = self.folder.parent / "latest"
         early = not self.published and latest.is_file()
-        early = early and latest.read_text().strip() == self.folder.name
+        early = early and read_text(latest).strip() == self.folder.name
         problems = {
             "latest names it before its verdict": early,
             f"undeclared files: {', '.join(sorted(names - set(FILES)))}": names - set(FILES),
@@ -105,15 +107,17 @@ class WrittenCheckpoint(SavedCheckpoint):
 
 
 def _contents(path: Path) -> tuple[str, dict[str, int]]:
-    """sha256 of a file, and crc32 of every tensor's bytes in it,
-    read with nothing but the format's definition.
+    """sha256 of a file, and crc32 of every tensor's bytes in it, read with nothing but the format's
+    definition. Raises FileRefused for a header that is larger than any that is written.
     """
     with (
-        open(path, "rb") as f,
+        open_regular(path) as f,
         mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data,
         memoryview(data) as view,
     ):
         (length,) = struct.unpack("<Q", view[:8])
+        if length > MAX_HEADER_BYTES:
+            raise FileRefused(path, f"claims a header of {length} bytes")
         header = json.loads(bytes(view[8 : 8 + length]))
         spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
         crcs = {}

@@ -60,7 +60,7 @@ def _refuse_lost(directory: RunDir) -> None:
     entries = root.iterdir() if root.exists() else ()
     left = sorted(p.name for p in entries if not p.name.startswith("."))
     on_saves = {g.id for g in load_spec().gates.values() if g.moment == "artifact"}
-    lines = (x for x in directory.read_lines("gates.jsonl") if isinstance(x, dict))
+    lines = (x for x in directory.lines("gates.jsonl") if isinstance(x, dict))
     if any(x.get("gate") in on_saves for x in lines):
         left.append("a verdict on a save")
     if left:
@@ -109,7 +109,7 @@ def red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Verd
     Raises ConfigError for one that is not waived.
     """
     gates, red = load_spec().gates, {}
-    for number, line in enumerate(directory.read_lines("gates.jsonl"), start=1):
+    for number, line in enumerate(directory.lines("gates.jsonl"), start=1):
         match line:
             case {"gate": str(gate_id), "verdict": "fail", "step": int(step), "message": str(text)}:
                 gate, measured = gates.get(gate_id), line.get("measured")

@@ -4,7 +4,7 @@ lines that belong to a checkpoint.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -17,13 +17,13 @@ from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, iso
 from stackproof.spec.canonical import (
     canonical_json,
-    parse_lines,
     parse_strict,
     sha256_bytes,
     sha256_json,
 )
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError, UsageError
 from stackproof.spec.files import (
+    lines_of,
     open_regular,
     open_to_append,
     read_bytes,
@@ -281,14 +281,17 @@ class RunDir:
             write_atomically(self.path / name, kept)
 
     def read_lines(self, name: str) -> list[dict]:
-        """The complete lines of a series; none without its file. Raises IntegrityError naming a
-        damaged line.
+        """The complete lines of a series, all at once, as `lines`."""
+        return list(self.lines(name))
+
+    def lines(self, name: str) -> Iterator[dict]:
+        """The complete lines of a series, one at a time; none without its file. Raises
+        IntegrityError naming a damaged line, FileRefused as `lines_of`.
         """
         path = self.path / name
-        if not path.is_file():
-            return []
-        data = read_bytes(path, MAX_SERIES_BYTES)
-        return parse_lines(data[: data.rfind(b"\n") + 1], origin=str(path))
+        for number, line in lines_of(path, MAX_SERIES_BYTES) if path.is_file() else ():
+            if line.endswith(b"\n") and line.strip():
+                yield parse_strict(line[:-1], origin=f"{path}:{number}")
 
     def files(self) -> list[str]:
         """Paths of all regular files of a finished run that have no manifest of their own: not the

@@ -410,7 +410,10 @@ def _last_loss(trainer: Trainer) -> float | None:
     """
     if trainer.report is not None:
         return trainer.report.loss_nats
-    lines = trainer.output.dir.read_lines("metrics.jsonl")
+    last = None
     # A resume that ends in its preflight leaves the lines after its checkpoint.
-    losses = [line["loss_nats"] for line in lines if line["step"] <= trainer.state.step]
-    return losses[-1] if losses else None
+    for line in trainer.output.dir.lines("metrics.jsonl"):
+        match line:
+            case {"step": int(step), "loss_nats": float(loss)} if step <= trainer.state.step:
+                last = loss
+    return last

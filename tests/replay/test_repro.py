@@ -246,6 +246,10 @@ def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
     (folder / repro.DOCUMENT).write_text(json.dumps(document | {"schema": "stackproof/repro/2"}))
     with pytest.raises(IntegrityError, match="schema"):
         repro.read_bundle(folder)
+    files = {n: f for n, f in document["files"].items() if n != repro.TENSORS}
+    (folder / repro.DOCUMENT).write_text(json.dumps(document | {"files": files}))
+    with pytest.raises(IntegrityError, match=f"states no hash of {repro.TENSORS}"):
+        repro.read_bundle(folder)
     (folder / repro.DOCUMENT).write_text(json.dumps(document))
     data = bytearray((folder / repro.TENSORS).read_bytes())
     data[-1] ^= 1

@@ -18,6 +18,7 @@ from stackproof.spec.formulas import (
     tokens_seen,
 )
 from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import GateResult
 from tests.tools import small_repo
 
 JSON = st.recursive(
@@ -133,3 +134,18 @@ def test_arithmetic_of_the_founding_runs():
     matrices = parameter_count(nanolm, 32_000) - 13 * 256
     assert per_token == 6 * matrices + 6 * 6 * 256 * 512
     assert flops_per_token(nanolm, 32_000, 512, backward=False) * 3 == per_token
+
+
+def test_each_measured_value_of_a_record_keeps_its_type():
+    """Equal numbers of two types have two texts elsewhere, such as 1 and True."""
+    given = {"a": 1, "b": 1.0, "c": True, "d": "1", "e": None, "f": 10**400, "g": 0.5}
+    gate = {"id": "loss.golden", "fingerprint": "0" * 64, "verdict": "pass", "checks": 1}
+    held = GateResult.model_validate(gate | {"measured": given}).measured
+    assert {k: (type(v), v) for k, v in held.items()} == {k: (type(v), v) for k, v in given.items()}
+
+
+def test_a_text_with_too_many_values_is_refused_before_it_is_parsed(monkeypatch):
+    monkeypatch.setattr(canonical, "MAX_JSON_VALUES", 10)
+    assert parse_strict(b"[1,1,1,1,1,1,1,1,1,1]", origin="x") == [1] * 10
+    with pytest.raises(IntegrityError, match="x holds too many values"):
+        parse_strict(b"[1,1,1,1,1,1,1,1,1,1,1]", origin="x")

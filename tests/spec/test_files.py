@@ -12,6 +12,8 @@ from stackproof.spec.files import (
     FileRefused,
     create,
     end_last_line,
+    holds,
+    lines_of,
     open_regular,
     open_to_append,
     read_bytes,
@@ -50,6 +52,33 @@ def test_a_regular_file_is_read_through_a_link(tmp_path):
     (tmp_path / "f").write_bytes(b"text")
     (tmp_path / "link").symlink_to("f")
     assert read_bytes(tmp_path / "link", 4) == b"text"
+
+
+def test_a_file_that_holds_more_than_its_stated_size_is_read_whole_and_keeps_its_limit():
+    """The system states 0 bytes for its own files, as for a file that grows while it is read."""
+    status = Path("/proc/self/status")
+    assert status.stat().st_size == 0 and b"\nThreads:" in read_bytes(status)
+    with pytest.raises(FileRefused, match="more than the 100 bytes"):
+        read_bytes(status, 100)
+
+
+def test_lines_are_read_one_by_one_up_to_a_length_and_a_size(tmp_path):
+    (tmp_path / "f").write_bytes(b"one\n\nthree")
+    assert list(lines_of(tmp_path / "f", 10, 5)) == [(1, b"one\n"), (2, b"\n"), (3, b"three")]
+    read = lines_of(tmp_path / "f", 100, 4)
+    assert next(read) == (1, b"one\n") and next(read) == (2, b"\n")
+    with pytest.raises(FileRefused, match="line 3 holds more than the 4 bytes"):
+        next(read)
+    with pytest.raises(FileRefused, match="f holds more than the 9 bytes"):
+        list(lines_of(tmp_path / "f", 9, 5))
+
+
+def test_the_content_of_a_file_is_compared_without_reading_a_larger_one(tmp_path):
+    (tmp_path / "f").write_bytes(b"text")
+    assert holds(tmp_path / "f", b"text")
+    assert not holds(tmp_path / "f", b"tex") and not holds(tmp_path / "f", b"texts")
+    with pytest.raises(FileNotFoundError):
+        holds(tmp_path / "g", b"text")
 
 
 def test_a_file_above_the_limit_is_refused_before_it_is_read(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import tarfile
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from stackproof.spec import findings
 from stackproof.spec.archive import History
 from stackproof.spec.coverage import Coverage, GateState
@@ -18,8 +19,9 @@ from stackproof.spec.errors import IntegrityError, NoHistory, StackproofError
 from stackproof.spec.failures import Catalogue, load_catalogue
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger, Records
-from stackproof.spec.records import Record
+from stackproof.spec.records import Record, Series
 from stackproof.spec.registry import Release, read_registry
+from stackproof.spec.releases import read_releases
 from tools.exhibits import Exhibit, read_exhibits
 from tools.integrity.glance import Glance, glance_at
 from tools.source import Definition, definitions
@@ -266,6 +268,11 @@ class Repo(Checkout):
         return self.spec.sha256
 
     @cached_property
+    def releases(self) -> dict[str, dict]:
+        """Releases of the spec by version, oldest first."""
+        return read_releases(self.root)
+
+    @cached_property
     def catalogue(self) -> Catalogue:
         return load_catalogue(self.root)
 
@@ -384,14 +391,24 @@ class Repo(Checkout):
             return []
         if self._last_series[0] != (record.id, name):
             try:
-                data = self.ledger.series(record, declared)
+                data = self.series_bytes(record, declared)
             except StackproofError:
                 data = b""
-            lines = [json.loads(line) for line in data.decode("utf-8").splitlines()]
+            lines = [from_json(line) for line in data.decode("utf-8").splitlines()]
             self._last_series = (record.id, name), lines
         return self._last_series[1]
 
     _last_series: tuple[tuple[str, str], list[dict]] = ("", ""), []
+
+    def series_bytes(self, record: Record, declared: Series) -> bytes:
+        """The bytes of a series, hashed; those that were read last are kept. Raises as
+        `Ledger.series`.
+        """
+        if self._last_bytes[0] != (record.id, declared):
+            self._last_bytes = (record.id, declared), self.ledger.series(record, declared)
+        return self._last_bytes[1]
+
+    _last_bytes: tuple[tuple[str, Series | None], bytes] = ("", None), b""
 
     def python_functions(self, path: str) -> dict[str, Definition]:
         """Functions and classes of a Python file by name."""

@@ -1,8 +1,11 @@
 """Rules about the ledger and the records in it."""
 
 import datetime as dt
+import json
 import math
+import os
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 
 from stackproof.spec import formulas
@@ -20,6 +23,7 @@ EXIT_OF_STATUS = {
 }
 ROOFLINE_FLOPS = 2e15  # dense bf16 rate of one current accelerator, rounded up
 LOG = "metrics.jsonl"
+NUMBERS = (int, float)
 
 
 @rule(
@@ -64,7 +68,9 @@ def record_hash(repo: Repo) -> Messages:
 )
 def record_orphan(repo: Repo) -> Messages:
     known = {e.record for e in repo.entries}
-    folders = {p.name for p in (repo.root / "evidence").glob("[!.]*") if p.is_dir()}
+    here = repo.root / "evidence"
+    beside = os.scandir(here) if here.is_dir() else ()
+    folders = {x.name for x in beside if not x.name.startswith(".") and x.is_dir()}
     for name in sorted(folders - known):
         yield At("lies here without a ledger line", path=f"evidence/{name}")
     for name in sorted(known - folders - repo.ledger.archive.by_record.keys()):
@@ -81,7 +87,7 @@ def record_orphan(repo: Repo) -> Messages:
 def artefact_hash(repo: Repo, record: Record) -> Messages:
     for series in record.series:
         try:
-            repo.ledger.series(record, series)
+            repo.series_bytes(record, series)
         except NoHistory:
             continue  # ARCHIVE reports it as not verified
         except StackproofError as e:
@@ -157,10 +163,17 @@ def _rate_problems(record: Record, wall_s: float) -> Messages:
         yield f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are {true:.0f}"
     if train_s and train_s > wall_s * 1.05 + 5:
         yield f"train_s = {train_s} is longer than wall_s = {wall_s}, its parents' included"
-    model, vocab_size = translated(record.config)["model"], int(number(record, "vocab_size"))
-    flops = formulas.flops_per_token(model, vocab_size, model["max_seq_len"])
+    model = translated(record.config)["model"]
+    flops = _flops_per_token(json.dumps(model), int(number(record, "vocab_size")))
     if rate * flops > ROOFLINE_FLOPS:
         yield f"{rate:.3g} tokens/s need {rate * flops:.2g} FLOP/s, more than one device has"
+
+
+@lru_cache(maxsize=256)
+def _flops_per_token(model_json: str, vocab_size: int) -> int:
+    """FLOPs per trained token of a model section, which many runs share."""
+    model = json.loads(model_json)
+    return formulas.flops_per_token(model, vocab_size, model["max_seq_len"])
 
 
 @rule(
@@ -174,7 +187,7 @@ def finite(repo: Repo, record: Record) -> Messages:
     if not record.succeeded:
         return
     for name, metric in record.metrics.items():
-        if not isinstance(metric.value, int | float) or not math.isfinite(metric.value):
+        if not isinstance(metric.value, NUMBERS) or not math.isfinite(metric.value):
             yield f"{name} = {metric.value}"
     for line in repo.series(record, LOG):
         if any(isinstance(line.get(k), str) for k in ("loss_nats", "grad_norm")):

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stackproof.spec.canonical import sha256_json
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Record
 from stackproof.spec.renamed_keys import translated
 
@@ -20,7 +19,6 @@ class Glance:
     claim: str
     series: dict[str, str]
     val_loss_nats: float | None
-    trained_by: str  # hash of the part of the configuration that decides the numbers
     is_on_built_data: bool
     manifests_in: frozenset[str]
     manifests_out: frozenset[str]
@@ -40,7 +38,6 @@ def glance_at(record: Record) -> Glance:
         claim=record.claim,
         series={s.path: s.sha256 for s in record.series},
         val_loss_nats=loss,
-        trained_by="" if loss is None else sha256_json(trained_by(record)),
         is_on_built_data=record.kind == "train" and corpus.get("kind") == "built",
         manifests_in=_manifests(record.inputs),
         manifests_out=_manifests(record.outputs),

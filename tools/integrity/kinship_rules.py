@@ -1,7 +1,9 @@
 """Rules about relations between records: parents, the data of a run, and equal runs."""
 
+from stackproof.spec.canonical import sha256_json
 from stackproof.spec.records import Record
 from tools.integrity.core import At, Messages, Repo, each_record, rule
+from tools.integrity.glance import trained_by
 
 
 @rule(
@@ -39,10 +41,20 @@ def data_record(repo: Repo) -> Messages:
 )
 def dup_metrics(repo: Repo) -> Messages:
     seen: dict[float, str] = {}
+    of_twins: dict[str, str] = {}
     for name, glance in repo.glances.items():
         if glance.kind != "train" or glance.val_loss_nats is None:
             continue
         twin = seen.setdefault(glance.val_loss_nats, name)
-        if repo.glances[twin].trained_by != glance.trained_by:
+        if twin == name:
+            continue
+        if twin not in of_twins:
+            of_twins[twin] = _trained_by(repo, twin)
+        if of_twins[twin] != _trained_by(repo, name):
             message = f"has the same held-out loss as {twin} under another configuration"
             yield At(message, path=repo.record_file(name))
+
+
+def _trained_by(repo: Repo, name: str) -> str:
+    """Hash of the part of a run's configuration that decides its numbers."""
+    return sha256_json(trained_by(repo.records[name]))

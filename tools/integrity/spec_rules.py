@@ -10,11 +10,9 @@ from stackproof.spec.errors import IntegrityError, StackproofError
 from stackproof.spec.failures import Failure, answering_gates
 from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import Gate, Limit, normative_fields
-from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import read_record
-from stackproof.spec.registry import read_registry
 from stackproof.spec.releases import FILE as RELEASES
-from stackproof.spec.releases import frozen_release, read_releases, release_text
+from stackproof.spec.releases import frozen_release, release_text
 from tools.exhibits import Exhibit, edits_by_target, source_of
 from tools.integrity.core import (
     LEDGER,
@@ -44,9 +42,9 @@ def schema(repo: Repo) -> Messages:
     readers = {
         "spec": lambda: repo.spec,
         "spec/failures": lambda: repo.catalogue,
-        LEDGER: lambda: Ledger(repo.root / "evidence").entries(),
+        LEDGER: lambda: repo.entries,
         "evidence/archive.jsonl": lambda: repo.ledger.archive.lines,
-        REGISTRY: lambda: read_registry(repo.root / REGISTRY),
+        REGISTRY: lambda: repo.registry,
     }
     for path in sorted((repo.root / "evidence").glob("*/metadata.json")):
         if path.parent.name not in repo.valid_records():
@@ -97,7 +95,7 @@ def id_unique(repo: Repo) -> Messages:
 )
 def spec_nobump(repo: Repo) -> Messages:
     version = repo.spec.version
-    release = read_releases(repo.root).get(version)
+    release = repo.releases.get(version)
     if release is None:
         yield At(f"version {version} was never frozen", path=RELEASES)
         return
@@ -122,7 +120,7 @@ def spec_changelog(repo: Repo) -> Messages:
     number = lambda text: tuple(int(part) for part in text.split("."))  # noqa: E731
     if not re.search(rf"^## {re.escape(version)}\b", repo.text(CHANGELOG), re.M):
         yield At(f"there is no section for version {version}", path=CHANGELOG)
-    for frozen in read_releases(repo.root):
+    for frozen in repo.releases:
         if number(frozen) > number(version):
             message = f"version {version} is older than the frozen {frozen}"
             yield At(message, path="spec/spec.toml")
@@ -136,7 +134,7 @@ def spec_changelog(repo: Repo) -> Messages:
     over=at("spec/tombstones.toml"),
 )
 def gate_tombstone(repo: Repo) -> Messages:
-    released = {gate for release in read_releases(repo.root).values() for gate in release["gates"]}
+    released = {gate for release in repo.releases.values() for gate in release["gates"]}
     for gate_id in sorted(released - repo.spec.gates.keys() - repo.spec.tombstones.keys()):
         yield f"gate {gate_id} was released and is gone without a successor"
 
@@ -150,7 +148,7 @@ def gate_tombstone(repo: Repo) -> Messages:
 def goalpost(repo: Repo) -> Messages:
     version, sections = repo.spec.version, re.split(r"^## ", repo.text(CHANGELOG), flags=re.M)
     current = next((s for s in sections if s.startswith(version)), "")
-    for release in reversed(read_releases(repo.root).values()):
+    for release in reversed(repo.releases.values()):
         is_former = release["version"] != version
         for gate_id, frozen in release["gates"].items():
             if gate_id in repo.spec.gates and not (is_former and gate_id in current):
@@ -178,7 +176,7 @@ def _loosened(gate: Gate, frozen: dict[str, dict]) -> Iterator[tuple[str, float,
 )
 def release_frozen(repo: Repo) -> Messages:
     try:
-        releases = read_releases(repo.root)
+        releases = repo.releases
     except IntegrityError as e:
         yield e.what
         return
