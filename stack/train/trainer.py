@@ -414,6 +414,6 @@ def _last_loss(trainer: Trainer) -> float | None:
     # A resume that ends in its preflight leaves the lines after its checkpoint.
     for line in trainer.output.dir.lines("metrics.jsonl"):
         match line:
-            case {"step": int(step), "loss_nats": float(loss)} if step <= trainer.state.step:
-                last = loss
+            case {"step": int(step), "loss_nats": float(loss) | int(loss)}:
+                last = loss if step <= trainer.state.step else last
     return last
