@@ -17,6 +17,7 @@ from typer.main import get_command
 from stackproof.cli.trace import app
 from stackproof.spec.canonical import parse_lines, sha256_file
 from stackproof.spec.errors import IntegrityError, UsageError
+from stackproof.spec.files import read_bytes
 from stackproof.spec.records import Record, read_record
 
 # Newer versions of typer include a copy of click.
@@ -144,7 +145,7 @@ def largest_difference(recorded: Path, now: Path) -> tuple[float, str]:
     a robust z to at least 1.
     """
     before, after = (
-        dict(_leaves(parse_lines(p.read_bytes(), origin=str(p)))) for p in (recorded, now)
+        dict(_leaves(parse_lines(read_bytes(p), origin=str(p)))) for p in (recorded, now)
     )
     if before.keys() != after.keys():
         return math.inf, next(iter(before.keys() ^ after.keys()))

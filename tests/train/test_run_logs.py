@@ -8,7 +8,7 @@ import pytest
 from stackproof.spec.canonical import canonical_lines
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import FileRefused
-from stackproof.train import restart, run_dir
+from stackproof.train import restart, run_dir, trainer
 from stackproof.train.run_dir import RunDir
 
 MAX_BYTES = 2**20  # of the lines in memory; all of them together take ten times as much
@@ -22,6 +22,11 @@ def directory(tmp_path):
     for name in ("gates.jsonl", "metrics.jsonl"):
         (tmp_path / name).write_bytes(canonical_lines(lines) + b'\n{"step":8,"loss')
     return RunDir(tmp_path)
+
+
+def last_loss(directory, step=9):
+    state, output = SimpleNamespace(step=step), SimpleNamespace(dir=directory)
+    return trainer._last_loss(SimpleNamespace(report=None, state=state, output=output))
 
 
 def peak(read) -> int:
@@ -38,7 +43,7 @@ def peak(read) -> int:
     [
         lambda d: restart.red_verdicts(d, SETTINGS),
         lambda d: restart._refuse_lost(d),
-        lambda d: d.last_line("metrics.jsonl"),
+        lambda d: last_loss(d),
         lambda d: sum(1 for _ in d.lines("gates.jsonl")),
     ],
     ids=["red verdicts", "lost checkpoints", "last loss", "lines"],
@@ -49,19 +54,22 @@ def test_a_resume_does_not_hold_a_log_in_memory(directory, read):
     assert peak(lambda: directory.read_lines("gates.jsonl")) > 4 * MAX_BYTES
 
 
-def test_the_last_line_is_the_last_complete_one(directory):
-    assert directory.last_line("metrics.jsonl") == directory.read_lines("metrics.jsonl")[-1]
-    assert directory.last_line("metrics.jsonl")["loss_nats"] == 19_999 / 7
-    assert directory.last_line("samples.jsonl") is None
-    (directory.path / "samples.jsonl").write_bytes(b'{"step":1')
-    assert directory.last_line("samples.jsonl") is None
-    (directory.path / "samples.jsonl").write_bytes(b'{"step":1}\n{"step":\n\n')
-    with pytest.raises(IntegrityError, match=r"samples\.jsonl:2 is not strict JSON"):
-        directory.last_line("samples.jsonl")
+def test_the_last_loss_is_that_of_the_last_complete_line_up_to_a_step(directory):
+    log = directory.path / "metrics.jsonl"
+    assert last_loss(directory) == 19_999 / 7
+    rows = [{"step": n, "loss_nats": loss} for n, loss in ((1, 3.5), (2, 2.0), (3, 1.5))]
+    log.write_bytes(canonical_lines(rows) + b'\n{"step":3')
+    assert [last_loss(directory, step) for step in (0, 1, 2, 9)] == [None, 3.5, 2, 1.5]
+    log.write_bytes(b'[]\n{"step":1}\n')
+    assert last_loss(directory) is None
+    log.write_bytes(b'{"step":1,"loss_nats":2.5}\n{"step":\n\n')
+    with pytest.raises(IntegrityError, match=r"metrics\.jsonl:2 is not strict JSON"):
+        last_loss(directory)
+    log.unlink()
+    assert last_loss(directory) is None
 
 
 def test_a_log_above_the_limit_is_refused(directory, monkeypatch):
     monkeypatch.setattr(run_dir, "MAX_SERIES_BYTES", 1000)
-    for read in (directory.read_lines, directory.last_line):
-        with pytest.raises(FileRefused, match="holds more than the 1000 bytes"):
-            read("gates.jsonl")
+    with pytest.raises(FileRefused, match="holds more than the 1000 bytes"):
+        directory.read_lines("gates.jsonl")
