@@ -20,7 +20,7 @@ def freeze(root: Path) -> int:
     """Freeze the spec of a checkout. Lines that were never committed are replaced."""
     spec, path = load_spec(root), root / FILE
     release = frozen_release(spec)
-    committed = History(root).git("show", f"HEAD:{FILE}")
+    committed = History(root).git("cat-file", "blob", f"HEAD:{FILE}")
     if committed is None:
         committed = path.read_bytes() if path.is_file() else b""
     releases = parse_releases(committed, origin=FILE)

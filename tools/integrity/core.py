@@ -1,9 +1,6 @@
 """Rules of the repository, the loop that runs them, and the checkout as they read it."""
 
-import hashlib
-import io
 import json
-import tarfile
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -163,12 +160,6 @@ def number(record: Record, name: str) -> float | None:
     return float(metric.value) if metric is not None else None
 
 
-def git_blob_id(data: bytes, length: int = 40) -> str:
-    """The id of a file's content in git; 64 digits long in a sha256 repository."""
-    algorithm = hashlib.sha256 if length == 64 else hashlib.sha1
-    return algorithm(b"blob %d\0" % len(data) + data).hexdigest()
-
-
 class Checkout:
     """Files and history of a repository."""
 
@@ -187,15 +178,19 @@ class Checkout:
         """A temporary folder with files as a commit holds them.
         Raises IntegrityError if git cannot read them.
         """
-        archive = self.history.git("archive", commit, "--", *paths)
-        if archive is None:
-            raise IntegrityError(f"commit {commit[:12]} cannot be read", value=", ".join(paths))
-        with (
-            tempfile.TemporaryDirectory(prefix="stackproof-commit-") as folder,
-            tarfile.open(fileobj=io.BytesIO(archive)) as files,
-        ):
-            files.extractall(folder, filter="data")
-            yield Path(folder)
+        files = self.history.files(commit, *paths)
+        with tempfile.TemporaryDirectory(prefix="stackproof-commit-") as name:
+            folder = Path(name).resolve()
+            for path, data in zip(files, self.history.read(list(files.values()))):
+                target = folder / path
+                if data is None or ".." in target.parts:
+                    files = {}
+                    break
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+            if not files:
+                raise IntegrityError(f"commit {commit[:12]} cannot be read", value=", ".join(paths))
+            yield folder
 
     @cached_property
     def tracked(self) -> list[str]:
@@ -234,7 +229,7 @@ class Checkout:
         file = self.root / path
         later = file.read_bytes().decode("utf-8", errors="replace") if file.is_file() else ""
         for commit in (self.git("log", "--format=%H", "-50", "--", path) or "").split():
-            then = self.git("show", f"{commit}:{path}") or ""
+            then = self.git("cat-file", "blob", f"{commit}:{path}") or ""
             if not later.startswith(then):
                 yield f"lines committed in {commit[:10]} were changed or removed"
                 return
@@ -317,7 +312,8 @@ class Repo(Checkout):
         if commit not in self.ancestors:
             return None
         if commit not in self._spec_texts:
-            self._spec_texts[commit] = self.git("show", f"{commit}:spec/spec.toml")
+            text = self.git("cat-file", "blob", f"{commit}:spec/spec.toml")
+            self._spec_texts[commit] = text
         return self._spec_texts[commit]
 
     @cached_property

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackproof.spec.archive import Archived, History
+from stackproof.spec.archive import Archived, run_git
 from stackproof.spec.canonical import parse_lines
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError
@@ -102,8 +102,7 @@ def load_world(root: Path, evidence: Path) -> World:
     if problems := ledger.problems():
         raise IntegrityError(f"{ledger.path}:{problems[0][0]}: {problems[0][1]}")
     built = _build_time()
-    history = History(root)
-    head, changes = history.git("rev-parse", "HEAD"), history.git("status", "--porcelain")
+    head, changes = run_git(root, "rev-parse", "HEAD"), run_git(root, "status", "--porcelain")
     findings = read_findings(evidence / FINDINGS)
     return World(
         root=root,
