@@ -8,7 +8,7 @@ import numpy as np
 
 from stackproof import tensorfile
 from stackproof.config import Built, DataConfig
-from stackproof.data import build, corpus, filters, packing, receipts
+from stackproof.data import build, corpus, filters, packing
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.build import FORMAT, Progress
 from stackproof.data.manifest import read_manifest
@@ -182,7 +182,6 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
                 allowed=FORMAT,
                 next_step=rebuild,
             )
-        receipts.table(manifest["sources"])  # raises for sources of another form
         for split in SPLITS:
             for entry in manifest["splits"][split]["shards"]:
                 verify_shard(folder / entry["path"], entry, cfg.verify)

@@ -189,6 +189,7 @@ MANIFEST += [
     "config.filters",
     "filters",
     "splits.train.tokens",
+    "decontamination",
 ]
 RECORD = "id kind command config inputs series metrics gates overrides parents wall_s".split()
 
