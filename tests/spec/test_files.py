@@ -1,7 +1,9 @@
 """What is opened, written and deleted, and what is refused."""
 
+import errno
 import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from stackproof.spec.files import (
     read_text,
     remove_folder,
     remove_leftovers,
+    sync,
     write_atomically,
 )
 from stackproof.spec.tables import parse_toml
@@ -162,3 +165,31 @@ def test_a_key_of_many_parts_is_refused_and_a_long_text_is_not():
     text = "a" * 2**20
     assert parse_toml(f'x = "{text}"  # {text}') == {"x": text}
     assert parse_toml("a.b.c = 1") == {"a": {"b": {"c": 1}}}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_a_file_system_that_cannot_sync_a_folder_is_no_error(tmp_path, monkeypatch, number, of):
+    """Every other error of a folder is one, and every error of a file."""
+    fsync, asked = os.fsync, []
+
+    def failing(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        asked.append(is_folder)
+        if is_folder == (of == "folder"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    (tmp_path / "f").write_bytes(b"old")
+    if of == "folder" and number in (errno.EINVAL, errno.ENOTSUP):
+        write_atomically(tmp_path / "f", b"new")
+        assert asked == [False, True] and (tmp_path / "f").read_bytes() == b"new"
+        return
+    for act in (
+        lambda: write_atomically(tmp_path / "f", b"new"),
+        lambda: sync(tmp_path if of == "folder" else tmp_path / "f"),
+    ):
+        with pytest.raises(OSError) as error:
+            act()
+        assert error.value.errno == number
