@@ -5,7 +5,9 @@ Only regular files are opened, up to a size. Nothing is written or deleted throu
 
 import errno
 import os
+import re
 import shutil
+import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,7 +85,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises FileRefused if the folder is a link, OSError if the file cannot be written.
     """
     require_own(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{process_name()}{TEMPORARY}")
     try:
         create_durably(temporary, data, replace=True)
         os.replace(temporary, path)
@@ -94,8 +96,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def process_name() -> str:
+    """Host and number of this process, for names of temporary files: hosts that share a disk may
+    have processes of the same number.
+    """
+    return f"{host_name()}-{os.getpid()}"
+
+
+def host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed `write_atomically` left in a folder that no other process writes to."""
+    """Delete what a killed `write_atomically` left, whatever its process and host. The caller holds
+    the lock of the folder, under which no other process writes to it.
+    """
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 

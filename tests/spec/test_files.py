@@ -16,6 +16,7 @@ from stackproof.spec.files import (
     end_last_line,
     open_regular,
     open_to_append,
+    process_name,
     read_bytes,
     read_text,
     remove_folder,
@@ -86,7 +87,7 @@ def test_an_atomic_write_replaces_a_link_and_leaves_its_target(tmp_path):
 
 def test_a_prepared_temporary_is_not_written_through(tmp_path):
     (tmp_path / "target").write_bytes(b"mine")
-    (tmp_path / f".f.{os.getpid()}.tmp").symlink_to("target")
+    (tmp_path / f".f.{process_name()}.tmp").symlink_to("target")
     write_atomically(tmp_path / "f", b"new")
     assert (tmp_path / "target").read_bytes() == b"mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "target"]
