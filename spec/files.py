@@ -16,6 +16,25 @@ from typing import BinaryIO
 
 MAX_TEXT_BYTES = 32 * 2**20
 TEMPORARY = ".tmp"
+REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EACCES: "correct the permissions of {path} and of its folder",
+    errno.EPERM: "correct the permissions of {path} and of its folder",
+    errno.EROFS: "make the file system of {path} writable",
+    errno.EIO: "check the disk of {path}",
+    errno.EMFILE: "raise the limit of open files",
+    errno.ENFILE: "raise the limit of open files",
+    errno.ENOENT: "restore {path}",
+    errno.ENOTDIR: "move the file in the place of a folder away",
+    errno.EISDIR: "move {path} away",
+    errno.EEXIST: "move {path} away",
+    errno.ELOOP: "move {path} away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EINVAL: "move {path} away",
+    errno.EFBIG: "make {path} smaller",
+    errno.EILSEQ: "restore {path}",
+}
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -37,6 +56,17 @@ class FileRefused(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename} {self.strerror}"
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about a file that could not be read or written, as the beginning of a next
+    step. `error` is an OSError, or another error that one caused.
+    """
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError):
+        return "remove the cause"
+    path = "the file" if cause.filename is None else os.fsdecode(cause.filename)
+    return REMEDIES.get(cause.errno or 0, "remove the cause").format(path=path)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -75,7 +105,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     try:
         return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise FileRefused(path, f"is not UTF-8 at byte {e.start}") from e
+        raise FileRefused(path, f"is not UTF-8 at byte {e.start}", errno.EILSEQ) from e
 
 
 def write_atomically(path: Path, data: bytes) -> None:

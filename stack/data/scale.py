@@ -42,7 +42,7 @@ from stackproof.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from stackproof.evidence.file_lock import remove_abandoned
 from stackproof.spec.canonical import canonical_json, parse_strict
 from stackproof.spec.errors import DataError, EnvironmentUnfit, IntegrityError
-from stackproof.spec.files import process_name
+from stackproof.spec.files import process_name, remedy
 from stackproof.tensorfile import BadTensorFile
 
 try:
@@ -184,7 +184,7 @@ class TokenizeBlock(PipelineStep):
         except (OSError, BadTensorFile) as e:
             raise DataError(
                 f"the shards could not be written to {part}: {e}",
-                next_step="free space or choose another folder",
+                next_step=f"{remedy(e)}, or choose another folder",
             ) from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

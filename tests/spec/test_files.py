@@ -19,6 +19,7 @@ from stackproof.spec.files import (
     process_name,
     read_bytes,
     read_text,
+    remedy,
     remove_folder,
     remove_leftovers,
     sync,
@@ -194,3 +195,42 @@ def test_a_file_system_that_cannot_sync_a_folder_is_no_error(tmp_path, monkeypat
         with pytest.raises(OSError) as error:
             act()
         assert error.value.errno == number
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EACCES, "correct the permissions of a/f and of its folder"),
+        (errno.EROFS, "make the file system of a/f writable"),
+        (errno.EIO, "check the disk of a/f"),
+        (errno.EMFILE, "raise the limit of open files"),
+        (errno.EEXIST, "move a/f away"),
+        (errno.EXDEV, "remove the cause"),
+    ],
+)
+def test_the_next_step_is_that_of_the_error(number, advice):
+    assert remedy(OSError(number, os.strerror(number), "a/f")) == advice
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link"])
+def test_what_is_no_regular_file_is_moved_away(tmp_path, kind):
+    path = tmp_path / "f"
+    path.symlink_to("elsewhere") if kind == "link" else made(kind, path)
+    with pytest.raises(OSError) as error:
+        open_to_append(path)
+    assert remedy(error.value) == f"move {path} away"
+
+
+def test_the_next_step_is_that_of_the_cause(tmp_path):
+    (tmp_path / "f").write_bytes(b"a\xff")
+    with pytest.raises(FileRefused) as refused:
+        read_text(tmp_path / "f")
+    assert remedy(refused.value) == f"restore {tmp_path / 'f'}"
+    with pytest.raises(FileRefused) as refused:
+        read_bytes(tmp_path / "f", 1)
+    assert remedy(refused.value) == f"make {tmp_path / 'f'} smaller"
+    wrapped = IntegrityError("x")
+    assert remedy(wrapped) == "remove the cause"
+    wrapped.__cause__ = OSError(errno.ENOSPC, "full")
+    assert remedy(wrapped) == "free space"
