@@ -1,6 +1,5 @@
 """Rules of the repository, the loop that runs them, and the checkout as they read it."""
 
-import json
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger, Records
 from stackproof.spec.records import Record
 from stackproof.spec.registry import Release, read_registry
+from stackproof.spec.series import parse_series
 from tools.exhibits import Exhibit, read_exhibits
 from tools.integrity.glance import Glance, glance_at
 from tools.source import Definition, definitions
@@ -372,8 +372,8 @@ class Repo(Checkout):
 
     def series(self, record: Record | None, name: str) -> list[dict]:
         """Lines of a series beside a record; those that were read last are kept. Empty if the
-        record has none, or if a file does not match its hash, which RECORD-HASH and ARTEFACT-HASH
-        report.
+        record has none, if a file does not match its hash, or if a line is invalid, which
+        RECORD-HASH, ARTEFACT-HASH and SERIES-TYPED report.
         """
         declared = next((s for s in record.series if s.path == name), None) if record else None
         if declared is None:
@@ -381,9 +381,9 @@ class Repo(Checkout):
         if self._last_series[0] != (record.id, name):
             try:
                 data = self.ledger.series(record, declared)
+                lines = parse_series(data, name, origin=self.record_file(record.id, name))
             except StackproofError:
-                data = b""
-            lines = [json.loads(line) for line in data.decode("utf-8").splitlines()]
+                lines = []
             self._last_series = (record.id, name), lines
         return self._last_series[1]
 
