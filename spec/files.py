@@ -5,9 +5,9 @@ Only regular files are opened, up to a size. Nothing is written or deleted throu
 
 import errno
 import os
+import platform
 import re
 import shutil
-import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -134,7 +134,7 @@ def process_name() -> str:
 
 
 def host_name() -> str:
-    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+    return re.sub(r"[^A-Za-z0-9.]", "_", platform.node())
 
 
 def remove_leftovers(folder: Path) -> None:

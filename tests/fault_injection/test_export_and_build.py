@@ -3,8 +3,8 @@ finishes, and nothing is left beside the result.
 """
 
 import os
+import platform
 import signal
-import socket
 from multiprocessing import get_context
 
 import pytest
@@ -168,7 +168,7 @@ def test_a_temporary_file_names_its_host(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(files, "create_durably", lambda path, data, **_: made.append(path.name))
     for host in ("one", "tw-o/ü"):
-        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(platform, "node", lambda host=host: host)
         with pytest.raises(FileNotFoundError):
             files.write_atomically(tmp_path / "f", b"")
     assert made == [f".f.one-{os.getpid()}.tmp", f".f.tw_o__-{os.getpid()}.tmp"]
