@@ -1,9 +1,10 @@
 """The lines of the series beside a record, as models: what readers of them may rely on."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stackproof.spec.canonical import MAX_SAFE_INTEGER, parse_lines
 from stackproof.spec.tables import validated
@@ -116,6 +117,14 @@ def parse_series(data: bytes, name: str, *, origin: str) -> list[dict[str, Any]]
     a key of another type than readers rely on.
     """
     kind, lines = KINDS.get(name, Line), parse_lines(data, origin=origin)
-    for number, line in enumerate(lines, start=1):
-        validated(kind, line, origin=f"{origin}:{number}")
+    try:
+        _all_of(kind).validate_python(lines)
+    except ValidationError:
+        for number, line in enumerate(lines, start=1):
+            validated(kind, line, origin=f"{origin}:{number}")
     return lines
+
+
+@cache
+def _all_of(kind: type[Line]) -> TypeAdapter:
+    return TypeAdapter(list[kind])

@@ -14,7 +14,7 @@ from stackproof.spec.errors import IntegrityError, NoHistory, StackproofError
 from stackproof.spec.failures import Catalogue, load_catalogue
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger, Records
-from stackproof.spec.records import Record
+from stackproof.spec.records import Record, Series
 from stackproof.spec.registry import Release, read_registry
 from stackproof.spec.series import parse_series
 from tools.exhibits import Exhibit, read_exhibits
@@ -380,7 +380,7 @@ class Repo(Checkout):
             return []
         if self._last_series[0] != (record.id, name):
             try:
-                data = self.ledger.series(record, declared)
+                data = self.series_bytes(record, declared)
                 lines = parse_series(data, name, origin=self.record_file(record.id, name))
             except StackproofError:
                 lines = []
@@ -388,6 +388,19 @@ class Repo(Checkout):
         return self._last_series[1]
 
     _last_series: tuple[tuple[str, str], list[dict]] = ("", ""), []
+
+    def series_bytes(self, record: Record, series: Series) -> bytes:
+        """A file beside a record; those of the record that was read last are kept. Raises
+        IntegrityError as `Ledger.series`.
+        """
+        if self._last_bytes[0] != record.id:
+            self._last_bytes = record.id, {}
+        held = self._last_bytes[1]
+        if series.path not in held:
+            held[series.path] = self.ledger.series(record, series)
+        return held[series.path]
+
+    _last_bytes: tuple[str, dict[str, bytes]] = "", {}
 
     def python_functions(self, path: str) -> dict[str, Definition]:
         """Functions and classes of a Python file by name."""

@@ -82,7 +82,7 @@ def record_orphan(repo: Repo) -> Messages:
 def artefact_hash(repo: Repo, record: Record) -> Messages:
     for series in record.series:
         try:
-            repo.ledger.series(record, series)
+            repo.series_bytes(record, series)
         except NoHistory:
             continue  # ARCHIVE reports it as not verified
         except StackproofError as e:
@@ -101,7 +101,7 @@ def series_typed(repo: Repo, record: Record) -> Messages:
         if series.path in KINDS:
             path = repo.record_file(record.id, series.path)
             try:
-                parse_series(repo.ledger.series(record, series), series.path, origin=path)
+                parse_series(repo.series_bytes(record, series), series.path, origin=path)
             except NoHistory:
                 continue
             except StackproofError as e:
