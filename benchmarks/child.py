@@ -77,14 +77,14 @@ def serve(make_ready: Callable[[], tuple[dict, Callable[[dict], dict]]]) -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(document: dict) -> None:
+    def send(document: dict) -> None:
         answers.write(json.dumps(document) + "\n")
         answers.flush()
 
     ready, answer = make_ready()
-    say(ready)
+    send(ready)
     for line in sys.stdin:
-        say(answer(json.loads(line)))
+        send(answer(json.loads(line)))
     return 0
 
 

@@ -2,12 +2,13 @@
 their files in git history.
 """
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 from pydantic import Field, model_validator
 
@@ -20,8 +21,11 @@ from stackproof.spec.tables import validated
 
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
-# The folder may be foreign, and its configuration may name programs.
-NO_PROGRAMS = ("-c", "core.fsmonitor=false", "-c", "protocol.allow=never")
+# The folder may be foreign, and its configuration may name programs. Filters and drivers have names
+# that cannot be known and switched off: they run only if git reads the work tree or writes a patch.
+SETTINGS = ("core.fsmonitor=false", "protocol.allow=never", "log.showSignature=false")
+NO_PROGRAMS = tuple(word for setting in SETTINGS for word in ("-c", setting))
+READS_NO_FILE = frozenset("cat-file log ls-files ls-tree rev-list rev-parse tag".split())
 BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 
 
@@ -78,24 +82,61 @@ def complete_lines(path: Path) -> list[bytes]:
 
 
 def _no_fetch() -> dict[str, str]:
-    """The environment of a git that fetches nothing, also from a promisor of a partial clone."""
-    return {**os.environ, "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
+    """The environment of a git that fetches nothing, also from a promisor of a partial clone, and
+    does not refresh the index, which could run a hook.
+    """
+    nothing = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_OPTIONAL_LOCKS": "0"}
+    return os.environ | nothing
+
+
+def run_git(folder: Path, *arguments: str, stdin: bytes = b"") -> bytes | None:
+    """Output of a git command run in a folder; None if it failed or git is absent.
+
+    Commands that read the work tree or write patches, such as `status` and `diff`, may run filters
+    of the repository: only for the checkout whose code runs. `History.git` is for any folder.
+    """
+    command = ["git", *NO_PROGRAMS, "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, env=_no_fetch())
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def blob_id(content: BinaryIO, n_bytes: int, length: int = 40) -> str:
+    """The id in git of a file with this content; 64 digits long in a sha256 repository."""
+    digest = (hashlib.sha256 if length == 64 else hashlib.sha1)(b"blob %d\0" % n_bytes)
+    while block := content.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 class History:
-    """The commits of the git repository that tracks a folder."""
+    """The commits of the git repository that tracks a folder, which may be foreign."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes | None:
-        """Output of a git command run in the folder; None if it failed or there is no git."""
-        command = ["git", *NO_PROGRAMS, "-C", str(self.folder), *arguments]
-        try:
-            done = subprocess.run(command, input=stdin, capture_output=True, env=_no_fetch())
-        except OSError:
-            return None
-        return done.stdout if done.returncode == 0 else None
+        """Output of a git command that reads only objects and the index; None if it failed or git
+        is absent.
+        """
+        searches_index = arguments[:2] == ("grep", "--cached")
+        assert searches_index or arguments[0] in READS_NO_FILE, arguments
+        return run_git(self.folder, *arguments, stdin=stdin)
+
+    def files(self, commit: str, *paths: str) -> dict[str, str]:
+        """The regular files below the folder, or below paths in it, at a commit: path in the folder
+        to blob id. Empty if the commit cannot be read.
+        """
+        found = {}
+        listed = self.git("ls-tree", "-r", "-z", commit, "--", *(paths or (".",))) or b""
+        for line in listed.split(b"\0")[:-1]:
+            facts, _, path = line.partition(b"\t")
+            mode, _, blob = facts.decode().split()
+            if mode.startswith("100"):
+                found[os.fsdecode(path)] = blob
+        return found
 
     @cached_property
     def complete(self) -> bool:

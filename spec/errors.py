@@ -3,6 +3,10 @@ values, and a next step.
 """
 
 
+def _on_one_line(part: object) -> str:
+    return str(part).replace("\n", "\\n")
+
+
 class StackproofError(Exception):
     """Base of every error a user can cause. `exit_code` is the exit code of the process."""
 
@@ -13,14 +17,16 @@ class StackproofError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """The message as up to four labelled lines; empty parts are omitted."""
-        parts = [self.what]
+        """The message as up to four labelled lines; empty parts are omitted. Each part is one line,
+        so that no text of others in it looks like another part.
+        """
+        parts = ["; ".join(filter(None, map(str.strip, self.what.split("\n"))))]
         if self.value is not None:
-            parts.append(f"  got      {self.value}")
+            parts.append(f"  got      {_on_one_line(self.value)}")
         if self.allowed:
-            parts.append(f"  allowed  {self.allowed}")
+            parts.append(f"  allowed  {_on_one_line(self.allowed)}")
         if self.next_step:
-            parts.append(f"  next     {self.next_step}")
+            parts.append(f"  next     {_on_one_line(self.next_step)}")
         return "\n".join(parts)
 
     def as_json(self) -> dict:

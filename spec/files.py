@@ -5,6 +5,8 @@ Only regular files are opened, up to a size. Nothing is written or deleted throu
 
 import errno
 import os
+import platform
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -14,6 +16,26 @@ from typing import BinaryIO
 
 MAX_TEXT_BYTES = 32 * 2**20
 TEMPORARY = ".tmp"
+REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EACCES: "correct the permissions of {path} and of its folder",
+    errno.EPERM: "correct the permissions of {path} and of its folder",
+    errno.EROFS: "make the file system of {path} writable",
+    errno.EIO: "check the disk of {path}",
+    errno.EMFILE: "raise the limit of open files",
+    errno.ENFILE: "raise the limit of open files",
+    errno.ENOENT: "restore {path}",
+    errno.ENOTDIR: "move the file in the place of a folder away",
+    errno.EISDIR: "move {path} away",
+    errno.EEXIST: "move {path} away",
+    errno.ELOOP: "move {path} away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EINVAL: "move {path} away",
+    errno.EFBIG: "make {path} smaller",
+    errno.EILSEQ: "restore {path}",
+}
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -34,6 +56,17 @@ class FileRefused(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename} {self.strerror}"
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about a file that could not be read or written, as the beginning of a next
+    step. `error` is an OSError, or another error that one caused.
+    """
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError):
+        return "remove the cause"
+    path = "the file" if cause.filename is None else os.fsdecode(cause.filename)
+    return REMEDIES.get(cause.errno or 0, "remove the cause").format(path=path)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -75,7 +108,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     try:
         return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise FileRefused(path, f"is not UTF-8 at byte {e.start}") from e
+        raise FileRefused(path, f"is not UTF-8 at byte {e.start}", errno.EILSEQ) from e
 
 
 def holds(path: Path, data: bytes) -> bool:
@@ -115,7 +148,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises FileRefused if the folder is a link, OSError if the file cannot be written.
     """
     require_own(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{process_name()}{TEMPORARY}")
     try:
         create_durably(temporary, data, replace=True)
         os.replace(temporary, path)
@@ -126,8 +159,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def process_name() -> str:
+    """Host and number of this process, for names of temporary files: hosts that share a disk may
+    have processes of the same number.
+    """
+    return f"{host_name()}-{os.getpid()}"
+
+
+def host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", platform.node())
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed `write_atomically` left in a folder that no other process writes to."""
+    """Delete what a killed `write_atomically` left, whatever its process and host. The caller holds
+    the lock of the folder, under which no other process writes to it.
+    """
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -234,10 +280,17 @@ def require_own(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk. Some file systems, such as
+    network shares, cannot sync a folder: there it returns at once.
+
+    Raises OSError.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in NO_FOLDER_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,11 +4,12 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from stackproof.spec import ROOT
-from stackproof.spec.archive import History
+from stackproof.spec.archive import run_git
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.records import Code, Scalar
 
@@ -22,7 +23,7 @@ def code_state() -> Code:
     """Commit of the checkout that this package runs from, and whether it is clean; `unknown` for an
     installed wheel.
     """
-    lock, git = ROOT / "constraints.txt", History(ROOT).git
+    lock, git = ROOT / "constraints.txt", partial(run_git, ROOT)
     lock_sha256 = sha256_file(lock) if lock.is_file() else None
     if git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
         return Code(commit="unknown", dirty=False, lock_sha256=lock_sha256)

@@ -31,7 +31,7 @@ def without_markup(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)).translate(MARKUP)
 
 
-def say(text: object = "", *, file: TextIO | None = None) -> None:
+def print_visible(text: object = "", *, file: TextIO | None = None) -> None:
     """Print a line, visibly; characters that the stream cannot encode become escapes."""
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"

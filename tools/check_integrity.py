@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
-from stackproof.spec.visible import say  # noqa: E402
+from stackproof.spec.visible import print_visible  # noqa: E402
 
 try:
     from tools.integrity import (  # noqa: F401
@@ -35,7 +35,7 @@ try:
     )
     from tools.integrity.core import RULES, Finding, Repo, findings_in
 except ModuleNotFoundError as e:
-    say(
+    print_visible(
         f"error: the integrity check needs {e.name}, which is not installed\n  next     pip "
         "install .",
         file=sys.stderr,
@@ -52,13 +52,13 @@ def explain(code: str) -> int:
     """Print what a rule holds, why, and how to fix a finding."""
     if code not in RULES:
         near = difflib.get_close_matches(code, RULES, n=1, cutoff=0.3)
-        say(
+        print_visible(
             f"error: there is no rule {code}\n  nearest  {near[0] if near else '--list shows all'}",
             file=sys.stderr,
         )
         return 2
     rule = RULES[code]
-    say(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  fix   {rule.hint}")
+    print_visible(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  fix   {rule.hint}")
     return 0
 
 
@@ -83,14 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.explain:
         return explain(options.explain)
     if options.list:
-        _say("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
+        _print("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
         return 0
     if options.write:
         for path in blocks.write(Repo(options.root)):
-            say(f"wrote {path}", file=sys.stderr)
+            print_visible(f"wrote {path}", file=sys.stderr)
     repo = Repo(options.root)
     findings = findings_in(repo)
-    _say(_as_json(repo, findings) if options.json else _as_text(repo, findings))
+    _print(_as_json(repo, findings) if options.json else _as_text(repo, findings))
     return 6 if findings else 0
 
 
@@ -113,10 +113,10 @@ def _as_text(repo: Repo, findings: list[Finding]) -> str:
     return "\n".join([*lines, f"{len(RULES)} rules, {len(findings)} finding(s)"])
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Print on stdout, quietly if the reader has ended, as `head` does."""
     try:
-        say(text)
+        print_visible(text)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools/checkout")]
 
-from stackproof.spec.visible import say  # noqa: E402
+from stackproof.spec.visible import print_visible  # noqa: E402
 
 # The folder of a package, and the name it is imported by.
 NAMES = {"spec": "stackproof.spec", "contracts": "stackproof.contracts", "stack": "stackproof"}
@@ -159,8 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT)
     problems = check(parser.parse_args(arguments).root.resolve())
     for problem in problems:
-        say(problem)
-    say(f"{len(problems)} problem(s) with imports; the arrow: {' < '.join(ORDER)}")
+        print_visible(problem)
+    print_visible(f"{len(problems)} problem(s) with imports; the arrow: {' < '.join(ORDER)}")
     return 6 if problems else 0
 
 

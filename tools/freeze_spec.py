@@ -13,19 +13,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 from stackproof.spec.archive import History  # noqa: E402
 from stackproof.spec.gates import load_spec  # noqa: E402
 from stackproof.spec.releases import FILE, frozen_release, parse_releases, release_line  # noqa: E402
-from stackproof.spec.visible import say  # noqa: E402
+from stackproof.spec.visible import print_visible  # noqa: E402
 
 
 def freeze(root: Path) -> int:
     """Freeze the spec of a checkout. Lines that were never committed are replaced."""
     spec, path = load_spec(root), root / FILE
     release = frozen_release(spec)
-    committed = History(root).git("show", f"HEAD:{FILE}")
+    committed = History(root).git("cat-file", "blob", f"HEAD:{FILE}")
     if committed is None:
         committed = path.read_bytes() if path.is_file() else b""
     releases = parse_releases(committed, origin=FILE)
     if releases.get(spec.version, release) != release:
-        say(
+        print_visible(
             f"error: version {spec.version} is already frozen and the spec has changed\n"
             "  next  raise version in spec/spec.toml",
             file=sys.stderr,
@@ -34,7 +34,7 @@ def freeze(root: Path) -> int:
     if spec.version not in releases:
         previous = list(releases.values())[-1] if releases else {}
         path.write_bytes(committed + release_line(previous, release))
-    say(f"froze {len(spec.gates)} gates as {spec.version} in {FILE}")
+    print_visible(f"froze {len(spec.gates)} gates as {spec.version} in {FILE}")
     return 0
 
 

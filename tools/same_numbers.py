@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools/checkout")]
 
-from stackproof.spec.visible import say  # noqa: E402
+from stackproof.spec.visible import print_visible  # noqa: E402
 
 ENVIRONMENT = ("cpu", "device", "numpy", "python", "threads", "tokenizers", "torch")
 SERIES = ("metrics", "samples", "gates", "curriculum", "points")
@@ -175,7 +175,7 @@ class Recorder:
 
     def _run(self, *arguments: str) -> str:
         """The standard output of a command. Raises Failed if its exit code is not 0."""
-        say(f"stack {' '.join(arguments[:4])}", file=sys.stderr)
+        print_visible(f"stack {' '.join(arguments[:4])}", file=sys.stderr)
         command = [self.stack, *arguments]
         done = subprocess.run(
             command, cwd=self.folder, env=self.surroundings, capture_output=True, encoding="utf-8"
@@ -272,21 +272,21 @@ def compare(a: Path, b: Path) -> int:
     left, right = (json.loads(path.read_text("utf-8")) for path in (a, b))
     common = [part for part in PARTS if part in left and part in right]
     for part in (p for p in PARTS if (p in left) != (p in right)):
-        say(f"not compared: {part}, which only {a if part in left else b} has")
+        print_visible(f"not compared: {part}, which only {a if part in left else b} has")
     if not common:
-        say(f"error: {a} and {b} have no part in common", file=sys.stderr)
+        print_visible(f"error: {a} and {b} have no part in common", file=sys.stderr)
         return 2
     kept = ["environment", *common]
     rows = differences(*({k: side[k] for k in kept} for side in (left, right)))
     for row in rows[:ROWS_SHOWN]:
-        say(
+        print_visible(
             "  ".join(
                 f"{cell[:80]:<{width}}" for cell, width in zip(row, (64, 24, 24), strict=True)
             ).rstrip()
         )
     if len(rows) > ROWS_SHOWN:
-        say(f"… and {len(rows) - ROWS_SHOWN} more")
-    say(
+        print_visible(f"… and {len(rows) - ROWS_SHOWN} more")
+    print_visible(
         f"{len(rows)} values differ in {', '.join(common)}"
         if rows
         else f"equal: {', '.join(common)}"
@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record(given.stack, given.out, given.parts)
     except Failed as e:
-        say(f"error: {e}", file=sys.stderr)
+        print_visible(f"error: {e}", file=sys.stderr)
         return 1
     return 0
 

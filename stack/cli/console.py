@@ -26,8 +26,12 @@ RESULTS = """
 class ProgressReporter(Callback):
     """Reports a run on stderr: a live bar on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, *, quiet: bool = False):
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, next_later: bool = False):
+        """With `next_later`, the suggested commands are printed by `show_next`, behind what the
+        verb itself has to print.
+        """
+        self.quiet, self.next_later = quiet, next_later
+        self.closed: tuple[Record, Path] | None = None
         self.rows: list[list[Any]] = []
         self.progress: Progress | None = None
         self.last_line_s = 0.0
@@ -128,6 +132,15 @@ class ProgressReporter(Callback):
         colour = "green" if record.succeeded else "red"
         note(f"{record.status}: {record.end_reason}", f"bold {colour}")
         note(f"record {run_dir / 'metadata.json'}  ({record.id})")
+        self.closed = record, run_dir
+        if not self.next_later:
+            self.show_next()
+
+    def show_next(self) -> None:
+        """Suggest commands for the run that was closed."""
+        if self.closed is None:
+            return
+        record, run_dir = self.closed
         if record.succeeded:
             note("next", "bold")
             note(f'  stack sample {run_dir} --prompt "The function "')

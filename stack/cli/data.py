@@ -15,7 +15,7 @@ from stackproof.cli.options import Json, examples
 from stackproof.cli.output import emit, note, note_over, print_gates, print_line, print_table
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 from stackproof.spec.errors import DataError, UsageError
-from stackproof.spec.files import write_atomically
+from stackproof.spec.files import remedy, write_atomically
 
 app = Typer(
     name="data",
@@ -101,7 +101,7 @@ def build(
     except OSError as e:
         raise DataError(
             f"the record could not be written to {out}: {e}",
-            next_step="free space, then give the same command again",
+            next_step=f"{remedy(e)}, then give the same command again",
         ) from e
     if not _print(out, dataset.manifest, results, json):
         print_line(f"record {out / 'metadata.json'}, page {out / 'report.html'}")

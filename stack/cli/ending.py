@@ -17,6 +17,7 @@ from stackproof.spec.errors import (
     StackproofError,
     UsageError,
 )
+from stackproof.spec.files import remedy
 from stackproof.spec.visible import visible
 
 TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
@@ -103,9 +104,8 @@ def _of_file(error: OSError) -> StackproofError:
     path = "" if error.filename is None else os.fsdecode(error.filename)
     what = f"cannot use {path}: {error.strerror}" if path else error.strerror or str(error)
     if error.errno in OF_THE_MACHINE:
-        advice = "check free space, permissions and limits of the machine"
-        return EnvironmentUnfit(what, next_step=advice)
-    return UsageError(what, next_step="check the path that the command was given")
+        return EnvironmentUnfit(what, next_step=f"{remedy(error)}, then repeat the command")
+    return UsageError(what, next_step=f"{remedy(error)}, or check the path in the command")
 
 
 def bug(error: BaseException) -> StackproofError:

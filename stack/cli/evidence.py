@@ -231,6 +231,7 @@ def rerun(
     from stackproof.replay.rerun import rerun as again
 
     record = find(_directory(evidence), record_id)
+    reporter = ProgressReporter(quiet=json, next_later=True)
     if record.kind in ("trace", "compare"):
         given, accepted = Path(record_id), folder_of(_directory(evidence), record.id)
         with nullcontext(given) if given.is_dir() else accepted as folder:
@@ -239,7 +240,7 @@ def rerun(
         from stackproof.data import plugins
 
         with plugins.permitted(plugin or (), origin=f"record {record.id}"):
-            outcome = again(record, run_dir, ProgressReporter(quiet=json))
+            outcome = again(record, run_dir, reporter)
     if not emit(outcome, json):
         rows = [
             [c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]]
@@ -252,6 +253,7 @@ def rerun(
             value=outcome["run_dir"],
             next_step="stack evidence diff ID RUN_DIR",
         )
+    reporter.show_next()
 
 
 @app.command("certify-resume")

@@ -10,7 +10,7 @@ from stackproof.cli.options import Json, examples
 from stackproof.cli.output import emit, print_facts, print_line
 from stackproof.cli.paths import tokenizer_at
 from stackproof.spec.errors import DataError, UsageError
-from stackproof.spec.files import write_atomically
+from stackproof.spec.files import remedy, write_atomically
 
 app = Typer(
     name="tokenizer",
@@ -70,7 +70,7 @@ def train(
     except OSError as e:
         raise DataError(
             f"the tokenizer could not be written: {e}",
-            next_step="free space, or choose another --out",
+            next_step=f"{remedy(e)}, or choose another --out",
         ) from e
     document = {"path": str(out), "documents": seen[0], "bytes": seen[1], **_facts(tokenizer)}
     if not emit(document, json):

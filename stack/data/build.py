@@ -41,7 +41,7 @@ from stackproof.data.workers import Pool
 from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError, UsageError
-from stackproof.spec.files import holds, remove_leftovers, write_atomically
+from stackproof.spec.files import holds, remedy, remove_leftovers, write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.tensorfile import BadTensorFile
 
@@ -96,7 +96,7 @@ def build(
         raise Unwritable(
             f"the data set could not be written to {folder}: {e}",
             allowed="a writable folder",
-            next_step="free space, then give the same command again: it resumes; or another --out",
+            next_step=f"{remedy(e)}, then repeat the command, which resumes; or another --out",
         ) from e
 
 

@@ -1,15 +1,16 @@
 """The manifest of a built data set as a model: what readers of it may rely on."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stackproof.spec.canonical import MAX_SAFE_INTEGER, read_json
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
 
 FILE = "manifest.json"
+MAX_SHINGLE_WORDS = 16
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 
 
@@ -20,6 +21,8 @@ class _Part(BaseModel):
 
 
 class _Shard(_Part):
+    source: str
+    documents: Count
     path: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$")
     bytes: Count
     sha256: str = Field(pattern=HEX64)
@@ -30,21 +33,87 @@ class _Split(_Part):
     tokens: Count
     documents: Count
     bytes: Count
+    dropped_chars: Count
     shards: list[_Shard]
+
+
+class _Dropped(_Part):
+    documents: Count
+    bytes: Count
+    example: str
+
+
+class _Receipt(_Part):
+    documents_in: Count
+    bytes_in: Count
+    documents_out: Count
+    bytes_out: Count
+    dropped: dict[str, _Dropped]
+
+
+class _PassedOver(_Part):
+    number: Count
+    example: str
 
 
 class _Source(_Part):
     name: str
+    kind: str
+    languages: list[str]
     license: str
     weight: float
     cap: float
     floor: float
-    tokens: dict[str, Count]
+    files: Count
+    files_passed_over: _PassedOver
+    sha256: str = Field(pattern=HEX64)
+    receipt: _Receipt
+    tokens: dict[Literal["train", "validation"], Count] = Field(min_length=2)
 
 
 class _Tokenizer(_Part):
     kind: str
     vocab_size: int = Field(ge=1, le=2**31)
+    sha256: str = Field(pattern=HEX64)
+    encoder: str
+
+
+class _KeptOut(_Part):
+    path: str
+    records: Count
+    records_kept_out: Count
+
+
+class _Decontamination(_Part):
+    sets: list[_KeptOut]
+    gram_words: Count
+    canary: str
+
+
+class _Filters(_Part):
+    rules: list[str]
+
+
+class _HowSplit(_Part):
+    kind: Literal["document-hash", "tail"]
+
+
+class _Exact(_Part):
+    kind: Literal["exact"]
+
+
+class _Near(_Part):
+    kind: Literal["near"]
+    similarity_min: float = Field(gt=0, le=1)
+    shingle_words: int = Field(ge=1, le=MAX_SHINGLE_WORDS)
+
+
+class _Config(_Part):
+    split: _HowSplit
+    dedup: _Exact | _Near = Field(discriminator="kind")
+
+
+class _Corpus(_Part):
     sha256: str = Field(pattern=HEX64)
 
 
@@ -54,10 +123,23 @@ class _Splits(_Part):
 
 
 class _Manifest(_Part):
-    config: dict[str, Any]
+    config: _Config
+    corpus: _Corpus
     sources: list[_Source]
+    filters: _Filters
+    decontamination: _Decontamination | None
     splits: _Splits
     tokenizer: _Tokenizer
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError("two sources have one name")
+        shards = (*self.splits.train.shards, *self.splits.validation.shards)
+        if strange := [shard.source for shard in shards if shard.source not in names]:
+            raise ValueError(f"a shard is of the source {strange[0]}, which is not listed")
+        return self
 
 
 def read_manifest(path: Path, *, schema: str = "") -> dict[str, Any]:

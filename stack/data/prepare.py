@@ -8,7 +8,7 @@ import numpy as np
 
 from stackproof import tensorfile
 from stackproof.config import Built, DataConfig
-from stackproof.data import build, corpus, filters, packing, receipts
+from stackproof.data import build, corpus, filters, packing
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.build import FORMAT, Progress
 from stackproof.data.manifest import read_manifest
@@ -19,6 +19,7 @@ from stackproof.data.tokenizer import Tokenizer
 from stackproof.evidence.file_lock import aside
 from stackproof.spec.canonical import sha256_file, sha256_json
 from stackproof.spec.errors import DataError, IntegrityError
+from stackproof.spec.files import remedy
 from stackproof.tensorfile import BadTensorFile
 
 WORKERS = os.cpu_count() or 1
@@ -165,7 +166,7 @@ def _build_aside(
         if not folder.exists():
             raise DataError(
                 f"the prepared data could not be written to {folder}: {e}",
-                next_step="free space, or set STACKPROOF_CACHE to a folder that can be written",
+                next_step=f"{remedy(e)}, or set STACKPROOF_CACHE to a folder that can be written",
             ) from e
 
 
@@ -182,7 +183,6 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
                 allowed=FORMAT,
                 next_step=rebuild,
             )
-        receipts.table(manifest["sources"])  # raises for sources of another form
         for split in SPLITS:
             for entry in manifest["splits"][split]["shards"]:
                 verify_shard(folder / entry["path"], entry, cfg.verify)

@@ -20,12 +20,13 @@ A pipeline is a list of blocks, independent of the executor:
 A task processes every `tasks`-th file in sorted order and writes its own folder, renamed into place
 when it is complete. A failed task leaves no part; a repeated task replaces its part by the same
 bytes; a task marked as done in `logging_dir` is not started again. Paths are local or on a file
-system that all tasks share. Duplicates are not removed here, because that needs all documents.
+system that all tasks share. The hidden folder of a task that was killed is removed by its next
+attempt on the same host; on another host it is not known that the process has ended. Duplicates are
+not removed here, because that needs all documents.
 """
 
 import json
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -38,9 +39,10 @@ from stackproof.data import corpus, shards
 from stackproof.data.files import Unreadable
 from stackproof.data.filters import rejection
 from stackproof.data.tokenizer import Encoding, Tokenizer, load_tokenizer
+from stackproof.evidence.file_lock import remove_abandoned
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError, EnvironmentUnfit, IntegrityError
-from stackproof.spec.files import read_text
+from stackproof.spec.files import process_name, read_text, remedy
 from stackproof.tensorfile import BadTensorFile
 
 try:
@@ -161,13 +163,13 @@ class TokenizeBlock(PipelineStep):
         self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> None:
         """Write the part of this task. Replaces an existing part and removes the remains of a
-        killed attempt.
+        killed attempt on this host.
         """
         tokenizer = load_tokenizer(self.tokenizer_path)
         part = part_folder(self.output, self.split, rank)
-        temporary = part.with_name(f".{part.name}-{os.getpid()}-{secrets.token_hex(4)}")
-        for abandoned in self.output.glob(f".{part.name}-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
+        start = f".{part.name}-"
+        temporary = part.with_name(f"{start}{process_name()}")
+        remove_abandoned(self.output, start)
         try:
             temporary.mkdir(parents=True)
             description = self._write(temporary, data or (), tokenizer) | {
@@ -182,7 +184,7 @@ class TokenizeBlock(PipelineStep):
         except (OSError, BadTensorFile) as e:
             raise DataError(
                 f"the shards could not be written to {part}: {e}",
-                next_step="free space or choose another folder",
+                next_step=f"{remedy(e)}, or choose another folder",
             ) from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

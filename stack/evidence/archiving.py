@@ -1,5 +1,6 @@
 """Archives records and large series that are not needed in the tree; git history keeps them."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -8,13 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackproof.evidence.file_lock import LOCK
 from stackproof.evidence.ledgering import verify, writing
-from stackproof.spec.archive import FILE, METADATA, Archive, Archived, History
+from stackproof.spec.archive import FILE, METADATA, Archive, Archived, History, blob_id
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import append_durably
+from stackproof.spec.files import append_durably, open_regular
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
@@ -66,11 +66,10 @@ def plan(directory: Path) -> Plan:
         )
     if begun := _unfinished(directory, ledger.archive):
         return begun
-    status = history.git("status", "--porcelain", "--", ".", f":!{LOCK}") or b""
-    if changed := status.decode().splitlines():
+    if (changed := _changed_file(history)) is not None:
         raise IntegrityError(
             f"{directory} differs from its commit",
-            value=changed[0].strip(),
+            value=changed,
             next_step="commit or restore it first; only committed records can be archived",
         )
     if problems := verify(directory):
@@ -97,6 +96,29 @@ def plan(directory: Path) -> Plan:
             n_bytes += sum(file.stat().st_size for file in files)
     _require_readable(history, lines)
     return Plan({n: kept[n] for n in records if n in kept}, tuple(lines), n_bytes)
+
+
+def _changed_file(history: History) -> str | None:
+    """The first file of a folder that is not as its commit holds it, by hash; None if all are.
+
+    git does not compare: it would run the filters that the repository names. Hidden files beside
+    the records, such as the lock, count only if they are committed.
+    """
+    folder, committed = history.folder, history.files("HEAD")
+    present = {
+        path.relative_to(folder).as_posix()
+        for place, folders, names in os.walk(folder)
+        for path in (Path(place, name) for name in (*names, *folders))
+        if path.is_symlink() or not path.is_dir()
+    }
+    for path in sorted(committed.keys() | {p for p in present if not p.startswith(".")}):
+        blob = committed.get(path)
+        if blob is None or path not in present or (folder / path).is_symlink():
+            return path
+        with open_regular(folder / path) as f:
+            if blob_id(f, os.fstat(f.fileno()).st_size, len(blob)) != blob:
+                return path
+    return None
 
 
 def _unfinished(directory: Path, archive: Archive) -> Plan | None:
@@ -217,15 +239,13 @@ def _keep_named(
 
 
 def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
-    """Records cited by tracked files, each with the first such file; a unique prefix counts.
+    """Records cited by files of the index, each with the first such file; a unique prefix counts.
 
     Records themselves, the ledger and the archive list are not searched.
     """
-    top = History(directory).git("rev-parse", "--show-toplevel") or b""
-    root = Path(top.decode().rstrip("\n"))
-    inside = directory.resolve().relative_to(root.resolve()).as_posix()
-    beside = [f":!{inside}/{name}" for name in ("*/*", "ledger.jsonl", FILE)]
-    out = History(root).git("grep", "-zIoE", "-e", RECORD_ID, "--", ".", *beside) or b""
+    beside = [f":!{name}" for name in ("*/*", "ledger.jsonl", FILE)]
+    search = ("grep", "--cached", "--full-name", "-zIoE", "-e", RECORD_ID)
+    out = History(directory).git(*search, "--", ":/", *beside) or b""
     found: dict[str, str] = {}
     for line in out.decode().splitlines():
         path, _, cited = line.partition("\0")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stackproof.spec.errors import UsageError
-from stackproof.spec.files import open_to_append, require_own
+from stackproof.spec.files import host_name, open_to_append, process_name, require_own
 
 LOCK = ".lock"
 
@@ -41,17 +41,14 @@ def file_lock(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 @contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """A new hidden folder beside `target`, to be renamed to it; what is left of it is removed.
-    Folders of processes that have ended are removed first.
+    Folders of processes of this host that have ended are removed first.
 
     Raises OSError if the folder cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     start = f".writing-{target.name}-"
-    for left in target.parent.glob(f"{glob.escape(start)}*"):
-        owner = left.name.removeprefix(start)
-        if owner.isdecimal() and not (int(owner) != os.getpid() and _is_alive(int(owner))):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = target.parent / f"{start}{os.getpid()}"
+    remove_abandoned(target.parent, start)
+    folder = target.parent / f"{start}{process_name()}"
     try:
         folder.mkdir()
         yield folder
@@ -59,12 +56,23 @@ def aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_abandoned(parent: Path, start: str) -> None:
+    """Delete the folders named `start`, host and process, if the process was one of this host and
+    has ended. Whether one of another host has ended is unknown here: its folder stays.
+    """
+    for left in parent.glob(f"{glob.escape(start)}*"):
+        host, _, pid = left.name.removeprefix(start).partition("-")
+        is_ours = host == host_name() and pid.isdecimal()
+        if is_ours and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
+    except (OSError, OverflowError):  # of another user, or no number of a process
         return True
     return True
 

@@ -14,6 +14,7 @@ from stackproof.spec.files import (
     create_durably,
     end_last_line,
     read_bytes,
+    remedy,
     remove_folder,
     remove_leftovers,
     require_own,
@@ -62,7 +63,7 @@ def writing(directory: Path) -> Iterator[None]:
         raise IntegrityError(
             f"{directory} could not be written: {e}",
             allowed="a folder of regular files, with room on its disk",
-            next_step="remove the cause, then give the same command again",
+            next_step=f"{remedy(e)}, then give the same command again",
         ) from e
 
 

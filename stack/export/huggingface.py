@@ -26,7 +26,7 @@ from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, to_theirs
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import CheckpointError
-from stackproof.spec.files import sync, write_atomically
+from stackproof.spec.files import remedy, sync, write_atomically
 from stackproof.spec.records import GateResult
 from stackproof.train.checkpoint import model_tensors
 
@@ -80,7 +80,8 @@ def export(
             _into_place(temporary, out)
     except OSError as e:
         raise CheckpointError(
-            f"the export could not be written: {e}", next_step="free space, or choose another --out"
+            f"the export could not be written: {e}",
+            next_step=f"{remedy(e)}, or choose another --out",
         ) from e
     return made
 

@@ -15,7 +15,7 @@ from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import aside, refuse_occupied
 from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.errors import CheckpointError
-from stackproof.spec.files import sync
+from stackproof.spec.files import remedy, sync
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
 from stackproof.train import optimizer as opt
@@ -66,7 +66,7 @@ def write_run(
     except OSError as e:
         raise CheckpointError(
             f"the run directory could not be written: {e}",
-            next_step="free space, or choose another --out",
+            next_step=f"{remedy(e)}, or choose another --out",
         ) from e
     return record
 

@@ -1,6 +1,5 @@
 """The result of a comparison of all kernels on this machine, in the user's cache."""
 
-import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stackproof.kernels.table import Operation
-from stackproof.spec.files import read_bytes
+from stackproof.spec.files import process_name, read_bytes
 
 FILE = "kernels.json"
 PACKAGES = ("torch", "triton", "stackproof")
@@ -83,7 +82,7 @@ def write(folder: Path, found: Measurement) -> Path:
     path = folder / FILE
     document = _File(devices=_read(path).devices | {found.device: found})
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial = path.with_suffix(f".{process_name()}.tmp")
     partial.write_text(document.model_dump_json(by_alias=True, indent=1) + "\n", "utf-8")
     partial.replace(path)
     return path

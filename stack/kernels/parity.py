@@ -21,7 +21,7 @@ from stackproof.kernels.table import FOLDER, OPERATIONS, TRITON, source_hash
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import read_json
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.visible import say
+from stackproof.spec.visible import print_visible
 
 FILE = FOLDER / "parity.json"
 # The files of every operation's Triton kernel.
@@ -82,7 +82,9 @@ def main() -> int:
     )
     if not parser.parse_args().write:
         for kernel in SOURCES:
-            say(f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}")
+            print_visible(
+                f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}"
+            )
         return 0
     tests = ROOT / "tests" / "kernels"
     if not tests.is_dir():
@@ -94,7 +96,7 @@ def main() -> int:
     entries = {kernel: run(kernel, tests) for kernel in SOURCES}
     good = {kernel: entry for kernel, entry in entries.items() if entry}
     FILE.write_text(json.dumps(good, indent=1, sort_keys=True) + "\n", "utf-8")
-    say(f"{len(good)} of {len(entries)} kernels passed; {FILE}")
+    print_visible(f"{len(good)} of {len(entries)} kernels passed; {FILE}")
     return 0 if len(good) == len(entries) else IntegrityError.exit_code
 
 

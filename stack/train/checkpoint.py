@@ -27,6 +27,7 @@ from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityE
 from stackproof.spec.files import (
     open_regular,
     read_bytes,
+    remedy,
     remove_folder,
     require_own,
     write_atomically,
@@ -202,7 +203,7 @@ def write(
             f"the checkpoint of step {snapshot.step} could not be written: {e}",
             value=f"{free_bytes(root)} bytes free below {root}",
             allowed="a disk with room for two checkpoints",
-            next_step="free space, then stack train --resume; earlier checkpoints are intact",
+            next_step=f"{remedy(e)}, then stack train --resume; earlier checkpoints are intact",
         ) from e
     return final
 

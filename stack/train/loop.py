@@ -13,6 +13,7 @@ from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, Stopped
+from stackproof.spec.files import remedy
 from stackproof.spec.records import Record
 from stackproof.subject.checkpoints import WrittenCheckpoint
 from stackproof.train import checkpoint
@@ -95,7 +96,7 @@ def ended_by_the_system() -> Iterator[None]:
     except OSError as e:
         raise EnvironmentUnfit(
             f"a file of the run could not be read or written: {e}",
-            next_step="free space or make it accessible, then stack train --resume DIR",
+            next_step=f"{remedy(e)}, then stack train --resume DIR",
         ) from e
 
 
@@ -233,7 +234,7 @@ def _written(
     except OSError as e:
         raise CheckpointError(
             f"old checkpoints below {root} could not be cleared away: {e}",
-            next_step="make the folder writable, then stack train --resume; the newest is intact",
+            next_step=f"{remedy(e)}, then stack train --resume; the newest is intact",
         ) from e
     trainer.callbacks.on_saved(trainer, point)
 

@@ -27,6 +27,7 @@ from stackproof.spec.files import (
     open_regular,
     open_to_append,
     read_bytes,
+    remedy,
     remove_folder,
     remove_leftovers,
     require_own,
@@ -194,7 +195,7 @@ class RunDir:
             except OSError as e:
                 raise CheckpointError(
                     f"{self.path / name} could not be written: {e}",
-                    next_step="free space, then stack train --resume; checkpoints are intact",
+                    next_step=f"{remedy(e)}, then stack train --resume; checkpoints are intact",
                 ) from e
             log.add(data)
 

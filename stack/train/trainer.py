@@ -26,6 +26,7 @@ from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StackproofError, Stopped
+from stackproof.spec.files import remedy
 from stackproof.spec.formulas import parameter_count, perplexity
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Artefact, Record
@@ -335,7 +336,7 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     except OSError as e:
         raise EnvironmentUnfit(
             f"the record of the run could not be written: {e}",
-            next_step=f"free space below {root}, then stack train --resume {root}",
+            next_step=f"{remedy(e)}, then stack train --resume {root}",
         ) from e
     trainer.callbacks.on_close(record, root)
     try:

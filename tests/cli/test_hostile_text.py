@@ -12,7 +12,7 @@ from rich.text import Text
 from stackproof.cli import main, output
 from stackproof.cli.console import ProgressReporter
 from stackproof.export.card import _table
-from stackproof.spec.visible import say, visible, without_markup
+from stackproof.spec.visible import print_visible, visible, without_markup
 from tests.hostile_text import NASTY
 from tests.processes import STACK, Command
 
@@ -98,7 +98,7 @@ def test_text_without_markup_is_one_line_of_a_card(nasty):
 def test_say_writes_any_text_to_any_stream(nasty, encoding):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding, write_through=True)
-    say(nasty + " ü→", file=stream)
+    print_visible(nasty + " ü→", file=stream)
     assert not unsafe(raw.getvalue().decode(encoding)) and raw.getvalue().endswith(b"\n")
 
 

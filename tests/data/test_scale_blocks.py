@@ -18,7 +18,10 @@ from stackproof.data.shards import TokenStream, document_hash
 from stackproof.data.tokenizer import load_tokenizer, make_tokenizer
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import DataError
+from stackproof.spec.files import host_name
 
+NO_PROCESS = 2**22 + 1  # above the largest number of a process on Linux
+NO_PROCESS = 2**22 + 1  # above the largest number of a process on Linux
 TASKS, MAX_TOKENS = 2, 300
 WORDS = (
     "river stone letter winter garden window morning paper silver bridge table forest market "
@@ -165,7 +168,7 @@ def test_only_the_task_that_is_not_marked_as_done_is_repeated_and_gives_the_same
     _run(scale, place)
     before, drops = _state(place), scale.drop_counts(place / "logs", TASKS)
     (place / "logs" / "completions" / "00001").unlink()
-    (place / "out" / ".train-00001-4711-killed").mkdir()
+    (place / "out" / f".train-00001-{host_name()}-{NO_PROCESS}").mkdir()
     _run(scale, place)
     assert len(list((place / "out").iterdir())) == TASKS
     after = _state(place)

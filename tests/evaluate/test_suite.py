@@ -211,7 +211,7 @@ def changed(path, value):
         (
             ("domain", 0, "prompts", 0, "checks"),
             [{"kind": "regex", "pattern": "(four"}],
-            "not a regular expression",
+            "not a pattern of a suite: unclosed group",
         ),
         (
             ("domain", 0, "prompts", 0, "checks"),

@@ -1,14 +1,16 @@
 """Which records stay in the tree, and what the archive refuses."""
 
+import os
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 
 from stackproof.evidence import archiving
 from stackproof.evidence.archiving import citations, folder_of, kept_records
 from stackproof.evidence.ledgering import verify
-from stackproof.spec.archive import Archive
+from stackproof.spec.archive import Archive, History
 from stackproof.spec.coverage import coverage
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import load_spec
@@ -17,6 +19,9 @@ from stackproof.spec.records import GateResult, Kill, Record
 from tests.site import small_repository
 from tests.tools import archived, small_repo
 from tests.tools.small_repo import git, write
+from tools.check_integrity import check
+from tools.freeze_spec import freeze
+from tools.integrity.core import Checkout
 
 
 @pytest.fixture(scope="module")
@@ -236,16 +241,104 @@ def test_only_a_committed_folder_in_a_full_clone_is_archived(repo, tmp_path):
     refuses(directory, "differs from its commit")
     write(repo, ".gitignore", "more.jsonl\n")
     small_repo.commit_all(repo)
-    refuses(directory, "does not hold .*more.jsonl")
+    refuses(directory, f"differs from its commit\n  got      {name}/more.jsonl")
     (directory / name / "more.jsonl").unlink()
     record = archived.benchmark(repo, 14)
     refuses(directory, "differs from its commit")
     write(repo, ".gitignore", f"*{record[-8:]}\n")
     small_repo.commit_all(repo)
-    archived.benchmark(repo, 15)
-    git(repo, "add", "-A")
-    git(repo, "commit", "-q", "-m", "one of two")
-    refuses(directory, f"{record} is not committed")
+    refuses(directory, f"differs from its commit\n  got      {record}/metadata.json")
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "link", "link of a folder", "add"])
+def test_a_change_is_found_by_hash(repo, change):
+    """The file keeps its size and its time, by which git takes it for unchanged."""
+    directory = repo / "evidence"
+    assert archiving.plan(directory).lines
+    (directory / ".hidden").write_text("no record")
+    assert archiving.plan(directory).lines
+    record = named(repo, 10)
+    file = directory / record / archived.SERIES
+    times, data = file.stat(), file.read_bytes()
+    if change != "add":
+        file.unlink()
+    match change:
+        case "edit":
+            file.write_bytes(data.replace(b"1", b"2"))
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        case "link":
+            (repo / "same").write_bytes(data)
+            file.symlink_to(repo / "same")
+        case "link of a folder":
+            os.rename(file.parent, repo / "folder")
+            file.parent.symlink_to(repo / "folder")
+        case "add":
+            file.with_name(".more").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=f"its commit\n  got      {record}"):
+        archiving.plan(directory)
+
+
+def test_no_program_that_a_foreign_repository_names_is_started(repo, tmp_path):
+    """Filters, drivers, hooks and signatures: git itself starts them for a status, a diff, an
+    archive and a log.
+    """
+    mark, evil = tmp_path / "mark", tmp_path / "evil"
+    evil.write_text(f"#!/bin/sh\ntouch {mark}\ncat\n")
+    evil.chmod(0o755)
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    for hook in ("post-index-change", "post-checkout", "pre-auto-gc"):
+        (hooks / hook).symlink_to(evil)
+    write(repo, ".gitattributes", "* filter=evil diff=evil merge=evil\n")
+    small_repo.commit_all(repo)
+    settings = {f"filter.evil.{name}": evil for name in ("clean", "smudge", "process")}
+    settings |= {f"diff.evil.{name}": evil for name in ("command", "textconv")}
+    settings |= {"diff.external": evil, "core.hooksPath": hooks, "core.fsmonitor": evil}
+    settings |= {"core.pager": evil, "pager.log": "true", "merge.evil.driver": evil}
+    settings |= {"log.showSignature": "true", "gpg.program": evil}
+    for key, value in settings.items():
+        git(repo, "config", key, str(value))
+    _sign(repo)
+    for file in (repo / "evidence").rglob("*.json*"):
+        os.utime(file, (1, 1))
+
+    def starts(act) -> bool:
+        mark.unlink(missing_ok=True)
+        act()
+        return mark.exists()
+
+    for words in ("status", "diff", "archive HEAD", "log -1"):
+        command = ["git", "-C", str(repo), *words.split()]
+        assert starts(partial(subprocess.run, command, capture_output=True)), words
+    commit = git(repo, "-c", "log.showSignature=false", "rev-parse", "HEAD")
+    checkout = Checkout(repo)
+
+    def at_commit():
+        with checkout.tree_at(commit, "spec") as folder:
+            assert (folder / "spec/spec.toml").is_file()
+
+    assert not starts(at_commit)
+    assert not starts(lambda: check(repo))
+    assert not starts(lambda: freeze(repo))
+    assert not starts(lambda: archiving.plan(repo / "evidence"))
+    assert not starts(lambda: archiving.archive(repo / "evidence"))
+    assert not starts(lambda: verify(repo / "evidence"))
+
+
+def _sign(root) -> None:
+    """Put a signature into the last commit."""
+    head, _, message = git(root, "cat-file", "commit", "HEAD").partition("\n\n")
+    marks = [f"-----{word} PGP SIGNATURE-----" for word in ("BEGIN", "END")]
+    signed = f"{head}\ngpgsig {marks[0]}\n \n abcd\n {marks[1]}\n\n{message}\n"
+    write = ["git", "-C", str(root), "hash-object", "-t", "commit", "-w", "--stdin"]
+    done = subprocess.run(write, input=signed, text=True, capture_output=True, check=True)
+    (root / ".git" / git(root, "symbolic-ref", "HEAD")).write_text(done.stdout)
+
+
+@pytest.mark.parametrize("command", [("status",), ("diff",), ("show", "HEAD"), ("grep", "a")])
+def test_a_git_command_that_reads_files_is_not_for_a_foreign_folder(repo, command):
+    with pytest.raises(AssertionError):
+        History(repo).git(*command)
 
 
 def test_evidence_that_does_not_verify_is_not_archived(repo):

@@ -3,6 +3,7 @@ finishes, and nothing is left beside the result.
 """
 
 import os
+import platform
 import signal
 from multiprocessing import get_context
 
@@ -11,6 +12,7 @@ import pytest
 from stackproof.config import DataConfig
 from stackproof.data import build, prepare
 from stackproof.evidence.file_lock import aside
+from stackproof.spec import files
 from stackproof.spec.errors import DataError, StackproofError
 from tests.fault_injection import file_calls
 from tests.fault_injection.scale import SEED, chance, scaled
@@ -147,8 +149,26 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_live_one_is_not
     process.start()
     process.join()
     assert len(list(tmp_path.iterdir())) == 1, "the killed process left its folder"
-    live = tmp_path / f".writing-{target.name}-{os.getppid()}"
-    live.mkdir()
+    left = next(tmp_path.iterdir())
+    start, _, ended = left.name.rpartition("-")
+    live = tmp_path / f"{start}-{os.getppid()}"
+    elsewhere = tmp_path / f".writing-{target.name}-another.host-{ended}"
+    unnamed = tmp_path / f".writing-{target.name}-{ended}"
+    endless = tmp_path / f"{start}-{'9' * 30}"
+    stay = {live, elsewhere, unnamed, endless}
+    for folder in stay:
+        folder.mkdir()
     with aside(target) as folder:
-        assert set(tmp_path.iterdir()) == {folder, live}
-    assert set(tmp_path.iterdir()) == {live}
+        assert set(tmp_path.iterdir()) == {folder, *stay}
+    assert set(tmp_path.iterdir()) == stay
+
+
+def test_a_temporary_file_names_its_host(tmp_path, monkeypatch):
+    """Processes of two hosts that share a disk may have one number."""
+    made = []
+    monkeypatch.setattr(files, "create_durably", lambda path, data, **_: made.append(path.name))
+    for host in ("one", "tw-o/ü"):
+        monkeypatch.setattr(platform, "node", lambda host=host: host)
+        with pytest.raises(FileNotFoundError):
+            files.write_atomically(tmp_path / "f", b"")
+    assert made == [f".f.one-{os.getpid()}.tmp", f".f.tw_o__-{os.getpid()}.tmp"]

@@ -1,7 +1,9 @@
 """What is opened, written and deleted, and what is refused."""
 
+import errno
 import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,13 @@ from stackproof.spec.files import (
     lines_of,
     open_regular,
     open_to_append,
+    process_name,
     read_bytes,
     read_text,
+    remedy,
     remove_folder,
     remove_leftovers,
+    sync,
     write_atomically,
 )
 from stackproof.spec.tables import parse_toml
@@ -112,7 +117,7 @@ def test_an_atomic_write_replaces_a_link_and_leaves_its_target(tmp_path):
 
 def test_a_prepared_temporary_is_not_written_through(tmp_path):
     (tmp_path / "target").write_bytes(b"mine")
-    (tmp_path / f".f.{os.getpid()}.tmp").symlink_to("target")
+    (tmp_path / f".f.{process_name()}.tmp").symlink_to("target")
     write_atomically(tmp_path / "f", b"new")
     assert (tmp_path / "target").read_bytes() == b"mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "target"]
@@ -191,3 +196,70 @@ def test_a_key_of_many_parts_is_refused_and_a_long_text_is_not():
     text = "a" * 2**20
     assert parse_toml(f'x = "{text}"  # {text}') == {"x": text}
     assert parse_toml("a.b.c = 1") == {"a": {"b": {"c": 1}}}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_a_file_system_that_cannot_sync_a_folder_is_no_error(tmp_path, monkeypatch, number, of):
+    """Every other error of a folder is one, and every error of a file."""
+    fsync, asked = os.fsync, []
+
+    def failing(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        asked.append(is_folder)
+        if is_folder == (of == "folder"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    (tmp_path / "f").write_bytes(b"old")
+    if of == "folder" and number in (errno.EINVAL, errno.ENOTSUP):
+        write_atomically(tmp_path / "f", b"new")
+        assert asked == [False, True] and (tmp_path / "f").read_bytes() == b"new"
+        return
+    for act in (
+        lambda: write_atomically(tmp_path / "f", b"new"),
+        lambda: sync(tmp_path if of == "folder" else tmp_path / "f"),
+    ):
+        with pytest.raises(OSError) as error:
+            act()
+        assert error.value.errno == number
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EACCES, "correct the permissions of a/f and of its folder"),
+        (errno.EROFS, "make the file system of a/f writable"),
+        (errno.EIO, "check the disk of a/f"),
+        (errno.EMFILE, "raise the limit of open files"),
+        (errno.EEXIST, "move a/f away"),
+        (errno.EXDEV, "remove the cause"),
+    ],
+)
+def test_the_next_step_is_that_of_the_error(number, advice):
+    assert remedy(OSError(number, os.strerror(number), "a/f")) == advice
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link"])
+def test_what_is_no_regular_file_is_moved_away(tmp_path, kind):
+    path = tmp_path / "f"
+    path.symlink_to("elsewhere") if kind == "link" else made(kind, path)
+    with pytest.raises(OSError) as error:
+        open_to_append(path)
+    assert remedy(error.value) == f"move {path} away"
+
+
+def test_the_next_step_is_that_of_the_cause(tmp_path):
+    (tmp_path / "f").write_bytes(b"a\xff")
+    with pytest.raises(FileRefused) as refused:
+        read_text(tmp_path / "f")
+    assert remedy(refused.value) == f"restore {tmp_path / 'f'}"
+    with pytest.raises(FileRefused) as refused:
+        read_bytes(tmp_path / "f", 1)
+    assert remedy(refused.value) == f"make {tmp_path / 'f'} smaller"
+    wrapped = IntegrityError("x")
+    assert remedy(wrapped) == "remove the cause"
+    wrapped.__cause__ = OSError(errno.ENOSPC, "full")
+    assert remedy(wrapped) == "free space"

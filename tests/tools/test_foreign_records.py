@@ -3,8 +3,8 @@
 import pytest
 
 from tests.tools import small_repo
+from tests.tools.breaks import found, nothing, put, rechain
 from tests.tools.small_repo import git
-from tests.tools.test_check_integrity import found, nothing, put, rechain
 
 UNASKED = {
     "id": "loss.other",
@@ -70,7 +70,7 @@ RED = {
     "a loss that is not finite": (
         "FINITE",
         nothing,
-        lambda lines: lines[1].update(loss_nats="nan"),
+        lambda lines: lines[1].update(loss_nats="NaN"),
     ),
 }
 

@@ -1,16 +1,11 @@
 """Rules of the repository, the loop that runs them, and the checkout as they read it."""
 
-import hashlib
-import io
-import tarfile
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-from pydantic_core import from_json
 
 from stackproof.spec import findings
 from stackproof.spec.archive import History
@@ -22,6 +17,7 @@ from stackproof.spec.ledger import Entry, Ledger, Records
 from stackproof.spec.records import Record, Series
 from stackproof.spec.registry import Release, read_registry
 from stackproof.spec.releases import read_releases
+from stackproof.spec.series import parse_series
 from tools.exhibits import Exhibit, read_exhibits
 from tools.integrity.glance import Glance, glance_at
 from tools.source import Definition, definitions
@@ -165,12 +161,6 @@ def number(record: Record, name: str) -> float | None:
     return float(metric.value) if metric is not None else None
 
 
-def git_blob_id(data: bytes, length: int = 40) -> str:
-    """The id of a file's content in git; 64 digits long in a sha256 repository."""
-    algorithm = hashlib.sha256 if length == 64 else hashlib.sha1
-    return algorithm(b"blob %d\0" % len(data) + data).hexdigest()
-
-
 class Checkout:
     """Files and history of a repository."""
 
@@ -189,15 +179,19 @@ class Checkout:
         """A temporary folder with files as a commit holds them.
         Raises IntegrityError if git cannot read them.
         """
-        archive = self.history.git("archive", commit, "--", *paths)
-        if archive is None:
-            raise IntegrityError(f"commit {commit[:12]} cannot be read", value=", ".join(paths))
-        with (
-            tempfile.TemporaryDirectory(prefix="stackproof-commit-") as folder,
-            tarfile.open(fileobj=io.BytesIO(archive)) as files,
-        ):
-            files.extractall(folder, filter="data")
-            yield Path(folder)
+        files = self.history.files(commit, *paths)
+        with tempfile.TemporaryDirectory(prefix="stackproof-commit-") as name:
+            folder = Path(name).resolve()
+            for path, data in zip(files, self.history.read(list(files.values()))):
+                target = folder / path
+                if data is None or ".." in target.parts:
+                    files = {}
+                    break
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+            if not files:
+                raise IntegrityError(f"commit {commit[:12]} cannot be read", value=", ".join(paths))
+            yield folder
 
     @cached_property
     def tracked(self) -> list[str]:
@@ -236,7 +230,7 @@ class Checkout:
         file = self.root / path
         later = file.read_bytes().decode("utf-8", errors="replace") if file.is_file() else ""
         for commit in (self.git("log", "--format=%H", "-50", "--", path) or "").split():
-            then = self.git("show", f"{commit}:{path}") or ""
+            then = self.git("cat-file", "blob", f"{commit}:{path}") or ""
             if not later.startswith(then):
                 yield f"lines committed in {commit[:10]} were changed or removed"
                 return
@@ -324,7 +318,8 @@ class Repo(Checkout):
         if commit not in self.ancestors:
             return None
         if commit not in self._spec_texts:
-            self._spec_texts[commit] = self.git("show", f"{commit}:spec/spec.toml")
+            text = self.git("cat-file", "blob", f"{commit}:spec/spec.toml")
+            self._spec_texts[commit] = text
         return self._spec_texts[commit]
 
     @cached_property
@@ -383,8 +378,8 @@ class Repo(Checkout):
 
     def series(self, record: Record | None, name: str) -> list[dict]:
         """Lines of a series beside a record; those that were read last are kept. Empty if the
-        record has none, or if a file does not match its hash, which RECORD-HASH and ARTEFACT-HASH
-        report.
+        record has none, if a file does not match its hash, or if a line is invalid, which
+        RECORD-HASH, ARTEFACT-HASH and SERIES-TYPED report.
         """
         declared = next((s for s in record.series if s.path == name), None) if record else None
         if declared is None:
@@ -392,23 +387,26 @@ class Repo(Checkout):
         if self._last_series[0] != (record.id, name):
             try:
                 data = self.series_bytes(record, declared)
+                lines = parse_series(data, name, origin=self.record_file(record.id, name))
             except StackproofError:
-                data = b""
-            lines = [from_json(line) for line in data.decode("utf-8").splitlines()]
+                lines = []
             self._last_series = (record.id, name), lines
         return self._last_series[1]
 
     _last_series: tuple[tuple[str, str], list[dict]] = ("", ""), []
 
-    def series_bytes(self, record: Record, declared: Series) -> bytes:
-        """The bytes of a series, hashed; those that were read last are kept. Raises as
-        `Ledger.series`.
+    def series_bytes(self, record: Record, series: Series) -> bytes:
+        """A file beside a record; those of the record that was read last are kept. Raises
+        IntegrityError as `Ledger.series`.
         """
-        if self._last_bytes[0] != (record.id, declared):
-            self._last_bytes = (record.id, declared), self.ledger.series(record, declared)
-        return self._last_bytes[1]
+        if self._last_bytes[0] != record.id:
+            self._last_bytes = record.id, {}
+        held = self._last_bytes[1]
+        if series.path not in held:
+            held[series.path] = self.ledger.series(record, series)
+        return held[series.path]
 
-    _last_bytes: tuple[tuple[str, Series | None], bytes] = ("", None), b""
+    _last_bytes: tuple[str, dict[str, bytes]] = "", {}
 
     def python_functions(self, path: str) -> dict[str, Definition]:
         """Functions and classes of a Python file by name."""

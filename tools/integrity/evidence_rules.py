@@ -12,6 +12,7 @@ from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, left_out
 from stackproof.spec.renamed_keys import translated
+from stackproof.spec.series import KINDS, parse_series
 from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
 
 EXIT_OF_STATUS = {
@@ -92,6 +93,25 @@ def artefact_hash(repo: Repo, record: Record) -> Messages:
             continue  # ARCHIVE reports it as not verified
         except StackproofError as e:
             yield At(e.what, path=repo.record_file(record.id, series.path))
+
+
+@rule(
+    "SERIES-TYPED",
+    title="Lines of a series have the types that readers rely on",
+    why="A rule or a page that reads a text as a number sees nothing, or fails.",
+    hint="supersede the record",
+    over=each_record,
+)
+def series_typed(repo: Repo, record: Record) -> Messages:
+    for series in record.series:
+        if series.path in KINDS:
+            path = repo.record_file(record.id, series.path)
+            try:
+                parse_series(repo.series_bytes(record, series), series.path, origin=path)
+            except NoHistory:
+                continue
+            except StackproofError as e:
+                yield At(e.what, path=path)
 
 
 @rule(
@@ -306,7 +326,7 @@ def _summary(record: Record, lines: list[dict]) -> dict[str, float]:
     if held_out := [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]:
         found["val_loss_nats"] = held_out[-1]
         if not record.parents:
-            found["best_val_loss_nats"] = min(held_out)
+            found["best_val_loss_nats"] = min(held_out, key=float)
     return found
 
 

@@ -1,11 +1,13 @@
 """Rules about the spec, its gates, checks, plants and tests."""
 
+import io
 import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from stackproof.spec.archive import blob_id
 from stackproof.spec.errors import IntegrityError, StackproofError
 from stackproof.spec.failures import Failure, answering_gates
 from stackproof.spec.fingerprint import check_fingerprint
@@ -24,7 +26,6 @@ from tools.integrity.core import (
     at,
     each_gate,
     gate_file,
-    git_blob_id,
     rule,
 )
 from tools.integrity.former_fingerprint import first_form
@@ -183,7 +184,7 @@ def release_frozen(repo: Repo) -> Messages:
     yield from repo.rewritten(RELEASES)
     for version, blob in _single_files(repo):
         text = release_text(releases[version]) if version in releases else b""
-        if blob != git_blob_id(text, len(blob)):
+        if blob != blob_id(io.BytesIO(text), len(text), len(blob)):
             yield f"release {version} is not the one that was committed as a file"
 
 

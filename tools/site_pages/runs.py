@@ -3,10 +3,12 @@
 import shlex
 from collections.abc import Iterator
 
+from jinja2 import UndefinedError
 from markupsafe import Markup
 
 from stackproof.spec.archive import Archived
 from stackproof.spec.canonical import leaves
+from stackproof.spec.errors import IntegrityError
 from stackproof.spec.records import Record
 from tools.site_pages import traces
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
@@ -47,7 +49,22 @@ def archived_page(archived: Archived) -> Page:
 
 
 def run_page(world: World, record: Record) -> Page:
-    """A record with everything beside it, and the commands that repeat it."""
+    """A record with everything beside it, and the commands that repeat it.
+
+    Raises IntegrityError if a series beside it has another form than its kind.
+    """
+    try:
+        return _run_page(world, record)
+    except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as e:
+        raise IntegrityError(
+            f"a series of record {record.id} cannot be shown",
+            value=f"{type(e).__name__}: {e}",
+            allowed="series as this version writes them",
+            next_step="supersede the record, or report a bug if the command wrote this record",
+        ) from e
+
+
+def _run_page(world: World, record: Record) -> Page:
     archive = world.ledger.archive
     samples = world.series(record, "samples.jsonl", "step", "text", "score")
     repeat = [f"git checkout {record.code.commit}", shlex.join(record.command)]
@@ -105,7 +122,8 @@ def _flags(world: World, record: Record, lines: list[dict]) -> Iterator[Flag]:
         elif step is not None and entry["verdict"] == "pass" and gate.startswith("checkpoint."):
             yield Flag(step, "C", f"checkpoint at step {step}, verified by {gate}")
     for entry in world.series(record, "events.jsonl", "event"):
-        if letter := EVENT_LETTERS.get(entry["event"]):
+        letter = EVENT_LETTERS.get(entry["event"])
+        if letter and entry.get("step") is not None:
             yield Flag(entry["step"], letter, f"{entry['event']} at step {entry['step']}")
     if lines:
         step = lines[-1]["step"]

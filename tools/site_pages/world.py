@@ -5,8 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackproof.spec.archive import Archived, History
-from stackproof.spec.canonical import parse_lines
+from stackproof.spec.archive import Archived, run_git
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.failures import Catalogue, load_catalogue
@@ -16,6 +15,7 @@ from stackproof.spec.gates import Gate, Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import GateResult, Kill, Record
 from stackproof.spec.registry import Release, read_registry
+from stackproof.spec.series import parse_series
 from tools.exhibits import Exhibit, read_exhibits
 
 
@@ -76,14 +76,15 @@ class World:
         """Lines of a JSON-lines file beside a record; empty if the record names no such file, or
         if the file is archived and the checkout lacks the history.
 
-        Raises IntegrityError if the file does not match its hash, or if a line lacks one of `keys`.
+        Raises IntegrityError if the file does not match its hash, or if a line lacks one of `keys`
+        or has one of another type.
         """
         declared = next((s for s in record.series if s.path == name), None)
         if declared is None or (record.id, name) in self.ledger.unread_series():
             return []
         path = self.ledger.record_path(record.id).with_name(name)
         data = self.ledger.series(record, declared)
-        lines = parse_lines(data, origin=str(path))
+        lines = parse_series(data, name, origin=str(path))
         for number, line in enumerate(lines, start=1):
             if missing := [k for k in keys if k not in line]:
                 raise IntegrityError(
@@ -102,8 +103,7 @@ def load_world(root: Path, evidence: Path) -> World:
     if problems := ledger.problems():
         raise IntegrityError(f"{ledger.path}:{problems[0][0]}: {problems[0][1]}")
     built = _build_time()
-    history = History(root)
-    head, changes = history.git("rev-parse", "HEAD"), history.git("status", "--porcelain")
+    head, changes = run_git(root, "rev-parse", "HEAD"), run_git(root, "status", "--porcelain")
     findings = read_findings(evidence / FINDINGS)
     return World(
         root=root,

@@ -1,0 +1,130 @@
+"""The lines of the series beside a record, as models: what readers of them may rely on."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from stackproof.spec.canonical import MAX_SAFE_INTEGER, parse_lines
+from stackproof.spec.tables import validated
+
+Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
+# Canonical JSON writes what is not finite, and whole numbers beyond 2^53, as text.
+AsText = Annotated[str, Field(pattern=r"^(NaN|-?Infinity|-?[0-9]{1,40})$")]
+Number = int | float | AsText
+
+
+class Line(BaseModel):
+    """A line of any series: an object. It may hold more keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+class Step(Line):
+    step: Count
+    loss_nats: Number | None = None
+    val_loss_nats: Number | None = None
+    val_stderr_nats: Number | None = None
+    ema_loss_nats: Number | None = None
+    grad_norm: Number | None = None
+    tokens_seen: Count | None = None
+
+
+class Sample(Line):
+    step: Count
+    text: str
+    score: Number
+    prompt: str = ""
+    parts: dict[str, Number] | None = None
+
+
+class GateLine(Line):
+    gate: str
+    verdict: str
+    step: Count | None = None
+    message: str = ""
+
+
+class Event(Line):
+    event: str
+    step: Count | None = None
+
+
+class Answer(Line):
+    step: Count
+    passed: bool
+    domain: str
+
+
+class Dropped(Line):
+    documents: Count
+
+
+class Tokens(Line):
+    train: Count
+    validation: Count
+
+
+class Source(Line):
+    name: str
+    license: str
+    weight: Number
+    cap: Number
+    floor: Number
+    documents_in: Count
+    documents_out: Count
+    dropped: dict[str, Dropped]
+    tokens: Tokens
+
+
+class Draw(Line):
+    step: Count
+    event: str
+    rows: dict[str, Count] = {}
+    focus: str | None = None
+
+
+class Red(Line):
+    seconds: float
+
+
+class MatrixRow(Line):
+    plant: str
+    gate: str
+    red: dict[str, Red]
+    raised: dict[str, str]
+    asked: int
+    seconds: float
+
+
+KINDS: Mapping[str, type[Line]] = {
+    "metrics.jsonl": Step,
+    "samples.jsonl": Sample,
+    "gates.jsonl": GateLine,
+    "events.jsonl": Event,
+    "audits.jsonl": Answer,
+    "sources.jsonl": Source,
+    "curriculum.jsonl": Draw,
+    "matrix.jsonl": MatrixRow,
+}
+
+
+def parse_series(data: bytes, name: str, *, origin: str) -> list[dict[str, Any]]:
+    """The lines of a series as they stand there.
+
+    Raises IntegrityError naming `origin`, line and field for a line that is no object, or that has
+    a key of another type than readers rely on.
+    """
+    kind, lines = KINDS.get(name, Line), parse_lines(data, origin=origin)
+    try:
+        _all_of(kind).validate_python(lines)
+    except ValidationError:
+        for number, line in enumerate(lines, start=1):
+            validated(kind, line, origin=f"{origin}:{number}")
+    return lines
+
+
+@cache
+def _all_of(kind: type[Line]) -> TypeAdapter:
+    return TypeAdapter(list[kind])
