@@ -113,8 +113,8 @@ KINDS: Mapping[str, type[Line]] = {
 def parse_series(data: bytes, name: str, *, origin: str) -> list[dict[str, Any]]:
     """The lines of a series as they stand there.
 
-    Raises IntegrityError naming `origin`, line and field for a line that is no object, or that has
-    a key of another type than readers rely on.
+    Raises IntegrityError naming `origin`, line and field for a line that is not an object or has a
+    key of another type than readers rely on.
     """
     kind, lines = KINDS.get(name, Line), parse_lines(data, origin=origin)
     try:
