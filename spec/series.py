@@ -113,7 +113,7 @@ KINDS: Mapping[str, type[Line]] = {
 def parse_series(data: bytes, name: str, *, origin: str) -> list[dict[str, Any]]:
     """The lines of a series as they stand there.
 
-    Raises IntegrityError naming `origin`, line and field for a line that is no object, or that has
+    Raises IntegrityError naming `origin`, line and field for a line other than an object, or with
     a key of another type than readers rely on.
     """
     kind, lines = KINDS.get(name, Line), parse_lines(data, origin=origin)
