@@ -1,5 +1,6 @@
 """Accepts records into the ledger, verifies and compares them."""
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -131,9 +132,15 @@ def _series(run_dir: Path, series: Series) -> bytes:
     try:
         data = read_bytes(path, MAX_ARTEFACT_BYTES)
     except OSError as e:
+        too_large = e.errno == errno.EFBIG
         raise IntegrityError(
             f"series {name} cannot be taken into git: {e}",
             allowed=f"a text of at most {MAX_ARTEFACT_BYTES} bytes",
+            next_step=(
+                "repeat the run with a larger train.log_every, which logs fewer lines"
+                if too_large
+                else f"{remedy(e)}, then give the same command again"
+            ),
         ) from e
     if data.startswith(MAGIC_OF_WEIGHTS):
         raise IntegrityError(f"series {name} looks like a weight file; weights never enter git")

@@ -200,9 +200,10 @@ def test_a_series_that_is_no_small_file_is_refused(kind, tmp_path):
         case "large":
             with open(series, "wb") as f:
                 f.truncate(ledgering.MAX_ARTEFACT_BYTES + 1)
-    with pytest.raises(IntegrityError, match=r"series metrics\.jsonl"):
+    with pytest.raises(IntegrityError, match=r"series metrics\.jsonl") as refused:
         ledgering.accept(tmp_path / "run", tmp_path / "evidence")
     assert not (tmp_path / "evidence").exists()
+    assert (kind == "large") == ("train.log_every" in (refused.value.next_step or ""))
 
 
 def test_what_was_hashed_is_what_is_copied(tmp_path, monkeypatch):
