@@ -9,6 +9,7 @@ What needs a git history that the checkout lacks is listed as not verified, and 
 
 import argparse
 import difflib
+import gc
 import json
 import os
 import sys
@@ -123,4 +124,5 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # records and syntax trees have no cycles; looking for some takes 13 % of the time
     sys.exit(main())
