@@ -26,6 +26,7 @@ METADATA = "metadata.json"
 SETTINGS = ("core.fsmonitor=false", "protocol.allow=never", "log.showSignature=false")
 NO_PROGRAMS = tuple(word for setting in SETTINGS for word in ("-c", setting))
 READS_NO_FILE = frozenset("cat-file log ls-files ls-tree rev-list rev-parse tag".split())
+READS_FILES = frozenset("-p -u --patch -m --modified -o -d --filters --textconv --ext-diff".split())
 BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 
 
@@ -119,10 +120,10 @@ class History:
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes | None:
         """Output of a git command that reads only objects and the index; None if it failed or git
-        is absent.
+        is absent. Raises ValueError for a command that could start a program of the repository.
         """
-        searches_index = arguments[:2] == ("grep", "--cached")
-        assert searches_index or arguments[0] in READS_NO_FILE, arguments
+        if arguments[0] not in READS_NO_FILE or READS_FILES.intersection(arguments):
+            raise ValueError(f"git {' '.join(arguments)} may start a program of the repository")
         return run_git(self.folder, *arguments, stdin=stdin)
 
     def files(self, commit: str, *paths: str) -> dict[str, str]:

@@ -153,9 +153,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         create_durably(temporary, data, replace=True)
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as e:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(e, OSError):  # name the file itself, not its temporary
+            e.filename, e.filename2 = str(path), None
         raise
 
 

@@ -167,7 +167,7 @@ def _end_of_class(pattern: str, place: int) -> int:
     """The place behind a class, which may hold classes."""
     depth = 0
     while place < len(pattern):
-        if named := NAMED_CLASS.match(pattern, place):
+        if depth and (named := NAMED_CLASS.match(pattern, place)):
             place = named.end()
         elif opening := CLASS.match(pattern, place):
             depth, place = depth + 1, opening.end()

@@ -28,6 +28,7 @@ SLOW += ["(a?a)*", "a?" * 30 + "a" * 30, r"\w+\d+\w+\d+x", "a*b*a*b*", "(a|b){3}
 # A reader that takes a bracket or a repeat for something else would overlook a repeat of a repeat.
 SLOW += ["a{1,64}+b", "a{2,3}{2,}", "a+*", "[a[b]](c+)+", "[[:a]](c+)+]", "(?x)(?:a* #)\n)*"]
 SLOW += ["(?:a*(?#()))*", r"(?:a*(?:\c()?)*", r"\g{(a+)+}", r"(?<n>a+)\k<n>", "(?~a)", "(*F)"]
+SLOW += ["[:a:](x|x)+y", "[:a:](x+x+)+y"]  # such a class has its meaning only inside of another
 SLOW += [".*a" * 6, r"\s*" * 6, "a" * (MAX_CHARS + 1), "([^]]+)+", r"(\p{L}+)+", "(?<n>a+)*"]
 
 

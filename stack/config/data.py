@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from stackproof.config.base import Frozen
 
+MAX_SHINGLE_WORDS = 16
+
 Language = Literal[
     "en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi", "el", "ru", "uk", "zh", "ja", "ko",
     "ar", "fa", "he", "hi", "code",
@@ -234,7 +236,9 @@ class NearDedup(Frozen):
         le=0.95,
         description="estimated Jaccard similarity from which a document is a duplicate (0-1)",
     )
-    shingle_words: int = Field(5, ge=1, le=16, description="words of one compared n-gram")
+    shingle_words: int = Field(
+        5, ge=1, le=MAX_SHINGLE_WORDS, description="words of one compared n-gram"
+    )
 
 
 class Concatenated(Frozen):

@@ -5,12 +5,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stackproof.config.data import MAX_SHINGLE_WORDS
 from stackproof.spec.canonical import MAX_SAFE_INTEGER, read_json
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
 
 FILE = "manifest.json"
-MAX_SHINGLE_WORDS = 16
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 
 

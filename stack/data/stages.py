@@ -19,7 +19,7 @@ from stackproof.data import corpus, dedup, plugins, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import Part, TextSource
 from stackproof.spec.canonical import canonical_json, read_json
-from stackproof.spec.files import write_atomically
+from stackproof.spec.files import process_name, write_atomically
 
 SPLITS = ("train", "validation")
 CHUNK_BYTES = 32 * 2**20
@@ -81,7 +81,7 @@ def filter_part(job: FilterJob) -> dict:
     final = part_folder(job)
     if (final / "receipt.json").is_file():
         return read_json(final / "receipt.json")
-    temporary = final.with_name(f".{final.name}-{os.getpid()}")
+    temporary = final.with_name(f".{final.name}-{process_name()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     receipt = receipts.empty() | {"chunks": 0}

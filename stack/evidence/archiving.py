@@ -21,7 +21,9 @@ from stackproof.spec.records import Record
 from stackproof.spec.registry import read_registry
 
 LARGE_SERIES_BYTES = 256 * 1024
+BLOCK = 64  # files that are searched at once
 RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
+CITED = re.compile(RECORD_ID.encode())
 
 
 @dataclass(frozen=True)
@@ -240,18 +242,27 @@ def _keep_named(
 
 def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
     """Records cited by files of the index, each with the first such file; a unique prefix counts.
+    Raises IntegrityError for a file whose content this clone lacks.
 
     Records themselves, the ledger and the archive list are not searched.
     """
+    history, found = History(directory), {}
     beside = [f":!{name}" for name in ("*/*", "ledger.jsonl", FILE)]
-    search = ("grep", "--cached", "--full-name", "-zIoE", "-e", RECORD_ID)
-    out = History(directory).git(*search, "--", ":/", *beside) or b""
-    found: dict[str, str] = {}
-    for line in out.decode().splitlines():
-        path, _, cited = line.partition("\0")
-        for name in records:
-            if name.startswith(cited):
-                found.setdefault(name, path)
+    listed = history.git("ls-files", "--stage", "--full-name", "-z", "--", ":/", *beside) or b""
+    rows = [row.partition("\t") for row in os.fsdecode(listed).split("\0")[:-1]]
+    files = [(path, facts.split()[1]) for facts, _, path in rows if facts.startswith("100")]
+    for start in range(0, len(files), BLOCK):
+        some = files[start : start + BLOCK]
+        for (path, blob), data in zip(some, history.read([blob for _, blob in some])):
+            if data is None:
+                raise IntegrityError(
+                    f"{path} cannot be searched for records: this clone lacks its content",
+                    value=blob,
+                    next_step="git fetch --refetch, in a clone without a filter",
+                )
+            for cited in {match[0].decode() for match in CITED.finditer(data)}:
+                for name in (name for name in records if name.startswith(cited)):
+                    found.setdefault(name, path)
     return found
 
 

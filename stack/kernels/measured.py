@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stackproof.kernels.table import Operation
-from stackproof.spec.files import process_name, read_bytes
+from stackproof.spec.files import read_bytes, write_atomically
 
 FILE = "kernels.json"
 PACKAGES = ("torch", "triton", "stackproof")
@@ -82,7 +82,5 @@ def write(folder: Path, found: Measurement) -> Path:
     path = folder / FILE
     document = _File(devices=_read(path).devices | {found.device: found})
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{process_name()}.tmp")
-    partial.write_text(document.model_dump_json(by_alias=True, indent=1) + "\n", "utf-8")
-    partial.replace(path)
+    write_atomically(path, document.model_dump_json(by_alias=True, indent=1).encode() + b"\n")
     return path

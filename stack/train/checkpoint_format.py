@@ -19,22 +19,22 @@ class Mark(BaseModel):
 
 class Process(BaseModel):
     """A process that continued a run: the step that it began after, and where its code and
-    environment differ from those in run.json.
+    environment differ from those in run.json; None if they are not known.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
     after: int = Field(ge=0)
-    differs: dict[str, Scalar]
+    differs: dict[str, Scalar] | None
 
 
 class RunState(BaseModel):
-    """What a checkpoint states of its run directory. Those of former versions state no process."""
+    """What a checkpoint states of its run directory. Early ones of this format state no process."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     sha256: str = Field(pattern=HEX64)
     logs: dict[str, Mark]
     compared: list[str]
-    processes: list[Process] = []
+    processes: list[Process] | None = None
 
 
 class Manifest(Frozen):

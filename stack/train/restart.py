@@ -2,7 +2,7 @@
 red verdicts of its gates, and the processes that computed the steps before.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,28 +143,68 @@ def process_of(record: RecordBuilder, document: Mapping[str, Any], step: int) ->
     """This process as a checkpoint states it: the step that it begins after, and where its code and
     environment differ from those in run.json.
     """
-    then = document["environment"] | {"commit": document["code"]["commit"]}
-    now = record.environment | {"commit": record.code.commit}
+    then, now = _facts(document), _facts({"environment": record.environment, "code": record.code})
     apart = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
     return {"after": step, "differs": {k: now.get(k) for k in apart if k not in ALLOCATED}}
 
 
-def other_processes(
-    processes: Sequence[Mapping[str, Any]], document: Mapping[str, Any]
-) -> Iterator[str]:
-    """What the record states of each process that took steps in another way than the last one."""
-    first = document["environment"] | {"commit": document["code"]["commit"]}
+def former_processes(loaded: checkpoint.Loaded | None) -> list[dict[str, Any]]:
+    """The processes that a checkpoint states; one that is unknown for a checkpoint of a former
+    version, which states none.
+    """
+    if loaded is None:
+        return []
+    stated = (loaded.state["run"] or {}).get("processes")
+    return [{"after": 0, "differs": None}] if stated is None else stated
+
+
+def state_processes(
+    record: RecordBuilder, document: Mapping[str, Any], processes: list
+) -> tuple[str, ...]:
+    """State in a record the steps of processes with other code or another environment than the last
+    one. Code that was changed without a commit at any step makes the record dirty. Returns the
+    texts.
+    """
+    first = _facts(document)
+    spans = list(_spans(processes))
+    took_steps = [first | (differs or {}) for _, _, differs in spans]
+    if dirty := next((facts for facts in took_steps if facts.get("code.dirty")), None):
+        changed = {"dirty": True, "diff_sha256": dirty.get("code.diff_sha256")}
+        record.code = record.code.model_copy(update=changed)
     last = processes[-1]["differs"]
+    found = (_other_process(*span, last, first) for span in spans)
+    texts = tuple(text for text in found if text)
+    record.not_covered = (*record.not_covered, *texts)
+    return texts
+
+
+def _spans(processes: list) -> Iterator[tuple[int, int, dict | None]]:
+    """The first and the last step that each process before the last one took, and how it differs
+    from run.json.
+    """
     for process, following in pairwise([{"after": 0, "differs": {}}, *processes]):
-        begin, end, then = process["after"] + 1, following["after"], process["differs"]
-        apart = [
-            k for k in sorted(then.keys() | last.keys()) if then.get(k, ...) != last.get(k, ...)
-        ]
-        changes = "; ".join(
-            f"{k} {then.get(k, first.get(k))}, now {last.get(k, first.get(k))}" for k in apart
-        )
-        if changes and begin <= end:
-            yield f"steps {begin} to {end} had another process: {changes}"
+        if process["after"] < following["after"]:
+            yield process["after"] + 1, following["after"], process["differs"]
+
+
+def _facts(of: Mapping[str, Any]) -> dict[str, Any]:
+    """Environment and code of a process, as one table."""
+    code = of["code"] if isinstance(of["code"], dict) else of["code"].model_dump()
+    return of["environment"] | {f"code.{name}": value for name, value in code.items()}
+
+
+def _other_process(
+    begin: int, end: int, then: dict | None, last: dict, first: Mapping[str, Any]
+) -> str:
+    """What a record states of a process that took steps; empty if it was like the last one."""
+    if then is None:
+        return f"which code and environment steps {begin} to {end} had: it is not known"
+    changes = "; ".join(
+        f"{k} {then.get(k, first.get(k))}, now {last.get(k, first.get(k))}"
+        for k in sorted(then.keys() | last.keys())
+        if then.get(k, first.get(k)) != last.get(k, first.get(k))
+    )
+    return f"steps {begin} to {end} had another process: {changes}" if changes else ""
 
 
 def require_recorded(run_dir: Path, record: Record) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from stackproof.config import BanditCurriculum, RunConfig, recorded_config
 from stackproof.contracts.events import Resumed
+from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import KEPT_MOMENTS, Gatekeeper
 from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
@@ -46,12 +47,13 @@ from stackproof.train.device import (
 )
 from stackproof.train.memory import keep_heap, lay_in_huge_pages, require_room
 from stackproof.train.restart import (
+    former_processes,
     latest_checkpoint,
     marks_of,
-    other_processes,
     process_of,
     red_verdicts,
     require_recorded,
+    state_processes,
 )
 from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.signals import uninterrupted
@@ -126,7 +128,8 @@ def fresh(
             if loaded is not None:
                 if continued:
                     trainer.output.carried = _carry_over(trainer, parent, loaded)
-                _load(trainer, loaded)
+                _restore(trainer, loaded, ("runtime",))
+                _continue(trainer, loaded)
                 trainer.output.record.parents = (loaded.state["record"],)
             yield trainer
 
@@ -161,7 +164,10 @@ def resume(
         trainer = setup(changed, [*former, *sets], directory, callbacks, document=document)
         _refuse_other_data(trainer, document)
         trainer.output.inherited_s = document["inherited_s"]
+        step, record = loaded.state["step"] if loaded else 0, trainer.output.record
+        trainer.processes = [*former_processes(loaded), process_of(record, document, step)]
         with recorded(trainer):
+            others = state_processes(record, document, trainer.processes)
             if loaded is None:
                 directory.restore_logs({})
             # The gates run again, as the code or the machine may have changed since.
@@ -169,24 +175,15 @@ def resume(
                 run_preflight(trainer, document["n_eval_batches"])
             except BaseException:
                 # The record of a resume that ends here describes the run up to its checkpoint.
-                if loaded is not None:
-                    with uninterrupted(), suppress(StackproofError):
-                        _restore(trainer, loaded, KEPT_MOMENTS)
+                with uninterrupted(), suppress(StackproofError, OSError):
+                    _return_to(trainer, loaded, marks, red)
+                    if loaded is not None:
+                        trainer.log_red_preflight()
                 raise
-            # Cut the logs back to the checkpoint, or the steps after it would appear twice.
-            step, cut, processes = 0, 0, []
+            cut = _return_to(trainer, loaded, marks, red)
             if loaded is not None:
-                step, run = loaded.state["step"], loaded.state["run"]
-                cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
-                _load(trainer, loaded, resumed=True)
-                processes = run["processes"] if run else []
-            for gate_id, (at_step, verdict) in red.items():
-                trainer.keeper.carry(gate_id, at_step, verdict)
-                trainer.log_verdict(gate_id, at_step, verdict)
-            record = trainer.output.record
-            trainer.processes = [*processes, process_of(record, document, step)]
-            for text in other_processes(trainer.processes, document):
-                record.not_covered = (*record.not_covered, text)
+                _continue(trainer, loaded, resumed=True)
+            for text in others:
                 trainer.callbacks.on_message(text)
             now = iso(utc_now())
             directory.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
@@ -366,11 +363,32 @@ def _restoring(loaded: checkpoint.Loaded) -> Iterator[None]:
         ) from e
 
 
-def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False) -> None:
-    """Load a checkpoint into the fresh state; `resumed` if it is one of this run."""
-    state, callbacks = trainer.state, trainer.callbacks
-    # The gates see the resume after their own state, with which they judge it.
-    _restore(trainer, loaded, KEPT_MOMENTS if resumed else ("runtime",))
+def _return_to(
+    trainer: Trainer,
+    loaded: checkpoint.Loaded | None,
+    marks: dict[str, dict] | None,
+    red: Mapping[str, tuple[int, Verdict]],
+) -> int:
+    """Take a run back to its checkpoint: restore its state, and cut the logs, or the steps after it
+    would appear twice. Red verdicts of those steps stay. Returns the bytes cut.
+    """
+    directory, cut = trainer.output.dir, 0
+    if loaded is not None:
+        step = loaded.state["step"]
+        cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
+        # The gates see the resume after their own state, with which they judge it.
+        _restore(trainer, loaded, KEPT_MOMENTS)
+    for gate_id, (at_step, verdict) in red.items():
+        trainer.keeper.carry(gate_id, at_step, verdict)
+        trainer.log_verdict(gate_id, at_step, verdict)
+    return cut
+
+
+def _continue(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False) -> None:
+    """Let the gates see that the run continues from a checkpoint, which was restored; `resumed` if
+    it is one of this run.
+    """
+    state = trainer.state
     _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
     trainer.started_from, trainer.resumed = loaded.path, resumed
     if resumed and (run := loaded.state["run"]):
@@ -378,7 +396,7 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded, *, resumed: bool = False)
     trainer.keeper.observe(
         Resumed(step=state.step, path=str(loaded.path), cursor=state.data_loader.cursor)
     )
-    callbacks.on_message(f"continuing after step {state.step} from {loaded.path}")
+    trainer.callbacks.on_message(f"continuing after step {state.step} from {loaded.path}")
 
 
 def _restore(trainer: Trainer, loaded: checkpoint.Loaded, moments: Sequence[str]) -> None:
@@ -491,7 +509,7 @@ def _refuse_other_data(trainer: Trainer, document: dict) -> None:
     """Raise DataError if the data are not those that the run was started on."""
     manifest = trainer.dataset.manifest
     if changed := [
-        k for k in ("tokenizer", "sources", "splits") if document["data"][k] != manifest[k]
+        k for k in ("tokenizer", "sources", "splits") if document["data"].get(k) != manifest[k]
     ]:
         raise DataError(
             f"the data are not those the run was started on: {', '.join(changed)} differ",

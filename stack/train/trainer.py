@@ -258,6 +258,12 @@ class Trainer:
         if verdict.outcome == "fail" and self.keeper.states[gate_id].gate.moment == "runtime":
             self.callbacks.on_gate_failure(self, gate_id, step, verdict)
 
+    def log_red_preflight(self) -> None:
+        """Log the red verdicts of the preflight once more, after the logs were cut."""
+        for gate_id, state in self.keeper.states.items():
+            if state.gate.moment == "preflight" and state.verdict.outcome == "fail":
+                self.log_verdict(gate_id, None, state.verdict)
+
 
 # --- the record -----------------------------------------------------------------------------------
 
@@ -412,9 +418,11 @@ def _last_loss(trainer: Trainer) -> float | None:
     if trainer.report is not None:
         return trainer.report.loss_nats
     last = None
-    # A resume that ends in its preflight leaves the lines after its checkpoint.
     for line in trainer.output.dir.lines("metrics.jsonl"):
         match line:
-            case {"step": int(step), "loss_nats": float(loss) | int(loss)}:
-                last = loss if step <= trainer.state.step else last
+            case {
+                "step": int(step),
+                "loss_nats": float() | int() | "NaN" | "Infinity" | "-Infinity" as loss,
+            } if step <= trainer.state.step:
+                last = float(loss)
     return last

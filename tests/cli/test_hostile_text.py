@@ -95,7 +95,7 @@ def test_text_without_markup_is_one_line_of_a_card(nasty):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_say_writes_any_text_to_any_stream(nasty, encoding):
+def test_print_visible_writes_any_text_to_any_stream(nasty, encoding):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding, write_through=True)
     print_visible(nasty + " ü→", file=stream)

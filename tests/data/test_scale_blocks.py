@@ -21,7 +21,6 @@ from stackproof.spec.errors import DataError
 from stackproof.spec.files import host_name
 
 NO_PROCESS = 2**22 + 1  # above the largest number of a process on Linux
-NO_PROCESS = 2**22 + 1  # above the largest number of a process on Linux
 TASKS, MAX_TOKENS = 2, 300
 WORDS = (
     "river stone letter winter garden window morning paper silver bridge table forest market "

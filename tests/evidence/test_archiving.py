@@ -193,6 +193,16 @@ def test_a_file_of_the_tree_cites_a_record_by_id_or_prefix(repo):
     assert named(repo, 12) not in found, "a record, the ledger and the archive cite nothing"
 
 
+def test_a_file_whose_content_the_clone_lacks_is_no_file_without_citations(repo):
+    """As in a clone with a filter, which holds the names and fetches contents later."""
+    write(repo, "docs/one.md", f"See {named(repo, 10)}.\n")
+    git(repo, "add", "-A")
+    blob = git(repo, "ls-files", "--stage", "docs/one.md").split()[1]
+    (repo / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    with pytest.raises(IntegrityError, match=r"docs/one\.md cannot be searched"):
+        citations(repo / "evidence", [named(repo, 10)])
+
+
 def test_the_commit_listed_is_the_last_that_changed_the_folder(repo):
     gone, commit = named(repo, 10), git(repo, "rev-parse", "HEAD")
     write(repo, "docs/more.md", "more\n")
@@ -335,10 +345,14 @@ def _sign(root) -> None:
     (root / ".git" / git(root, "symbolic-ref", "HEAD")).write_text(done.stdout)
 
 
-@pytest.mark.parametrize("command", [("status",), ("diff",), ("show", "HEAD"), ("grep", "a")])
+READS_FILES = ["status", "diff", "show HEAD", "grep a", "grep --cached a", "ls-files -m"]
+READS_FILES += ["log -p -1", "cat-file --filters HEAD:README.md"]
+
+
+@pytest.mark.parametrize("command", READS_FILES)
 def test_a_git_command_that_reads_files_is_not_for_a_foreign_folder(repo, command):
-    with pytest.raises(AssertionError):
-        History(repo).git(*command)
+    with pytest.raises(ValueError, match="may start a program"):
+        History(repo).git(*command.split())
 
 
 def test_evidence_that_does_not_verify_is_not_archived(repo):

@@ -190,21 +190,27 @@ def test_a_signal_in_the_preflight_of_a_resume_leaves_the_record_of_the_checkpoi
     assert_same_end(straight, run, "SIGTERM in the preflight of a resume")
 
 
-def test_a_red_gate_in_the_preflight_of_a_resume_leaves_the_steps_in_the_record(
-    interrupted, monkeypatch
+def test_a_red_gate_in_the_preflight_of_a_resume_leaves_a_record_of_the_checkpoint(
+    interrupted, straight, monkeypatch
 ):
-    def red(trainer, n_eval_batches):
+    """Its logs end at the checkpoint as well, and it states which process took the steps."""
+    environment = start.environment
+
+    def preflight(trainer, n_eval_batches):
         raise GateFailed("a gate of preflight is red")
 
     with monkeypatch.context() as patch, pytest.raises(GateFailed):
-        patch.setattr(start, "run_preflight", red)
+        patch.setattr(start, "run_preflight", preflight)
+        patch.setattr(start, "environment", lambda *a, **o: environment(*a, **o) | {"threads": 77})
         resume(interrupted)
     record = read_record(interrupted / "metadata.json")
     assert (record.status, record.metric("steps")) == ("halted", 6)
+    assert any(t.startswith("steps 1 to 6 ") and ", now 77" in t for t in record.not_covered)
     lines = (interrupted / "metrics.jsonl").read_text().splitlines()
-    # The log still has the steps after the checkpoint.
-    assert len(lines) == 8
-    assert record.metric("train_loss_nats") == json.loads(lines[5])["loss_nats"]
+    assert len(lines) == 6
+    assert record.metric("train_loss_nats") == json.loads(lines[-1])["loss_nats"]
+    resume(interrupted)
+    assert_same_end(straight, interrupted, "red in the preflight of a resume")
 
 
 def test_a_request_for_a_checkpoint_in_preflight_does_not_end_the_run(cfg, tmp_path):

@@ -7,6 +7,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,8 +22,8 @@ from stackproof.spec.errors import (
     IntegrityError,
     StackproofError,
 )
-from stackproof.spec.records import read_record
-from stackproof.train import checkpoint, loop, start
+from stackproof.spec.records import Code, read_record
+from stackproof.train import checkpoint, loop, restart, start
 from stackproof.train.run_dir import SEAL, RunDir
 from stackproof.train.trainer import Callback
 from tests.fault_injection.nine_steps import (
@@ -137,6 +138,35 @@ def test_each_process_of_a_run_is_stated_in_the_record(cfg, tmp_path, monkeypatc
     told = f"steps 4 to 6 had another process: threads 77, now {threads}"
     assert told in record.not_covered
     assert not [t for t in record.not_covered if "steps 1" in t or "steps 7" in t]
+
+
+def test_unknown_processes_stay_unknown(interrupted):
+    """A checkpoint of before processes were stated."""
+    folder = checkpoint.find(interrupted)
+    state = json.loads((folder / "state.json").read_bytes())
+    corrected(folder, run={k: v for k, v in state["run"].items() if k != "processes"})
+    killed(None, interrupted, 7)
+    shutil.rmtree(interrupted / "checkpoints/step-00000009", ignore_errors=True)
+    told = "which code and environment steps 1 to 6 had: it is not known"
+    assert told in resume(interrupted).not_covered
+
+
+@pytest.mark.parametrize("dirty_before", [True, False])
+def test_uncommitted_code_of_any_process_makes_the_record_dirty(dirty_before):
+    clean = Code(commit="a" * 40, dirty=False, lock_sha256="b" * 64)
+    dirty = clean.model_copy(update={"dirty": True, "diff_sha256": "c" * 64})
+    first = dirty if dirty_before else clean
+    document = {"environment": {"threads": 1}, "code": first.model_dump()}
+    record = SimpleNamespace(environment={"threads": 1}, code=clean, not_covered=("x",))
+    processes = [restart.process_of(record, document, 4)]
+    texts = restart.state_processes(record, document, processes)
+    assert record.code == (dirty if dirty_before else clean)
+    assert len(texts) == dirty_before == any("code.dirty True, now False" in t for t in texts)
+    assert record.not_covered == ("x", *texts)
+    # From the seed again: no step of the first process counts.
+    record = SimpleNamespace(environment={"threads": 1}, code=clean, not_covered=())
+    processes = [restart.process_of(record, document, 0)]
+    assert restart.state_processes(record, document, processes) == () and not record.code.dirty
 
 
 # --- what is damaged ------------------------------------------------------------------------------

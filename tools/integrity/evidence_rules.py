@@ -12,7 +12,7 @@ from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, left_out
 from stackproof.spec.renamed_keys import translated
-from stackproof.spec.series import KINDS, parse_series
+from stackproof.spec.series import parse_series
 from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
 
 EXIT_OF_STATUS = {
@@ -104,7 +104,7 @@ def artefact_hash(repo: Repo, record: Record) -> Messages:
 )
 def series_typed(repo: Repo, record: Record) -> Messages:
     for series in record.series:
-        if series.path in KINDS:
+        if series.path.endswith(".jsonl"):
             path = repo.record_file(record.id, series.path)
             try:
                 parse_series(repo.series_bytes(record, series), series.path, origin=path)
@@ -322,8 +322,9 @@ def metric_recompute(repo: Repo, record: Record) -> Messages:
 def _summary(record: Record, lines: list[dict]) -> dict[str, float]:
     """Metrics of a training run as its log gives them."""
     names = {"train_loss_nats": "loss_nats"} | {n: n for n in ("tokens_seen", "ema_loss_nats")}
-    found = {metric: lines[-1][key] for metric, key in names.items()}
-    if held_out := [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]:
+    found = {metric: lines[-1].get(key) for metric, key in names.items()}
+    held_out = [line["val_loss_nats"] for line in lines if line.get("val_loss_nats") is not None]
+    if held_out:
         found["val_loss_nats"] = held_out[-1]
         if not record.parents:
             found["best_val_loss_nats"] = min(held_out, key=float)
