@@ -107,7 +107,7 @@ def fruits_of_run(record: Record, run_dir: Path) -> list:
     lines = [
         {k: v for k, v in line.items() if k not in TIMED}
         for n in ("metrics.jsonl", "samples.jsonl")
-        for line in directory.read_lines(n)
+        for line in directory.lines(n)
     ]
     return [
         lines,

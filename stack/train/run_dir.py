@@ -281,10 +281,6 @@ class RunDir:
         if data:
             write_atomically(self.path / name, kept)
 
-    def read_lines(self, name: str) -> list[dict]:
-        """The complete lines of a series, all at once, as `lines`."""
-        return list(self.lines(name))
-
     def lines(self, name: str) -> Iterator[dict]:
         """The complete lines of a series, one at a time; none without its file. Raises
         IntegrityError naming a damaged line, FileRefused as `lines_of`.

@@ -133,7 +133,7 @@ def run_json(folder: Path) -> Target:
 
 def run_lines(folder: Path) -> Target:
     valid = b'{"step":1,"loss_nats":2.5}\n{"gate":"loss.first"}\n{"step":2,"loss_nats":2.0}\n'
-    read = lambda data: RunDir(folder).read_lines("metrics.jsonl")  # noqa: E731
+    read = lambda data: list(RunDir(folder).lines("metrics.jsonl"))  # noqa: E731
     return Target(folder / "metrics.jsonl", valid, of_lines, read)
 
 

@@ -42,7 +42,7 @@ def traced(cfg, every):
 
 def steps_of(folder):
     """Steps of the lines, in order, each once."""
-    return list(dict.fromkeys(line["step"] for line in RunDir(folder).read_lines("points.jsonl")))
+    return list(dict.fromkeys(line["step"] for line in RunDir(folder).lines("points.jsonl")))
 
 
 def weights(folder):
@@ -69,10 +69,7 @@ def test_weights_moments_and_losses_are_the_same_to_the_bit(plain, recorded):
     for name in ("model.safetensors", "state.safetensors"):
         assert weights(plain)[name]["sha256"] == weights(recorded)[name]["sha256"]
     lines = [
-        [
-            (at["step"], at["loss_nats"], at["grad_norm"])
-            for at in RunDir(f).read_lines("metrics.jsonl")
-        ]
+        [(at["step"], at["loss_nats"], at["grad_norm"]) for at in RunDir(f).lines("metrics.jsonl")]
         for f in (plain, recorded)
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 12
@@ -106,7 +103,7 @@ def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monk
 
 
 def test_a_line_holds_every_point_of_every_layer_with_what_it_was_computed_over(cfg, recorded):
-    lines = RunDir(recorded).read_lines("points.jsonl")
+    lines = list(RunDir(recorded).lines("points.jsonl"))
     assert steps_of(recorded) == [3, 6, 9, 12] and len(lines) % 4 == 0
     rows, later = (
         {line["point"]: line for line in lines if line["step"] == step} for step in (3, 6)

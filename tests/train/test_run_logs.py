@@ -51,7 +51,7 @@ def peak(read) -> int:
 def test_a_resume_does_not_hold_a_log_in_memory(directory, read):
     read(directory)  # what is loaded once does not count
     assert peak(lambda: read(directory)) < MAX_BYTES
-    assert peak(lambda: directory.read_lines("gates.jsonl")) > 4 * MAX_BYTES
+    assert peak(lambda: list(directory.lines("gates.jsonl"))) > 4 * MAX_BYTES
 
 
 def test_the_last_loss_is_that_of_the_last_complete_line_up_to_a_step(directory):
@@ -72,4 +72,4 @@ def test_the_last_loss_is_that_of_the_last_complete_line_up_to_a_step(directory)
 def test_a_log_above_the_limit_is_refused(directory, monkeypatch):
     monkeypatch.setattr(run_dir, "MAX_SERIES_BYTES", 1000)
     with pytest.raises(FileRefused, match="holds more than the 1000 bytes"):
-        directory.read_lines("gates.jsonl")
+        list(directory.lines("gates.jsonl"))
