@@ -119,11 +119,8 @@ def _kill_at(command: list[str], run_dir: Path, log: Path, target: int, draw: ra
 
 
 def _last_step(run_dir: Path) -> int:
-    try:
-        last = RunDir(run_dir).last_line("metrics.jsonl")
-    except ValueError:
-        return 0
-    return last["step"] if last else 0
+    """The last step in the log of a run that may still write it; 0 without one."""
+    return max((line["step"] for line in RunDir(run_dir).lines("metrics.jsonl")), default=0)
 
 
 def _judge(

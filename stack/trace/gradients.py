@@ -33,11 +33,12 @@ from stackproof.trace.trace import backward_of
 from stackproof.trace.weights import point_of
 
 # Bounds of what rounding adds: FACTOR times ε·√width at a point, four times that if the gradient
-# comes out of a softmax and cancels, and PARAMETER_FACTOR times ε·√width at a parameter, relative
-# to at least FLOOR of the largest norm of all: the gradient of a key's bias is rounding alone. CAP
-# limits every bound.
+# comes out of a softmax and cancels, and PARAMETER_FACTOR times ε·√width at a parameter, four times
+# that for the weight of a difference of two softmaxes, relative to at least FLOOR of the largest
+# norm of all: the gradient of a key's bias is rounding alone. CAP limits every bound.
 FACTOR, SOFTMAX_FACTOR, PARAMETER_FACTOR, FLOOR, CAP = 1.0, 4.0, 1.0, 1e-2, 0.1
 CANCELLING = ("q", "k", "v", "q_norm", "k_norm", "q_rotated", "k_rotated", "router", "routing")
+CANCELLING_PARAMETER = "attention.lambda_weight"
 GRADIENT, PARAMETER, VALUE = "gradient ", "parameter ", "value "
 
 
@@ -122,7 +123,7 @@ def compare_gradients(
             if n in theirs
         ]
         parameters = [
-            Gradient(p, None, error, min(CAP, PARAMETER_FACTOR * epsilon))
+            Gradient(p, None, error, _parameter_bound(p, epsilon))
             for p in own
             if (error := right.error_of(p.name, forced)) is not None
         ]
@@ -143,6 +144,11 @@ def compare_gradients(
 
 def _bound(point: Point, epsilon: float) -> float:
     return min(CAP, (SOFTMAX_FACTOR if point.slot in CANCELLING else FACTOR) * epsilon)
+
+
+def _parameter_bound(parameter: Point, epsilon: float) -> float:
+    factor = SOFTMAX_FACTOR if parameter.slot == CANCELLING_PARAMETER else 1
+    return min(CAP, factor * PARAMETER_FACTOR * epsilon)
 
 
 @dataclass

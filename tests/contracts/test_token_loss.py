@@ -18,7 +18,7 @@ from stackproof.museum.observe import fruits_of_run
 from stackproof.museum.plant import load_museum
 from stackproof.recipes.pocket import pocket
 from stackproof.spec.errors import GateFailed
-from stackproof.train import losses
+from stackproof.train import losses, start
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
@@ -174,6 +174,12 @@ def test_one_percent_of_a_weight_is_refused_but_in_half(spec):
         assert check.observe(replace(event, **change)).outcome == "fail", change
 
 
+@pytest.fixture
+def emulated(monkeypatch):
+    """Half precision also on a processor that has no units for it."""
+    monkeypatch.setattr(start, "refuse_emulated", lambda *asked: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "half"),
     [
@@ -185,7 +191,7 @@ def test_one_percent_of_a_weight_is_refused_but_in_half(spec):
     ],
     ids=str,
 )
-def test_the_gradient_of_our_first_step_is_green(cfg, tmp_path, changes, half):
+def test_the_gradient_of_our_first_step_is_green(cfg, tmp_path, changes, half, emulated):
     """Every label of two packed micro-batches is judged; so is the first step of a continued run.
     Measured 9.4e-7 in float32, 1.4e-3 in bfloat16 and 6.4e-5 in float16.
     """
@@ -276,7 +282,7 @@ def test_the_plants_of_our_loss_halt_the_run(cfg, tmp_path, monkeypatch, plant, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_measurement_changes_no_bit_of_the_run(cfg, tmp_path, monkeypatch, dtype):
+def test_the_measurement_changes_no_bit_of_the_run(cfg, tmp_path, monkeypatch, dtype, emulated):
     cfg, fruits = with_train(cfg, dtype=dtype), []
     read = losses.LossOfFirstStep._read
     n_read = []

@@ -110,7 +110,7 @@ def test_a_fresh_lens_reads_as_no_lens_to_the_bit(trained):
 
 
 def test_a_fitted_lens_is_sharper_at_every_point_and_the_model_is_untouched(trained, tmp_path):
-    """Held-out text: loss and distance to the model fall at every point that is not the last.
+    """Held-out text: the distance to the model falls at every point that is not the last.
     Measured after 120 steps: loss at the embedding 5.535 → 4.197 nats, after layer 2, the last
     before the model's own, 4.062 → 4.055; distances at most 0.29 of the raw ones.
     """
@@ -122,7 +122,12 @@ def test_a_fitted_lens_is_sharper_at_every_point_and_the_model_is_untouched(trai
     assert weights_sha256(model) == before and all(p.grad is None for p in model.parameters())
     raw, tuned = read_lens(model, held_out)[0], read_lens(model, held_out, lens=lens)[0]
     for r, t in zip(raw[:-1], tuned[:-1], strict=True):
-        assert t.loss_nats < r.loss_nats and t.kl_nats < 0.5 * r.kl_nats, r.point
+        assert t.kl_nats < 0.5 * r.kl_nats, r.point
+    # A lens is fitted to the model's distribution: beside the last point, where both are close to
+    # it, the loss may also rise, by 0.007 nats on another processor.
+    for r, t in zip(raw[:-2], tuned[:-2], strict=True):
+        assert t.loss_nats < r.loss_nats, r.point
+    assert tuned[-2].loss_nats < raw[-2].loss_nats + 0.02
     assert tuned[-1].kl_nats == 0.0 and told[-1] < 0.5 * told[0] and len(told) == 120
 
     save_lens(lens, tmp_path / "lens.safetensors", model)
