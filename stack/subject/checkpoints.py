@@ -32,7 +32,7 @@ class RunCheckpoints(RunParts, Checkpoints):
             tokenizer_sha256=self.dataset.tokenizer.sha256,
             vocab_size=self.vocab_size,
             gates={},
-            record="preflight",
+            record="preflight-19700101T000000Z-00000000",
         )
         checkpoint.save(root, trainee.state, document)
 

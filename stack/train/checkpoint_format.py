@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof import tensorfolder
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Scalar
+from stackproof.spec.records import HEX64, RecordId, Scalar
 
 
 class Mark(BaseModel):
@@ -66,7 +66,7 @@ class StateDocument(BaseModel):
     scaler: dict[str, float]
     stopper: dict[str, Any]
     gates: dict[str, dict[str, Any]]
-    record: str
+    record: RecordId
     tokenizer_sha256: str
     run: RunState | None = None
 

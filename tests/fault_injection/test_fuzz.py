@@ -153,7 +153,8 @@ def _checkpoint(folder: Path) -> Path:
         if name.endswith(".json"):
             document = dict.fromkeys(checkpoint.STATE_KEYS, 1)
             document |= {key: {} for key in "config best curriculum scaler stopper gates".split()}
-            document |= dict.fromkeys("schema record tokenizer_sha256".split(), "x")
+            document |= dict.fromkeys("schema tokenizer_sha256".split(), "x")
+            document |= {"record": "train-20260101T000000Z-00000000"}
             document |= {"config_sha256": sha256_json({}), "run": None}
             (step / name).write_bytes(canonical_json(document))
         else:

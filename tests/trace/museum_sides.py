@@ -238,7 +238,11 @@ def resumed(plant, *, update=False):
     before = fresh(run_config(tied_head=True))
     learn(before)
     document = checkpoint.state_document(
-        before, tokenizer_sha256="", vocab_size=models.VOCAB, gates={}, record=""
+        before,
+        tokenizer_sha256="",
+        vocab_size=models.VOCAB,
+        gates={},
+        record="train-20260101T000000Z-00000000",
     )
     loaded = checkpoint.Loaded(Path(), *checkpoint.tensors_of(before).values(), document)
     pair = []

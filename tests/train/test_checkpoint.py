@@ -31,7 +31,7 @@ def document(state, dataset):
         tokenizer_sha256=dataset.tokenizer.sha256,
         vocab_size=dataset.tokenizer.vocab_size,
         gates={},
-        record="test",
+        record="train-20260101T000000Z-00000000",
     )
 
 
