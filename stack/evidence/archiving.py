@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stackproof.evidence.ledgering import verify, writing
-from stackproof.spec.archive import FILE, METADATA, Archive, Archived, History, blob_id
+from stackproof.spec.archive import BLOCK, FILE, METADATA, Archive, Archived, History, blob_id
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
@@ -21,7 +21,6 @@ from stackproof.spec.records import Record
 from stackproof.spec.registry import read_registry
 
 LARGE_SERIES_BYTES = 256 * 1024
-BLOCK = 64  # files that are searched at once
 RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
 CITED = re.compile(RECORD_ID.encode())
 

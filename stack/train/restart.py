@@ -16,9 +16,11 @@ from stackproof.spec.gates import load_spec
 from stackproof.spec.records import BESIDE_TRAINING, Record
 from stackproof.spec.renamed_keys import translated
 from stackproof.train import checkpoint
+from stackproof.train.checkpoint_format import Process
 from stackproof.train.run_dir import RunDir
 
 ALLOCATED = ("allocator",)  # how memory was laid out; it decides no bit
+UNKNOWN = Process(after=0, differs=None)
 
 
 def latest_checkpoint(directory: RunDir, at: int | None) -> checkpoint.Loaded | None:
@@ -139,27 +141,27 @@ def red_verdicts(directory: RunDir, cfg: RunConfig) -> dict[str, tuple[int, Verd
     return red
 
 
-def process_of(record: RecordBuilder, document: Mapping[str, Any], step: int) -> dict[str, Any]:
+def process_of(record: RecordBuilder, document: Mapping[str, Any], step: int) -> Process:
     """This process as a checkpoint states it: the step that it begins after, and where its code and
     environment differ from those in run.json.
     """
     then, now = _facts(document), _facts({"environment": record.environment, "code": record.code})
     apart = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    return {"after": step, "differs": {k: now.get(k) for k in apart if k not in ALLOCATED}}
+    return Process(after=step, differs={k: now.get(k) for k in apart if k not in ALLOCATED})
 
 
-def former_processes(loaded: checkpoint.Loaded | None) -> list[dict[str, Any]]:
+def former_processes(loaded: checkpoint.Loaded | None) -> list[Process]:
     """The processes that a checkpoint states; one that is unknown for a checkpoint of a former
     version, which states none.
     """
     if loaded is None:
         return []
     stated = (loaded.state["run"] or {}).get("processes")
-    return [{"after": 0, "differs": None}] if stated is None else stated
+    return [UNKNOWN] if stated is None else [Process.model_validate(p) for p in stated]
 
 
 def state_processes(
-    record: RecordBuilder, document: Mapping[str, Any], processes: list
+    record: RecordBuilder, document: Mapping[str, Any], processes: list[Process]
 ) -> tuple[str, ...]:
     """State in a record the steps of processes with other code or another environment than the last
     one. Code that was changed without a commit at any step makes the record dirty. Returns the
@@ -171,20 +173,20 @@ def state_processes(
     if dirty := next((facts for facts in took_steps if facts.get("code.dirty")), None):
         changed = {"dirty": True, "diff_sha256": dirty.get("code.diff_sha256")}
         record.code = record.code.model_copy(update=changed)
-    last = processes[-1]["differs"]
+    last = processes[-1].differs
     found = (_other_process(*span, last, first) for span in spans)
     texts = tuple(text for text in found if text)
     record.not_covered = (*record.not_covered, *texts)
     return texts
 
 
-def _spans(processes: list) -> Iterator[tuple[int, int, dict | None]]:
+def _spans(processes: list[Process]) -> Iterator[tuple[int, int, dict | None]]:
     """The first and the last step that each process before the last one took, and how it differs
     from run.json.
     """
-    for process, following in pairwise([{"after": 0, "differs": {}}, *processes]):
-        if process["after"] < following["after"]:
-            yield process["after"] + 1, following["after"], process["differs"]
+    for process, following in pairwise([Process(after=0, differs={}), *processes]):
+        if process.after < following.after:
+            yield process.after + 1, following.after, process.differs
 
 
 def _facts(of: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from stackproof.spec.formulas import parameter_count, perplexity
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Artefact, Record
 from stackproof.train import checkpoint
+from stackproof.train.checkpoint_format import Process
 from stackproof.train.run_dir import SERIES, RunDir
 from stackproof.train.signals import StoppedAtOnce, uninterrupted
 from stackproof.train.state import TrainState, differing, state_checksums
@@ -211,7 +212,7 @@ class Trainer:
     resumed: bool = False
     timer: StepTimer = field(default_factory=StepTimer)
     verified: set[str] = field(default_factory=set)
-    processes: list[dict[str, Any]] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
 
     @property
     def cfg(self) -> RunConfig:
@@ -247,7 +248,7 @@ class Trainer:
             "sha256": directory.sha256,
             "logs": directory.marks(),
             "compared": sorted(self.verified),
-            "processes": self.processes,
+            "processes": [process.model_dump() for process in self.processes],
         }
 
     def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:

@@ -1,7 +1,7 @@
 """Runs of nine steps in this process: begun, killed, resumed, and with a changed run.json."""
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -49,6 +49,15 @@ def killed(cfg, run, step, after="on_step_end"):
         begin(cfg, run, ending) if cfg else resume(run, callbacks=[ending])
     assert not (run / "metadata.json").exists()
     return run
+
+
+@contextmanager
+def environment_with(**values):
+    """Processes in the context state these values in their environment."""
+    environment = start.environment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "environment", lambda *a, **o: environment(*a, **o) | values)
+        yield
 
 
 def waived(*names):

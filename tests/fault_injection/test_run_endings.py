@@ -30,6 +30,7 @@ from tests.fault_injection.nine_steps import (
     Dead,
     Ending,
     begin,
+    environment_with,
     killed,
     resume,
     waived,
@@ -194,14 +195,12 @@ def test_a_red_gate_in_the_preflight_of_a_resume_leaves_a_record_of_the_checkpoi
     interrupted, straight, monkeypatch
 ):
     """Its logs end at the checkpoint as well, and it states which process took the steps."""
-    environment = start.environment
 
     def preflight(trainer, n_eval_batches):
         raise GateFailed("a gate of preflight is red")
 
-    with monkeypatch.context() as patch, pytest.raises(GateFailed):
+    with monkeypatch.context() as patch, environment_with(threads=77), pytest.raises(GateFailed):
         patch.setattr(start, "run_preflight", preflight)
-        patch.setattr(start, "environment", lambda *a, **o: environment(*a, **o) | {"threads": 77})
         resume(interrupted)
     record = read_record(interrupted / "metadata.json")
     assert (record.status, record.metric("steps")) == ("halted", 6)

@@ -5,7 +5,6 @@ what is intact.
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from stackproof.train import checkpoint, loop, restart, start
 from stackproof.train.run_dir import SEAL, RunDir
 from stackproof.train.trainer import Callback
 from tests.fault_injection.nine_steps import (
+    environment_with,
     killed,
     resume,
     rewrite,
@@ -113,25 +113,17 @@ def test_logs_that_lack_lines_of_the_checkpoint_are_refused_and_later_lines_are_
         resume(finished)
 
 
-@contextmanager
-def environment_with(monkeypatch, **values):
-    environment = start.environment
-    with monkeypatch.context() as patch:
-        patch.setattr(start, "environment", lambda *a, **o: environment(*a, **o) | values)
-        yield
-
-
-def test_other_code_and_another_environment_are_stated_in_the_record(interrupted, monkeypatch):
-    with environment_with(monkeypatch, threads=77):
+def test_other_code_and_another_environment_are_stated_in_the_record(interrupted):
+    with environment_with(threads=77):
         record = resume(interrupted)
     assert any(t.startswith("steps 1 to 6") and ", now 77" in t for t in record.not_covered)
     assert record.command == tuple(json.loads((interrupted / "run.json").read_text())["command"])
 
 
-def test_each_process_of_a_run_is_stated_in_the_record(cfg, tmp_path, monkeypatch):
+def test_each_process_of_a_run_is_stated_in_the_record(cfg, tmp_path):
     """The last one is like the first, so that only the checkpoints know the one between."""
     run = killed(cfg, tmp_path / "run", 4)
-    with environment_with(monkeypatch, threads=77):
+    with environment_with(threads=77):
         killed(None, run, 7)
     record = resume(run)
     threads = record.environment["threads"]

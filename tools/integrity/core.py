@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -248,6 +248,15 @@ class Survey:
     unread: dict[str, str]
 
 
+@dataclass
+class _Beside:
+    """What was read of the files beside one record, by name."""
+
+    record: str
+    content: dict[str, bytes] = field(default_factory=dict)
+    lines: dict[str, list[dict]] = field(default_factory=dict)
+
+
 class Repo(Checkout):
     """A checkout. Files and git facts are read lazily and once."""
 
@@ -382,31 +391,39 @@ class Repo(Checkout):
         RECORD-HASH, ARTEFACT-HASH and SERIES-TYPED report.
         """
         declared = next((s for s in record.series if s.path == name), None) if record else None
-        if declared is None:
+        try:
+            return self.series_lines(record, declared) if declared else []
+        except StackproofError:
             return []
-        if self._last_series[0] != (record.id, name):
-            try:
-                data = self.series_bytes(record, declared)
-                lines = parse_series(data, name, origin=self.record_file(record.id, name))
-            except StackproofError:
-                lines = []
-            self._last_series = (record.id, name), lines
-        return self._last_series[1]
 
-    _last_series: tuple[tuple[str, str], list[dict]] = ("", ""), []
+    def series_lines(self, record: Record, series: Series) -> list[dict]:
+        """The lines of a series; those of the record that was read last are kept. Raises
+        IntegrityError as `series_bytes`, and naming a line of another form.
+        """
+        held = self._beside(record).lines
+        if series.path not in held:
+            origin = self.record_file(record.id, series.path)
+            data = self.series_bytes(record, series)
+            held[series.path] = parse_series(data, series.path, origin=origin)
+        return held[series.path]
 
     def series_bytes(self, record: Record, series: Series) -> bytes:
         """A file beside a record; those of the record that was read last are kept. Raises
         IntegrityError as `Ledger.series`.
         """
-        if self._last_bytes[0] != record.id:
-            self._last_bytes = record.id, {}
-        held = self._last_bytes[1]
+        held = self._beside(record).content
         if series.path not in held:
             held[series.path] = self.ledger.series(record, series)
         return held[series.path]
 
-    _last_bytes: tuple[str, dict[str, bytes]] = "", {}
+    def _beside(self, record: Record) -> "_Beside":
+        if self._last.record != record.id:
+            self._last = _Beside(record.id)
+        return self._last
+
+    @cached_property
+    def _last(self) -> "_Beside":
+        return _Beside("")
 
     def python_functions(self, path: str) -> dict[str, Definition]:
         """Functions and classes of a Python file by name."""

@@ -4,15 +4,14 @@ import datetime as dt
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 
 from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
-from stackproof.spec.records import GateResult, Record, left_out
+from stackproof.spec.records import GateResult, Record, Series, left_out
 from stackproof.spec.renamed_keys import translated
-from stackproof.spec.series import parse_series
 from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
 
 EXIT_OF_STATUS = {
@@ -86,32 +85,32 @@ def record_orphan(repo: Repo) -> Messages:
     over=each_record,
 )
 def artefact_hash(repo: Repo, record: Record) -> Messages:
-    for series in record.series:
-        try:
-            repo.series_bytes(record, series)
-        except NoHistory:
-            continue  # ARCHIVE reports it as not verified
-        except StackproofError as e:
-            yield At(e.what, path=repo.record_file(record.id, series.path))
+    return _unreadable(repo, record, record.series, repo.series_bytes)
 
 
 @rule(
     "SERIES-TYPED",
     title="Lines of a series have the types that readers rely on",
-    why="A rule or a page that reads a text as a number sees nothing, or fails.",
+    why="A rule or a page that takes a text for a number gives no result, or fails.",
     hint="supersede the record",
     over=each_record,
 )
 def series_typed(repo: Repo, record: Record) -> Messages:
-    for series in record.series:
-        if series.path.endswith(".jsonl"):
-            path = repo.record_file(record.id, series.path)
-            try:
-                parse_series(repo.series_bytes(record, series), series.path, origin=path)
-            except NoHistory:
-                continue
-            except StackproofError as e:
-                yield At(e.what, path=path)
+    of_lines = [series for series in record.series if series.path.endswith(".jsonl")]
+    return _unreadable(repo, record, of_lines, repo.series_lines)
+
+
+def _unreadable(
+    repo: Repo, record: Record, of: Iterable[Series], read: Callable[[Record, Series], object]
+) -> Messages:
+    """The errors of reading files beside a record."""
+    for series in of:
+        try:
+            read(record, series)
+        except NoHistory:
+            continue  # ARCHIVE reports it as not verified
+        except StackproofError as e:
+            yield At(e.what, path=repo.record_file(record.id, series.path))
 
 
 @rule(
