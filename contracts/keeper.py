@@ -20,7 +20,7 @@ from stackproof.contracts.gate import (
 )
 from stackproof.contracts.subject import Subject
 from stackproof.spec.canonical import to_jsonable
-from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.errors import CheckpointError, ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
 from stackproof.spec.records import GateResult, Waiver
 
@@ -43,6 +43,7 @@ class GateState:
     verdict: Verdict = field(default_factory=lambda: not_run("the check was not called"))
     not_run: int = 0
     not_run_reason: str = ""
+    is_restored: bool = False
 
     def judged(self, found: Judgement, step: int | None) -> None:
         """Enter the verdict of a preflight or artifact check. The first red one is kept, since of
@@ -61,6 +62,22 @@ class GateState:
             if found.verdict.outcome == "fail":
                 self.first_failure_step = step if step is not None else 0
 
+    def observe(self, event: Event) -> Verdict | None:
+        """The verdict of a runtime check on an event. Raises CheckpointError if the check cannot
+        continue from what it remembers of a checkpoint.
+        """
+        try:
+            return self.watcher.observe(event)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+            if not self.is_restored:
+                raise
+            raise CheckpointError(
+                f"gate {self.gate.id} cannot continue from the state in the checkpoint: "
+                f"{type(e).__name__}: {str(e)[:200]}",
+                allowed="the state that a run has written",
+                next_step="stack train --resume DIR --at STEP takes an older step folder",
+            ) from e
+
     def state_dict(self) -> dict:
         """Counts, verdict and what the check remembers, JSON-ready."""
         return {
@@ -77,6 +94,7 @@ class GateState:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue with the state of a checkpoint, which may lack what is newer."""
+        self.is_restored = True
         self.checks, self.heartbeat_last_step = saved["checks"], saved["heartbeat"]
         self.not_run = saved.get("not_run", 0)
         self.not_run_reason = saved.get("not_run_reason", "")
@@ -190,7 +208,7 @@ class Gatekeeper:
             if not isinstance(event, state.watcher.events):
                 continue
             started = time.perf_counter()
-            verdict = state.watcher.observe(event)
+            verdict = state.observe(event)
             state.seconds += time.perf_counter() - started
             if verdict is None or self._is_repeated(state, verdict):
                 continue

@@ -1,6 +1,6 @@
 """The documents of a step folder as models: manifest.json, and the plain values of state.json."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +44,33 @@ class Manifest(Frozen):
     files: dict[str, tensorfolder.Declared]
 
 
+class GateDocument(BaseModel):
+    """The counts and the verdict of a gate; former versions saved no verdict. What its check
+    remembers is of a form of its own.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    checks: int = Field(ge=0)
+    heartbeat: int | None
+    first_failure: int | None = None
+    outcome: Literal["pass", "fail", "not_run"] = "not_run"
+    message: str = ""
+    measured: dict[str, Scalar] = {}
+    not_run: int = Field(default=0, ge=0)
+    not_run_reason: str = ""
+    watcher: dict[str, Any]
+
+
+class StopperDocument(BaseModel):
+    """The state of the stop rule."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    rounds: int = Field(ge=0)
+    wait: int = Field(ge=0)
+    best_round: int
+    best_batch_nats: list[float]
+
+
 class StateDocument(BaseModel):
     """state.json: its keys, and the types of its plain values; what they belong to checks the
     others.
@@ -64,8 +91,8 @@ class StateDocument(BaseModel):
     config: dict[str, Any]
     curriculum: dict[str, Any]
     scaler: dict[str, float]
-    stopper: dict[str, Any]
-    gates: dict[str, dict[str, Any]]
+    stopper: StopperDocument
+    gates: dict[str, GateDocument]
     record: RecordId
     tokenizer_sha256: str
     run: RunState | None = None

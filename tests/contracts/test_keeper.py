@@ -21,7 +21,7 @@ from stackproof.contracts.gate import RuntimeCheck, judge, resolve
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.spec.canonical import canonical_json
-from stackproof.spec.errors import GateFailed
+from stackproof.spec.errors import CheckpointError, GateFailed
 from stackproof.spec.records import Waiver
 from tests.subjects import changed
 
@@ -35,6 +35,10 @@ DRAWN = BatchDrawn(10, 72, 80, tuple(range(8)), 0, 64)
 
 def broken(*arguments):
     raise RuntimeError("out of order")
+
+
+def broken_value(event):
+    raise ValueError("not a number")
 
 
 def test_a_check_that_breaks_hides_no_red_gate(spec, subject):
@@ -234,3 +238,14 @@ def test_a_silent_gate_of_any_other_run_halts_it(spec, events):
         keeper.observe(event)
     with pytest.raises(GateFailed, match="without one verdict of this gate on"):
         keeper.observe(Finished(9, "completed"))
+
+
+def test_a_check_that_cannot_continue_from_its_checkpoint_is_a_checkpoint_error(spec, monkeypatch):
+    before = Gatekeeper(spec, only=("runtime.finite",))
+    after = resumed(spec, before.state_dict(), "runtime.finite")
+    for keeper in (before, after):
+        monkeypatch.setattr(keeper.states["runtime.finite"].watcher, "observe", broken_value)
+    with pytest.raises(CheckpointError, match="finite cannot continue from the state"):
+        after.observe(FINITE)
+    with pytest.raises(ValueError, match="not a number"):
+        before.observe(FINITE)

@@ -17,6 +17,7 @@ from stackproof.config.load import load_config, load_mixture, recorded_config
 from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evaluate.audit import read_answers
+from stackproof.evaluate.stopping import StopRule
 from stackproof.evaluate.suite import SUITES, load_suite
 from stackproof.export import gguf, reading, vocabulary
 from stackproof.kernels import measured, parity
@@ -152,9 +153,10 @@ def _checkpoint(folder: Path) -> Path:
     for name in checkpoint.FILES:
         if name.endswith(".json"):
             document = dict.fromkeys(checkpoint.STATE_KEYS, 1)
-            document |= {key: {} for key in "config best curriculum scaler stopper gates".split()}
+            document |= {key: {} for key in "config best curriculum scaler gates".split()}
             document |= dict.fromkeys("schema tokenizer_sha256".split(), "x")
             document |= {"record": "train-20260101T000000Z-00000000"}
+            document |= {"stopper": StopRule(1, 1, 0.0, 0.0).state_dict()}
             document |= {"config_sha256": sha256_json({}), "run": None}
             (step / name).write_bytes(canonical_json(document))
         else:
