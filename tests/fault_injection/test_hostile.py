@@ -33,7 +33,7 @@ MAX_RSS_BYTES, MAX_CPU_S = 2**30, 120
 # Address space beyond that of the process that the command is forked from.
 ADDRESSES_BYTES = 4 * 2**30
 LIMITED = f"""
-import os, resource, sys
+import os, resource, sys, time
 from multiprocessing import util
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + {ADDRESSES_BYTES}
@@ -42,7 +42,7 @@ resource.setrlimit(resource.RLIMIT_CPU, ({MAX_CPU_S}, {MAX_CPU_S}))
 sys.path.insert(0, os.environ["IMPORTABLE"])
 sys.stdin = open("/dev/zero")  # whoever asks is answered, and not with a refusal
 util.Finalize(None, lambda: open(os.environ["STATUS"], "w").write(
-    open("/proc/self/status").read()), exitpriority=0)
+    f"{{open('/proc/self/status').read()}}processor_s {{time.process_time():.2f}}"), exitpriority=0)
 {STACK}
 """
 REFUSED = set(range(2, 8))
@@ -491,8 +491,9 @@ def _refused(case: Case, sound: Path, tmp_path: Path, report) -> None:
     }
     done = Command(*case.command, folder=root, environment=environment, code=LIMITED).wait()
     status = (tmp_path / "status").read_text() if (tmp_path / "status").is_file() else ""
-    peak = next((int(x.split()[1]) * 1024 for x in status.splitlines() if "VmHWM" in x), 0)
-    report(case, done, peak, (tmp_path / "marker").exists())
+    used = {x.split()[0]: x.split()[1] for x in status.splitlines()}
+    peak, processor_s = int(used.get("VmHWM:", 0)) * 1024, used.get("processor_s", "")
+    report(case, done, peak, processor_s, (tmp_path / "marker").exists())
     said = f"SEED={SEED} {case.name}: exit {done.code}, {peak} bytes\n{done.err[-3000:]}"
     assert not (tmp_path / "marker").exists(), said
     assert "Traceback (most recent call last)" not in done.err, said
@@ -516,11 +517,12 @@ def report():
     """Writes one line per case to the file HOSTILE_REPORT, if it is set."""
     path = os.environ.get("HOSTILE_REPORT")
 
-    def line(case: Case, done, peak: int, executed: bool) -> None:
+    def line(case: Case, done, peak: int, processor_s: str, executed: bool) -> None:
         if path:
             traceback = "Traceback (most recent call last)" in done.err
             with open(path, "a") as f:
-                f.write(f"{done.code}\t{peak}\t{executed}\t{traceback}\t{case.name[:120]!r}\n")
+                shown = f"{done.code}\t{peak}\t{processor_s}\t{executed}\t{traceback}"
+                f.write(f"{shown}\t{case.name[:120]!r}\n")
 
     return line
 
