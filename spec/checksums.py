@@ -2,6 +2,8 @@
 written when a folder is finished, and finds every later change.
 """
 
+import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import read_text, write_atomically
 
 FILE = "SHA256SUMS"
+LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<path>[^\n]+)\n")
 
 
 def write_checksums(folder: Path, paths: Iterable[str]) -> None:
@@ -26,20 +29,20 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        lines = read_text(path).splitlines()
+        text = read_text(path)
     except OSError as e:
         raise IntegrityError(f"cannot read {path}: {e}") from e
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        sha256, gap, name = line[:64], line[64:66], line[66:]
-        if gap != "  " or not name or name in found or set(sha256) - set("0123456789abcdef"):
+    found: dict[str, str] = {}
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        match = LINE.fullmatch(line)
+        if match is None or match["path"] in found:
             raise IntegrityError(
                 f"{path}:{number} is damaged",
                 value=repr(line[:100]),
                 allowed="a sha256, two blanks and a path that no other line has",
                 next_step="stack inspect RUN --verify compares all other files",
             )
-        found[name] = sha256
+        found[match["path"]] = match["sha256"]
     return found
 
 

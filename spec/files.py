@@ -4,6 +4,7 @@ Only regular files are opened, up to a size. Nothing is written or deleted throu
 """
 
 import errno
+import io
 import os
 import platform
 import re
@@ -139,6 +140,13 @@ def lines_of(
                 why = f"line {number} holds more than the {max_line_bytes} bytes that are allowed"
                 raise FileRefused(path, why, errno.EFBIG)
             yield number, line
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text without their ends, as Python, git and a shell count them. str.splitlines
+    ends lines at more characters.
+    """
+    return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

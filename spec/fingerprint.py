@@ -24,7 +24,7 @@ from typing import NamedTuple
 from stackproof.spec.canonical import parse_lines, sha256_json
 from stackproof.spec.canonical_code import Form, Key, Writer, bound, imports, is_bare
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import read_bytes
+from stackproof.spec.files import read_bytes, text_lines
 
 FORM = 2
 PACKAGE = "stackproof"
@@ -231,7 +231,7 @@ class Module:
     """One parsed file: its statements, the names they bind, and its imports."""
 
     def __init__(self, text: str):
-        self._lines = text.splitlines()
+        self._lines = text_lines(text)
         self.imports: dict[str, tuple[str, str | None]] = {}
         self.statements: list[Statement] = []
         for node in ast.parse(text).body:

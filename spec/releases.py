@@ -62,7 +62,7 @@ def parse_releases(data: bytes, *, origin: str) -> dict[str, dict]:
     """`read_releases` for the bytes of a file."""
     release: dict = {}
     found: dict[str, dict] = {}
-    for number, text in enumerate(data.splitlines(), start=1):
+    for number, text in enumerate(data.removesuffix(b"\n").split(b"\n") if data else (), start=1):
         where = f"{origin}:{number}"
         line = validated(ReleaseLine, parse_strict(text, origin=where), origin=where)
         release = merge(release, line.patch) | {"version": line.version}

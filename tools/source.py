@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from stackproof.spec.files import text_lines
+
 KINDS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -27,7 +29,7 @@ class Definition:
     @property
     def text(self) -> str:
         """The dedented source text, decorators included."""
-        return textwrap.dedent("\n".join(self.file.splitlines()[self.first - 1 : self.last]))
+        return textwrap.dedent("\n".join(text_lines(self.file)[self.first - 1 : self.last]))
 
 
 def definitions(path: Path) -> dict[str, Definition]:

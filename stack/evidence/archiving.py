@@ -14,7 +14,7 @@ from stackproof.spec.archive import BLOCK, FILE, METADATA, Archive, Archived, Hi
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import append_durably, open_regular
+from stackproof.spec.files import append_durably, open_regular, text_lines
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
@@ -270,7 +270,7 @@ def last_commits(history: History) -> dict[str, str]:
     out = history.git("log", "--format=%n%H", "--name-only", "--relative", "--", ".") or b""
     found: dict[str, str] = {}
     commit = ""
-    for line in out.decode().splitlines():
+    for line in text_lines(out.decode()):
         folder, slash, _ = line.partition("/")
         if slash:
             found.setdefault(folder, commit)

@@ -57,7 +57,7 @@ class RunDocument(BaseModel):
     imported one what it was made from.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="forbid")
     record: RecordId
     config: dict[str, Any]
     overrides: list[dict[str, Any]]
@@ -69,6 +69,8 @@ class RunDocument(BaseModel):
     inherited_s: float = Field(ge=0)
     n_eval_batches: int = Field(default=1, ge=1)
     data: dict[str, Any] = {}
+    imported_from: dict[str, Any] | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
 @dataclass
@@ -334,7 +336,7 @@ def _lines_until(path: Path, step: int) -> tuple[bytes, bytes]:
     if not path.is_file():
         return b"", b""
     data = read_bytes(path, MAX_SERIES_BYTES)
-    lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [line + b"\n" for line in data.split(b"\n")[:-1]]
     steps = [_step_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     return data, b"".join(line for line, at in zip(lines, steps) if at <= step)
 

@@ -313,6 +313,22 @@ def test_a_record_whose_checksums_lack_it_is_refused(finished):
         read_record(finished / "metadata.json")
 
 
+@pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\r", "\u2028", ""])
+def test_a_line_of_the_checksums_ends_with_a_newline_alone(tmp_path, end):
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+    checksums.write_checksums(tmp_path, "abc")
+    path = tmp_path / checksums.FILE
+    assert list(checksums.changed(tmp_path, "abc")) == []
+    honest = path.read_bytes()
+    for at in (i for i, byte in enumerate(honest) if byte == ord("\n")):
+        path.write_bytes(honest[:at] + end.encode() + honest[at + 1 :])
+        try:
+            assert list(checksums.changed(tmp_path, "abc")), at
+        except IntegrityError as e:
+            assert "is damaged" in e.what
+
+
 # --- links, pipes and devices ---------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from stackproof.spec.files import (
     remove_folder,
     remove_leftovers,
     sync,
+    text_lines,
     write_atomically,
 )
 from stackproof.spec.tables import parse_toml
@@ -76,6 +77,13 @@ def test_lines_are_read_one_by_one_up_to_a_length_and_a_size(tmp_path):
         next(read)
     with pytest.raises(FileRefused, match="f holds more than the 9 bytes"):
         list(lines_of(tmp_path / "f", 9, 5))
+
+
+def test_lines_of_a_text_are_those_of_a_shell():
+    assert text_lines("# a\x0b\x0c\x1c\u2028b\n\nc\r\nd\re") == [
+        "# a\x0b\x0c\x1c\u2028b", "", "c", "d", "e",
+    ]  # fmt: skip
+    assert text_lines("a\n") == ["a"] and text_lines("") == []
 
 
 def test_the_content_of_a_file_is_compared_without_reading_a_larger_one(tmp_path):

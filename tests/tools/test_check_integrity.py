@@ -69,6 +69,12 @@ def test_a_crashing_rule_is_a_finding(repo, monkeypatch):
     assert "INTERNAL" in found(repo)
 
 
+@pytest.mark.parametrize("end", ["\x0b", "\x1c", "\u2028"])
+def test_a_comment_reaches_to_the_end_of_its_line_in_a_shell(repo, end):
+    edit(repo, ".ci/run", "make test", f"# {end}make test")
+    assert "CI-SELF" in found(repo)
+
+
 def test_json_is_one_document_and_exit_code_6(repo):
     BREAKS["LINK"](repo)
     done = subprocess.run(

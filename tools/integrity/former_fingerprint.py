@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from stackproof.spec.canonical import sha256_bytes, sha256_json
+from stackproof.spec.files import text_lines
 
 # left out of the first form
 PLUMBING = {"contracts.gate", "contracts.keeper", "contracts.conditions"}
@@ -47,7 +48,7 @@ def _table(path: Path) -> tuple[dict[str, tuple[str, tuple[str, ...]]], dict[str
     if not path.is_file():
         return {}, {}
     text = path.read_text("utf-8")
-    lines, definitions, imports = text.splitlines(), {}, {}
+    lines, definitions, imports = text_lines(text), {}, {}
     for node in ast.parse(text).body:
         match node:
             case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef():

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from stackproof.spec.files import text_lines
 from tools.integrity.core import At, Messages, Repo, rule
 
 MAX_LINES = 600
@@ -101,7 +102,7 @@ def ci_self(repo: Repo) -> Messages:
         if not (repo.root / path).is_file():
             yield At("is missing", path=path)
             continue
-        lines = (x for x in repo.text(path).splitlines() if not x.lstrip().startswith("#"))
+        lines = (x for x in text_lines(repo.text(path)) if not x.lstrip().startswith("#"))
         live = "\n".join(lines)
         yield from (At(f"does not run `{x}`", path=path) for x in needed if x not in live)
 
