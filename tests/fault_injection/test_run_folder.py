@@ -70,6 +70,13 @@ def test_without_a_checkpoint_the_hash_of_run_json_is_required(cfg, tmp_path):
         resume(run)
 
 
+def test_a_key_of_run_json_that_no_version_writes_is_refused(finished):
+    path = finished / "run.json"
+    path.write_bytes(path.read_bytes().replace(f'"{SEAL}":'.encode(), b'"shi256":'))
+    with pytest.raises(CheckpointError, match="shi256"):
+        start.read_config(finished)
+
+
 def test_a_continued_run_takes_over_no_changed_history(interrupted, cfg, tmp_path):
     log = interrupted / "metrics.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"step":3', b'"step":4', 1))
