@@ -5,6 +5,7 @@ Each case is a real command in a process of its own with limits of memory and pr
 """
 
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -491,7 +492,7 @@ def _refused(case: Case, sound: Path, tmp_path: Path, report) -> None:
     }
     done = Command(*case.command, folder=root, environment=environment, code=LIMITED).wait()
     status = (tmp_path / "status").read_text() if (tmp_path / "status").is_file() else ""
-    used = {x.split()[0]: x.split()[1] for x in status.splitlines()}
+    used = dict(re.findall(r"^(\S+)\s+(\S+)", status, re.MULTILINE))
     peak, processor_s = int(used.get("VmHWM:", 0)) * 1024, used.get("processor_s", "")
     report(case, done, peak, processor_s, (tmp_path / "marker").exists())
     said = f"SEED={SEED} {case.name}: exit {done.code}, {peak} bytes\n{done.err[-3000:]}"
