@@ -426,7 +426,8 @@ def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[list[str]]
             if isinstance(item, Unreadable):
                 raise DataError(
                     f"{item.id} of an evaluation set cannot be read: {item.reason}",
-                    next_step="convert it to UTF-8",
+                    allowed=f"UTF-8, in paragraphs of at most {MAX_DOCUMENT_BYTES} bytes",
+                    next_step="repair that place, or leave the file out",
                 )
             yield [item.text]
         return

@@ -477,6 +477,19 @@ def test_a_damaged_evaluation_set_is_named_and_never_passed_over(tmp_path, conte
         list(evaluation_texts(tmp_path / "a.jsonl", ("question",)))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"fine\n\n\xff\n", "not-utf8"), (b"a" * 51, "too-long")]
+)
+def test_a_text_that_cannot_be_read_as_evaluation_set_is_refused(
+    tmp_path, monkeypatch, content, reason
+):
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 50)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.txt .*cannot be read: {reason}") as error:
+        list(evaluation_texts(tmp_path / "a.txt", ()))
+    assert "at most 50 bytes" in error.value.allowed
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
 def test_an_evaluation_set_that_is_gone_or_cut_off_is_a_data_error(tmp_path, suffix):
     whole = gzip.compress(lines(*({"question": f"question {n}"} for n in range(500))), mtime=0)
