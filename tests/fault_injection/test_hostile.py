@@ -122,7 +122,10 @@ OTHER_READERS = {
 
 
 # Files that the sound folder lacks.
-ABSENT = ("texts/b.parquet", "texts/b.txt.gz", "texts/b.txt.zst", "trace/repro.json")
+ABSENT = (
+    "texts/b.parquet", "texts/b.txt.gz", "texts/b.txt.zst", "trace/repro.json",
+    "hf/model.safetensors.index.json",
+)  # fmt: skip
 
 
 def _of(file, reader, what, spoil, *, may_pass=False):
