@@ -99,9 +99,13 @@ def _problems(run: Path) -> Iterator[str]:
             yield from checksums.changed(run, directory.files())
         except IntegrityError as e:
             yield e.what
+    for path in directory.odd_entries():
+        yield f"{path} is no regular file with a printable name"
     for folder in checkpoint.step_folders(directory.checkpoints):
         try:
             state = checkpoint.verify(folder)
+            if not _is_file_of(state["tokenizer_sha256"], run / "tokenizer.json"):
+                yield f"{run / 'tokenizer.json'} is not the tokenizer of {folder.name}"
             if state["run"] and folder == checkpoint.pointed(directory.checkpoints, "latest"):
                 directory.require_logs(state["run"]["logs"])
         except StackproofError as e:
@@ -121,6 +125,15 @@ def _problems(run: Path) -> Iterator[str]:
         directory.read_run()
     except CheckpointError as e:
         yield e.what
+
+
+def _is_file_of(sha256: str, path: Path) -> bool:
+    from stackproof.spec.canonical import sha256_file
+
+    try:
+        return sha256_file(path) == sha256
+    except OSError:
+        return False
 
 
 def _described(folder: Path) -> dict:

@@ -24,6 +24,7 @@ from stackproof.spec.files import (
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Entry, Ledger
 from stackproof.spec.records import Record, Series, left_out, read_record
+from stackproof.spec.series import parse_series
 
 ASIDE = ".adding-"  # a record that is being written; hidden, so that nothing takes it for a record
 MAX_ARTEFACT_BYTES = 4 * 2**20
@@ -149,6 +150,7 @@ def _series(run_dir: Path, series: Series) -> bytes:
             f"series {name} was changed after the run",
             next_step="run again; a record is never edited",
         )
+    parse_series(data, name, origin=str(path))
     return data
 
 

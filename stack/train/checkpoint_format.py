@@ -1,12 +1,15 @@
 """The documents of a step folder as models: manifest.json, and the plain values of state.json."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stackproof import tensorfolder
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, RecordId, Scalar
+from stackproof.spec.records import HEX64, Name, RecordId, Scalar
+
+# Far enough below 2^53 that a resumed run can count on.
+Count = Annotated[int, Field(ge=0, le=2**52)]
 
 
 class Mark(BaseModel):
@@ -23,7 +26,7 @@ class Process(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    after: int = Field(ge=0)
+    after: Count
     differs: dict[str, Scalar] | None
 
 
@@ -50,23 +53,29 @@ class GateDocument(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
-    checks: int = Field(ge=0)
-    heartbeat: int | None
-    first_failure: int | None = None
+    checks: Count
+    heartbeat: Count | None
+    first_failure: Count | None = None
     outcome: Literal["pass", "fail", "not_run"] = "not_run"
     message: str = ""
-    measured: dict[str, Scalar] = {}
-    not_run: int = Field(default=0, ge=0)
+    measured: dict[Name, Scalar] = {}
+    not_run: Count = 0
     not_run_reason: str = ""
     watcher: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _was_checked(self) -> Self:
+        if self.outcome != "not_run" and self.checks == 0:
+            raise ValueError(f"the outcome is {self.outcome} after 0 checks")
+        return self
 
 
 class StopperDocument(BaseModel):
     """The state of the stop rule."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    rounds: int = Field(ge=0)
-    wait: int = Field(ge=0)
+    rounds: Count
+    wait: Count
     best_round: int
     best_batch_nats: list[float]
 
@@ -79,9 +88,9 @@ class StateDocument(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     schema_: str = Field(alias="schema")
     config_sha256: str
-    step: int = Field(ge=0)
-    tokens_seen: int = Field(ge=0)
-    cursor: int = Field(ge=0)
+    step: Count
+    tokens_seen: Count
+    cursor: Count
     vocab_size: int = Field(ge=1)
     wall_s: float = Field(ge=0)
     ema_loss_nats: float | None

@@ -2,7 +2,8 @@
 red verdicts of its gates, and the processes that computed the steps before.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from stackproof.config import RunConfig
 from stackproof.contracts.gate import Verdict, failed
 from stackproof.spec.building import RecordBuilder
-from stackproof.spec.canonical import leaves, sha256_file
+from stackproof.spec.canonical import leaves, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
+from stackproof.spec.files import holds, write_atomically
 from stackproof.spec.gates import load_spec
-from stackproof.spec.records import BESIDE_TRAINING, Record
+from stackproof.spec.records import BESIDE_TRAINING, Artefact, Series
 from stackproof.spec.renamed_keys import translated
 from stackproof.train import checkpoint
 from stackproof.train.checkpoint_format import Process
@@ -209,9 +211,35 @@ def _other_process(
     return f"steps {begin} to {end} had another process: {changes}" if changes else ""
 
 
-def require_recorded(run_dir: Path, record: Record) -> None:
-    """Raises IntegrityError unless the logs and files that a record states are there, unchanged."""
-    for stated in (*record.series, *record.outputs):
+def refuse_child_at_seed(directory: RunDir, document: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a run without a checkpoint that did not begin at its seed."""
+    if document.get("parents") or document["inherited_s"] > 0:
+        raise CheckpointError(
+            f"{directory.path} began at a checkpoint of another run and has none of its own",
+            value=f"parent {', '.join(document.get('parents', ())) or 'not stated'}",
+            allowed="a run that has saved a checkpoint, or one that began at its seed",
+            next_step="give the command that began it again, with another --run-dir",
+        )
+
+
+def require_tokenizer(directory: RunDir, data: bytes) -> None:
+    """Raises CheckpointError unless tokenizer.json is that of the data, and writes one that is
+    missing.
+    """
+    path = directory.path / "tokenizer.json"
+    if not os.path.lexists(path):
+        write_atomically(path, data)
+    if not path.is_file() or not holds(path, data):
+        raise CheckpointError(
+            f"{path} is not the tokenizer of this run",
+            allowed=f"the file with sha256 {sha256_bytes(data)[:12]}…, as the data have it",
+            next_step="delete it: the resume writes it again",
+        )
+
+
+def require_recorded(run_dir: Path, files: Iterable[Series | Artefact]) -> None:
+    """Raises IntegrityError unless files that a run states are there, unchanged."""
+    for stated in files:
         path = run_dir / stated.path
         try:
             found = sha256_file(path)
@@ -219,7 +247,7 @@ def require_recorded(run_dir: Path, record: Record) -> None:
             found = str(e)
         if found != stated.sha256:
             raise IntegrityError(
-                f"{path} is not the file that the record of the run states",
+                f"{path} is not the file that the run states",
                 value=found if path.is_file() else "no readable file",
                 allowed=f"sha256 {stated.sha256}",
                 next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",

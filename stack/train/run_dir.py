@@ -23,6 +23,7 @@ from stackproof.spec.canonical import (
 )
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError, UsageError
 from stackproof.spec.files import (
+    end_last_line,
     lines_of,
     open_regular,
     open_to_append,
@@ -34,16 +35,17 @@ from stackproof.spec.files import (
     sync,
     write_atomically,
 )
-from stackproof.spec.records import MOMENT, RecordId, Scalar
+from stackproof.spec.records import MOMENT, Artefact, RecordId, Scalar
 from stackproof.spec.tables import validated
 
+EVENTS = "events.jsonl"
 SERIES = (
     "metrics.jsonl",
     "samples.jsonl",
     "gates.jsonl",
     "curriculum.jsonl",
     "points.jsonl",
-    "events.jsonl",
+    EVENTS,
 )
 MANIFEST = "manifest.json"
 STEPPED = SERIES[:5]  # cut back when a run continues from an earlier step
@@ -69,6 +71,8 @@ class RunDocument(BaseModel):
     inherited_s: float = Field(ge=0)
     n_eval_batches: int = Field(default=1, ge=1)
     data: dict[str, Any] = {}
+    parents: list[RecordId] = []
+    carried: list[Artefact] = []
     imported_from: dict[str, Any] | None = None
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
@@ -132,6 +136,7 @@ class RunDir:
         if not (self.path / "run.json").exists():
             for name in SERIES:
                 (self.path / name).unlink(missing_ok=True)
+        end_last_line(self.path / EVENTS, _is_json)
 
     def write_run(
         self, record: RecordBuilder, *, device: str, inherited_s: float = 0.0, **more: Any
@@ -210,11 +215,9 @@ class RunDir:
         return self._logs[name]
 
     def marks(self) -> dict[str, dict[str, Any]]:
-        """Length and sha256 of each series that a resume cuts back, by name."""
+        """Length and sha256 of each series, by name."""
         with self._writing:
-            return {
-                name: self._log(name).mark() for name in STEPPED if (self.path / name).is_file()
-            }
+            return {name: self._log(name).mark() for name in SERIES if (self.path / name).is_file()}
 
     def sync_logs(self) -> None:
         """Wait until all lines are on the disk, so that a checkpoint never outlives its logs."""
@@ -225,11 +228,11 @@ class RunDir:
 
     def require_logs(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises CheckpointError unless the lines that belong to a checkpoint are all there."""
-        if unknown := sorted(marks.keys() - set(STEPPED)):
+        if unknown := sorted(marks.keys() - set(SERIES)):
             raise CheckpointError(
                 f"a checkpoint of {self.path} states a log that no run has",
                 value=unknown[0],
-                allowed=", ".join(STEPPED),
+                allowed=", ".join(SERIES),
                 next_step="take a checkpoint of another step or run",
             )
         for name, mark in marks.items():
@@ -297,16 +300,24 @@ class RunDir:
         lock, and of step folders the manifest alone. Names that no line of text can hold, and the
         files of a tracker, which may still write, are left out.
         """
-        found = (p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.is_symlink())
-        names = [p.relative_to(self.path) for p in found]
+        names = [p.relative_to(self.path) for p in self._entries() if _is_plain(p)]
         return [
             name.as_posix()
             for name in names
             if name.as_posix() not in (LOCK, checksums.FILE)
-            and name.as_posix().isprintable()
-            and name.parts[0] != "tensorboard"
             and (len(name.parts) != 3 or name.parts[0] != "checkpoints" or name.name == MANIFEST)
         ]
+
+    def odd_entries(self) -> list[Path]:
+        """Entries that no run makes, and no checksum covers: links, pipes, devices, names that no
+        line of text can hold.
+        """
+        return [p for p in self._entries() if not _is_plain(p)]
+
+    def _entries(self) -> list[Path]:
+        """All entries below the folder but folders and the files of a tracker, sorted."""
+        found = (p for p in sorted(self.path.rglob("*")) if p.is_symlink() or not p.is_dir())
+        return [p for p in found if p.relative_to(self.path).parts[0] != "tensorboard"]
 
     def seal(self) -> None:
         """Write SHA256SUMS: the run has ended. Raises OSError."""
@@ -339,6 +350,18 @@ def _lines_until(path: Path, step: int) -> tuple[bytes, bytes]:
     lines = [line + b"\n" for line in data.split(b"\n")[:-1]]
     steps = [_step_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     return data, b"".join(line for line, at in zip(lines, steps) if at <= step)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and str(path).isprintable()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_strict(line, origin=EVENTS)
+    except IntegrityError:
+        return False
+    return True
 
 
 def _step_of(line: bytes, origin: str) -> int:

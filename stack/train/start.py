@@ -52,7 +52,9 @@ from stackproof.train.restart import (
     marks_of,
     process_of,
     red_verdicts,
+    refuse_child_at_seed,
     require_recorded,
+    require_tokenizer,
     state_processes,
 )
 from stackproof.train.run_dir import RunDir, parent_run
@@ -117,20 +119,23 @@ def fresh(
             write_atomically(
                 directory.path / "tokenizer.json", trainer.dataset.tokenizer.to_bytes()
             )
+            if loaded is not None:
+                trainer.output.record.parents = (loaded.state["record"],)
+                if continued:
+                    trainer.output.carried = _carry_over(trainer, parent, loaded)
             directory.write_run(
                 trainer.output.record,
                 device=trainer.state.device.type,
                 inherited_s=trainer.output.inherited_s,
                 data=trainer.dataset.manifest,
                 n_eval_batches=len(trainer.held_out),
+                parents=list(trainer.output.record.parents),
+                carried=[artefact.model_dump() for artefact in trainer.output.carried],
             )
             # The parent's state comes last, since run.json must describe the run that it enters.
             if loaded is not None:
-                if continued:
-                    trainer.output.carried = _carry_over(trainer, parent, loaded)
                 _restore(trainer, loaded, ("runtime",))
                 _continue(trainer, loaded)
-                trainer.output.record.parents = (loaded.state["record"],)
             yield trainer
 
 
@@ -157,14 +162,20 @@ def resume(
     device, environment_then = resolve_device(document["device"]), document["environment"]
     with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
         loaded = latest_checkpoint(directory, at)
+        if loaded is None:
+            refuse_child_at_seed(directory, document)
         marks = marks_of(directory, document, loaded)
         red = red_verdicts(directory, changed)
         directory.open()
         former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
         trainer = setup(changed, [*former, *sets], directory, callbacks, document=document)
         _refuse_other_data(trainer, document)
-        trainer.output.inherited_s = document["inherited_s"]
         step, record = loaded.state["step"] if loaded else 0, trainer.output.record
+        trainer.output.inherited_s = document["inherited_s"]
+        record.parents = tuple(document.get("parents", ()))
+        trainer.output.carried = [Artefact(**a) for a in document.get("carried", ())]
+        require_tokenizer(directory, trainer.dataset.tokenizer.to_bytes())
+        require_recorded(run_dir, trainer.output.carried)
         trainer.processes = [*former_processes(loaded), process_of(record, document, step)]
         with recorded(trainer):
             others = state_processes(record, document, trainer.processes)
@@ -205,7 +216,7 @@ def completed(
     with file_lock(run_dir, "run"):
         marks_of(directory, document, latest_checkpoint(directory, None))
         if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
-            require_recorded(run_dir, record)
+            require_recorded(run_dir, (*record.series, *record.outputs))
             remove_leftovers(run_dir)
             directory.seal()
     done = (
@@ -433,7 +444,7 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
     for name in ("metrics.jsonl", "curriculum.jsonl"):
         directory.copy_history(source, name, loaded.state["step"])
     archive = directory.path / "archive"
-    archive.mkdir()
+    archive.mkdir(exist_ok=True)  # a kill may have come before run.json
     if (source.path / "samples.jsonl").is_file():
         write_atomically(archive / "samples.jsonl", read_bytes(source.path / "samples.jsonl"))
     write_atomically(archive / "curriculum.json", canonical_json(loaded.state["curriculum"]))

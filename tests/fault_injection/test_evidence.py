@@ -206,6 +206,18 @@ def test_a_series_that_is_no_small_file_is_refused(kind, tmp_path):
     assert (kind == "large") == ("train.log_every" in (refused.value.next_step or ""))
 
 
+@pytest.mark.parametrize("line", [b"half a li", b"[1]", b'{"step": "one"}'])
+def test_a_series_of_another_form_is_refused(line, tmp_path):
+    record = leave_run(tmp_path / "run", 0)
+    (tmp_path / "run/metrics.jsonl").write_bytes(line + b"\n")
+    stated = {"path": "metrics.jsonl", "sha256": sha256_bytes(line + b"\n")}
+    changed = record.model_dump(mode="json", by_alias=True) | {"series": [stated]}
+    (tmp_path / "run/metadata.json").write_bytes(Record.model_validate(changed).to_bytes())
+    with pytest.raises(IntegrityError, match=r"metrics\.jsonl:1"):
+        ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+    assert not (tmp_path / "evidence").exists()
+
+
 def test_what_was_hashed_is_what_is_copied(tmp_path, monkeypatch):
     """A series that changes after it was read does not get into the evidence."""
     leave_run(tmp_path / "run", 0)

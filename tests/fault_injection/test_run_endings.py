@@ -13,6 +13,7 @@ from stackproof.config import load_config
 from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.errors import (
+    CheckpointError,
     ConfigError,
     EnvironmentUnfit,
     GateFailed,
@@ -47,6 +48,44 @@ STEPPED = [("on_step_end", step) for step in range(1, STEPS + 1)]
 SAVED = [
     (hook, step) for hook in ("on_save", "on_saved") for step in range(EVERY, STEPS + 1, EVERY)
 ]
+
+
+def begin_child(cfg, run, parent, *callbacks, continued):
+    changed, overrides = load_config(cfg, sets=["curriculum.probe_every=5"])
+    options = {"parent": parent, "continued": continued}
+    return loop.train(start.fresh(changed, overrides, run, callbacks, **options))
+
+
+def kill_child(cfg, run, parent, step, *, continued):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Dead):
+        patch.setattr(start, "recorded", lambda trainer: nullcontext())
+        begin_child(cfg, run, parent, Ending(Dead(), step), continued=continued)
+    return run
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_killed_child_ends_as_a_straight_one(cfg, tmp_path, continued):
+    parent = killed(cfg, tmp_path / "parent", 4)
+    begin_child(cfg, tmp_path / "straight", parent, continued=continued)
+    run = kill_child(cfg, tmp_path / "child", parent, 7, continued=continued)
+    record = resume(run)
+    assert record.parents and any("continuation" in o.path for o in record.outputs) == continued
+    assert_same_end(tmp_path / "straight", run, "a child killed after step 7")
+
+
+@pytest.mark.parametrize("at", [None, 0])
+def test_a_child_without_a_checkpoint_does_not_begin_at_the_seed(cfg, interrupted, tmp_path, at):
+    run = kill_child(cfg, tmp_path / "child", interrupted, 7, continued=False)
+    with pytest.raises(CheckpointError, match="began at a checkpoint of another run"):
+        resume(run, at=at)
+
+
+def test_a_changed_file_of_the_parent_is_refused_in_a_child(cfg, tmp_path):
+    parent = killed(cfg, tmp_path / "parent", 4)
+    run = kill_child(cfg, tmp_path / "child", parent, 7, continued=True)
+    (run / "continuation.json").write_bytes(b"{}")
+    with pytest.raises(IntegrityError, match=r"continuation\.json is not the file that the run"):
+        resume(run)
 
 
 @pytest.mark.parametrize(("after", "step"), STEPPED + SAVED)
@@ -87,7 +126,7 @@ def test_without_checksums_an_ended_run_is_compared_with_its_record(finished, na
     (finished / checksums.FILE).unlink()
     (finished / name).write_bytes((finished / name).read_bytes() + b"\n")
     changed, overrides = load_config(start.read_config(finished))
-    with pytest.raises(IntegrityError, match=f"{name} is not the file that the record"):
+    with pytest.raises(IntegrityError, match=f"{name} is not the file that the run states"):
         start.completed(finished, overrides, changed)
     assert not (finished / checksums.FILE).exists()
 

@@ -86,6 +86,34 @@ def test_a_continued_run_takes_over_no_changed_history(interrupted, cfg, tmp_pat
         loop.train(child)
 
 
+def test_a_changed_tokenizer_is_refused_and_a_missing_one_written(straight, interrupted):
+    path = interrupted / "tokenizer.json"
+    honest = path.read_bytes()
+    path.write_bytes(b'{"evil": true}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the tokenizer of this run"):
+        resume(interrupted)
+    path.unlink()
+    resume(interrupted)
+    assert path.read_bytes() == honest == (straight / "tokenizer.json").read_bytes()
+
+
+def test_a_torn_line_of_events_is_cut_off(interrupted):
+    path = interrupted / "events.jsonl"
+    whole = b'{"event":"resumed","step":3}\n'
+    path.write_bytes(whole + b'{"event":"resu')
+    resume(interrupted)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert lines[0] == whole and json.loads(lines[1])["event"] == "resumed"
+
+
+def test_changed_events_of_before_the_checkpoint_are_refused(cfg, tmp_path):
+    run = killed(None, killed(cfg, tmp_path / "run", 4), 8)
+    path = run / "events.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"step":3', b'"step":4', 1))
+    with pytest.raises(CheckpointError, match=r"events\.jsonl is not the log"):
+        resume(run)
+
+
 def test_a_fork_reads_the_configuration_of_the_checkpoint(interrupted, cfg):
     rewrite(interrupted, CHANGES["lr"], sealed=True)
     assert start.parent_config(interrupted).optim == cfg.optim
@@ -310,6 +338,30 @@ def test_inspect_finds_added_and_missing_files(finished, in_process):
     code, found = in_process("inspect", finished, "--verify")
     text = " ".join(found["problems"])
     assert code == 5 and "extra.bin" in text and "samples.jsonl is missing" in text
+
+
+ODD = {
+    "link": lambda p: p.symlink_to("run.json"),
+    "link to nothing": lambda p: p.symlink_to("nothing"),
+    "pipe": os.mkfifo,
+    "name": lambda p: p.with_name("a\nb").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("folder", [".", "checkpoints", "repro"])
+def test_inspect_finds_what_no_run_makes(finished, in_process, kind, folder):
+    (finished / folder).mkdir(exist_ok=True)
+    ODD[kind](finished / folder / "odd")
+    code, found = in_process("inspect", finished, "--verify")
+    assert code == 5 and "is no regular file with a printable name" in found["problems"][0]
+
+
+def test_inspect_compares_the_tokenizer_of_a_run_without_checksums(interrupted, in_process):
+    assert in_process("inspect", interrupted, "--verify")[0] == 0
+    (interrupted / "tokenizer.json").write_bytes(b"{}")
+    code, found = in_process("inspect", interrupted, "--verify")
+    assert code == 5 and "tokenizer.json is not the tokenizer of" in found["problems"][0]
 
 
 def test_a_record_whose_checksums_lack_it_is_refused(finished):
