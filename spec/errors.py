@@ -117,6 +117,6 @@ EXIT_CODES = {
     5: "checkpoint",
     6: "integrity of evidence",
     7: "the environment cannot do it",
-    75: "preempted (SIGTERM), checkpoint good",
-    130: "interrupted (Ctrl-C), checkpoint good",
+    75: "preempted (SIGTERM): its checkpoint is good, or no step was taken",
+    130: "interrupted (Ctrl-C): its checkpoint is good, or no step was taken",
 }

@@ -248,10 +248,13 @@ class Ledger:
                 next_step="repair the ledger from git before adding to it",
             )
         entries = self.entries()
-        if any(e.record == record.id for e in entries):
+        if known := next((e for e in entries if e.record == record.id), None):
+            same = known.sha256 == record.sha256
             raise IntegrityError(
-                f"record {record.id} is already in the ledger",
-                next_step="a record is added only once; stack evidence show ID shows it",
+                f"record {record.id} is already in the ledger{'' if same else ', as another one'}",
+                allowed="each record once; a resumed run keeps the id of its record",
+                next_step=f"stack evidence show {record.id} shows it"
+                + ("" if same else "; stack evidence rerun gives the run a record of its own"),
             )
         if supersedes and not any(e.record == supersedes for e in entries):
             raise IntegrityError(f"cannot supersede {supersedes}: it is not in the ledger")

@@ -78,6 +78,7 @@ def export(
     record.input(opened.folder / "model.safetensors", opened.run_dir)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "parent": parent}
+    facts["step"] = opened.state["step"]
     facts |= {"run": _record_of(opened.run_dir, parent), "export": record.builder.id}
     try:
         made = huggingface.export(
@@ -99,6 +100,7 @@ def export(
     document = {
         "path": str(out),
         "architecture": made.kind.architecture,
+        "step": opened.state["step"],
         "dtype": dtype,
         "files": list(made.files),
         "not_carried": training_only(opened.cfg.model),

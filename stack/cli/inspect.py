@@ -121,10 +121,32 @@ def _problems(run: Path) -> Iterator[str]:
             continue
         if folder and not folder.is_dir():
             yield f"{directory.checkpoints / pointer} names {folder.name}, which is not there"
-    try:
-        directory.read_run()
-    except CheckpointError as e:
-        yield e.what
+    yield from _of_end(run)
+
+
+def _of_end(run: Path) -> Iterator[str]:
+    """What contradicts the way in which a run ended: one that ended before step 1 has no run.json,
+    and the record of one that completed comes with checksums.
+    """
+    from stackproof.spec import checksums
+    from stackproof.spec.records import read_record
+    from stackproof.train.run_dir import RunDir
+
+    sealed = (run / checksums.FILE).exists()
+    if not sealed or (run / "run.json").exists():
+        try:
+            RunDir(run).read_run()
+        except CheckpointError as e:
+            yield e.what
+    record = run / "metadata.json"
+    if not sealed and record.exists():
+        try:
+            ended = read_record(record).succeeded
+        except IntegrityError as e:
+            yield e.what
+        else:
+            if ended:
+                yield f"{run / checksums.FILE} is missing; a resume compares and writes it"
 
 
 def _is_file_of(sha256: str, path: Path) -> bool:

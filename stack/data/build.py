@@ -379,7 +379,8 @@ class _Build:
             allowed="at least one document on each side",
             next_step=(
                 "more documents (stack data build --documents paragraph cuts files), or --set a "
-                "larger split.validation_frac, or split.kind=tail, which cuts each document in two"
+                "larger split.validation_frac, or split.kind=tail, which cuts each document in "
+                "two; the keys of stack train begin with data."
             ),
         )
 

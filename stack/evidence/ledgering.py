@@ -76,8 +76,9 @@ def accept(
 
     The folder of the record is written aside, synced and renamed before the line. A process that is
     killed in between leaves a folder without a line, which the next call for this run takes up.
-    Raises IntegrityError if the record is invalid, has series that do not match their hashes, has
-    no commit, or lacks a gate that its kind and configuration require.
+    Raises IntegrityError if the record is invalid, has series that do not match their hashes or
+    their form, has no commit, is of a run that was stopped, or lacks a gate that its kind and
+    configuration require.
     """
     record = read_record(run_dir / METADATA)
     _require_complete(record)
@@ -107,11 +108,20 @@ def _is_named(record_id: str, path: Path) -> bool:
 
 
 def _require_complete(record: Record) -> None:
-    """Raises IntegrityError for a record without a commit, or without a gate of its kind."""
+    """Raises IntegrityError for a record without a commit, of a run that was stopped, or without a
+    gate of its kind.
+    """
     if record.code.commit == "unknown":
         raise IntegrityError(
             f"record {record.id} has no commit, so it cannot be re-run",
             next_step="run from a git checkout",
+        )
+    if record.status in ("preempted", "interrupted"):
+        raise IntegrityError(
+            f"record {record.id} is of a run that was stopped",
+            value=record.status,
+            allowed="the record of a run that ended; that of a resumed run keeps its id",
+            next_step="stack train --resume RUN, then add it",
         )
     spec = load_spec()
     if record.spec.sha256 == spec.sha256 and (absent := left_out(spec, record)):

@@ -15,12 +15,13 @@ def card(
     *,
     n_params: int,
     dtype: str,
+    step: int,
     run: Record | None,
     parent: str,
     export: str,
 ) -> str:
-    """The card as Markdown. `run` is the record of the run that trained the weights, `parent` its
-    id, `export` the id of the record of the export.
+    """The card as Markdown, of the weights after an optimizer step. `run` is the record of the run
+    that trained them, `parent` its id, `export` the id of the record of the export.
     """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
@@ -29,10 +30,12 @@ def card(
             f"A language model of {n_params:,} parameters, trained with stackproof and written as "
             f"`{made.kind.architecture}`."
         ),
-        _table(("what", "value"), _facts(made, cfg, dtype, parent, export)),
+        _table(
+            ("what", "value"), [("optimizer step", step), *_facts(made, cfg, dtype, parent, export)]
+        ),
         "## Is it the same model?",
         _verdicts(made),
-        *_of_run(run),
+        *_of_run(run, step),
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), '
@@ -101,14 +104,25 @@ def _verdicts(made: Exported) -> str:
     return said + _table(("gate", "verdict", "measured"), rows)
 
 
-def _of_run(run: Record | None) -> list[str]:
-    """Quality from the record of the run, or a note that the record is missing."""
+def _of_run(run: Record | None, step: int) -> list[str]:
+    """Quality from the record of the run, or a note that the record is missing or describes the
+    weights of another step.
+    """
     if run is None:
         return [
             "## Measured",
             (
                 "The record of the run is not beside its checkpoint, so this card has no figures "
                 "of quality."
+            ),
+        ]
+    last = run.metrics.get("steps")
+    if last is not None and last.value != step:
+        return [
+            "## Measured",
+            (
+                f"The record of the run describes its weights after step {last.value}. These are "
+                f"those after step {step}, so this card has no figures of quality."
             ),
         ]
     metrics = [

@@ -25,7 +25,7 @@ from stackproof.export.reading import Folder, read_tensor
 from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, to_theirs
 from stackproof.model.transformer import Transformer
-from stackproof.spec.errors import CheckpointError
+from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.files import remedy, sync, write_atomically
 from stackproof.spec.records import GateResult
 from stackproof.train.checkpoint import model_tensors
@@ -79,7 +79,7 @@ def export(
             write_atomically(temporary / "README.md", card(made).encode())
             _into_place(temporary, out)
     except OSError as e:
-        raise CheckpointError(
+        raise EnvironmentUnfit(
             f"the export could not be written: {e}",
             next_step=f"{remedy(e)}, or choose another --out",
         ) from e

@@ -14,7 +14,7 @@ from stackproof.data.tokenizer import Tokenizer
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import aside, refuse_occupied
 from stackproof.spec.building import RecordBuilder, artefact
-from stackproof.spec.errors import CheckpointError
+from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.files import remedy, sync
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
@@ -51,7 +51,7 @@ def write_run(
     **ending: Any,
 ) -> Record:
     """Write the run directory, its record last; `ending` is passed to the record.
-    After a failure `run_dir` does not exist. Raises CheckpointError if it cannot be written.
+    After a failure `run_dir` does not exist. Raises EnvironmentUnfit if it cannot be written.
     """
     refuse_occupied(run_dir, "--out")
     try:
@@ -64,7 +64,7 @@ def write_run(
             os.replace(folder, run_dir)
             sync(run_dir.parent)
     except OSError as e:
-        raise CheckpointError(
+        raise EnvironmentUnfit(
             f"the run directory could not be written: {e}",
             next_step=f"{remedy(e)}, or choose another --out",
         ) from e

@@ -308,28 +308,31 @@ def retain(root: Path, keep: int, *, with_later: bool = True) -> None:
 def find(path: Path) -> Path:
     """The step folder to load from a run directory, a checkpoints folder or a step folder.
 
-    Follows `latest`. If a kill interrupted its replacement, takes the folder that was moved aside;
-    if it is gone, the newest complete one. A damaged folder is an error and is never skipped.
-    Raises CheckpointError without any complete folder.
+    Follows `latest`. If a kill interrupted its replacement, takes the folder that was moved aside.
+    Without `latest`, which a kill may have prevented, takes the newest folder. Raises
+    CheckpointError if that folder is gone or has no manifest: none is skipped.
     """
     if path.is_file():
         _refuse_file(path)
     if (path / "manifest.json").is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = pointed(root, "latest")
-    name = latest.name if latest else "none"
-    for folder in (
-        root / name,
-        *root.glob(f".replaced-{name}-*"),
-        *reversed(step_folders(root)),
-    ):
+    latest = pointed(root, "latest") or next(reversed(step_folders(root)), None)
+    if latest is None:
+        raise CheckpointError(
+            f"there is no checkpoint in {path}",
+            allowed="a run directory or a step folder",
+            next_step="stack train --run-dir DIR makes one",
+        )
+    aside = () if latest.exists() else root.glob(f".replaced-{latest.name}-*")
+    for folder in (latest, *aside):
         if (folder / "manifest.json").is_file():
             return folder
+    intact = newest_intact(root)
     raise CheckpointError(
-        f"there is no checkpoint in {path}",
-        allowed="a run directory or a step folder",
-        next_step="stack train --run-dir DIR makes one",
+        f"{latest} {'has no manifest.json' if latest.exists() else 'is gone'}",
+        allowed="the folder as the run has written it",
+        next_step=f"{root / step_name(intact)} is intact" if intact else "restore it",
     )
 
 

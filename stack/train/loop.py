@@ -24,6 +24,8 @@ from stackproof.train.signals import STATUS_OF_SIGNAL, Requests, StoppedAtOnce, 
 from stackproof.train.state import live_crc32
 from stackproof.train.trainer import RestartPoint, Sample, Trainer, close
 
+AGAIN = "stack train --resume DIR, or the same command again if DIR has no run.json"
+
 
 def train(opened: AbstractContextManager[Trainer]) -> Record:
     """Train to the last step, an early stop or a signal. `opened` is one of stackproof.train.start.
@@ -91,12 +93,12 @@ def ended_by_the_system() -> Iterator[None]:
         raise Stopped(
             f"{e.status} at once, by a signal",
             exit_code=e.exit_code,
-            next_step="stack train --resume DIR; a run that took no step is begun again",
+            next_step=AGAIN,
         ) from e
     except OSError as e:
         raise EnvironmentUnfit(
             f"a file of the run could not be read or written: {e}",
-            next_step=f"{remedy(e)}, then stack train --resume DIR",
+            next_step=f"{remedy(e)}, then {AGAIN}",
         ) from e
 
 

@@ -21,7 +21,13 @@ from stackproof.spec.canonical import (
     sha256_bytes,
     sha256_json,
 )
-from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError, UsageError
+from stackproof.spec.errors import (
+    CheckpointError,
+    EnvironmentUnfit,
+    IntegrityError,
+    StackproofError,
+    UsageError,
+)
 from stackproof.spec.files import (
     end_last_line,
     lines_of,
@@ -114,6 +120,10 @@ class RunDir:
                 allowed="a new folder",
                 next_step=f"stack train --resume {self.path}, or choose another --run-dir",
             )
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(
+                f"{self.path} is a file, not a folder", next_step="choose another --run-dir"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             require_own(self.path)
@@ -168,14 +178,17 @@ class RunDir:
             document = parse_strict(data, origin=str(path))
             validated(RunDocument, document, origin=str(path))
         except (OSError, IntegrityError) as e:
-            why = "it has no run.json" if isinstance(e, FileNotFoundError) else str(e)
+            if isinstance(e, FileNotFoundError):
+                raise CheckpointError(
+                    f"{self.path} is not a run directory: it has no run.json",
+                    allowed="a folder with run.json",
+                    next_step="stack train --run-dir DIR makes one; give a command that ended "
+                    "before step 1 again",
+                ) from e
             raise CheckpointError(
-                f"{self.path} is not a run directory: {why}",
-                allowed="a folder with run.json",
-                next_step=(
-                    "stack train --run-dir DIR makes one; a run that ended before step 1 is begun "
-                    "again in the same way"
-                ),
+                f"{path} is damaged: {e.what if isinstance(e, StackproofError) else e}",
+                allowed="the file that the run has written",
+                next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
             ) from e
         content = {k: v for k, v in document.items() if k != SEAL}
         if SEAL in document and document[SEAL] != sha256_json(content):
@@ -245,8 +258,8 @@ class RunDir:
                     value=f"{kept.n_bytes} bytes, sha256 {kept.mark()['sha256'][:12]}…",
                     allowed=f"its first {mark['bytes']} bytes, sha256 {mark['sha256'][:12]}…",
                     next_step=(
-                        f"restore the file; --resume {self.path} --at STEP takes another "
-                        "checkpoint, --fork continues without the logs"
+                        "restore the file; stack train --fork continues without the logs, "
+                        f"stack train --resume {self.path} --at 0 begins again"
                     ),
                 )
 

@@ -12,7 +12,7 @@ from stackproof.data.tokenizer import Bytes, train_bpe
 from stackproof.export import parity, vocabulary
 from stackproof.model import hugging_face
 from stackproof.model.build import n_parameters
-from stackproof.spec.records import read_record
+from stackproof.spec.records import Metric, read_record
 from tests.export import models
 from tests.subjects import altered
 
@@ -77,6 +77,17 @@ def test_export_writes_a_folder_and_a_record(stack, run_dir, tmp_path, compares)
         and "bfloat16" in card
         and "not compared" not in card
     )
+
+
+def test_a_card_has_no_figures_of_another_step(run_dir):
+    from stackproof.export.card import _of_run
+
+    made = read_record(run_dir / "metadata.json")
+    figures = {"steps": Metric(value=9, unit="steps"), "loss": Metric(value=2.5, unit="nats")}
+    record = made.model_copy(update={"metrics": figures})
+    assert "2.5" in "".join(_of_run(record, 9))
+    other = "".join(_of_run(record, 8))
+    assert "2.5" not in other and "after step 9" in other and "after step 8" in other
 
 
 def test_an_import_can_be_inspected_evaluated_sampled_and_exported_again(stack, run_dir, tmp_path):

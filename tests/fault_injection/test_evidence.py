@@ -218,6 +218,30 @@ def test_a_series_of_another_form_is_refused(line, tmp_path):
     assert not (tmp_path / "evidence").exists()
 
 
+@pytest.mark.parametrize("status", ["preempted", "interrupted"])
+def test_the_record_of_a_stopped_run_is_refused_as_it_changes(status, tmp_path):
+    record = leave_run(tmp_path / "run", 0)
+    changed = record.model_copy(update={"status": status, "exit_code": 75})
+    (tmp_path / "run/metadata.json").write_bytes(changed.to_bytes())
+    with pytest.raises(IntegrityError, match="of a run that was stopped"):
+        ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+    (tmp_path / "run/metadata.json").write_bytes(record.to_bytes())
+    ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+
+
+def test_another_record_with_an_id_of_the_ledger_is_named_as_such(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "run")
+    record, _ = ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+    with pytest.raises(IntegrityError, match="already in the ledger") as error:
+        ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+    assert "as another one" not in error.value.what
+    changed = record.model_copy(update={"end_reason": "later"})
+    (tmp_path / "run/metadata.json").write_bytes(changed.to_bytes())
+    with pytest.raises(IntegrityError, match="already in the ledger, as another one") as error:
+        ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+    assert "stack evidence rerun" in error.value.next_step
+
+
 def test_what_was_hashed_is_what_is_copied(tmp_path, monkeypatch):
     """A series that changes after it was read does not get into the evidence."""
     leave_run(tmp_path / "run", 0)

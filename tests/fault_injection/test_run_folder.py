@@ -20,6 +20,7 @@ from stackproof.spec.errors import (
     ConfigError,
     IntegrityError,
     StackproofError,
+    UsageError,
 )
 from stackproof.spec.records import Code, read_record
 from stackproof.train import checkpoint, loop, restart, start
@@ -362,6 +363,59 @@ def test_inspect_compares_the_tokenizer_of_a_run_without_checksums(interrupted, 
     (interrupted / "tokenizer.json").write_bytes(b"{}")
     code, found = in_process("inspect", interrupted, "--verify")
     assert code == 5 and "tokenizer.json is not the tokenizer of" in found["problems"][0]
+
+
+def test_inspect_finds_a_completed_run_without_checksums(finished, in_process):
+    (finished / checksums.FILE).unlink()
+    code, found = in_process("inspect", finished, "--verify")
+    assert code == 5 and "SHA256SUMS is missing" in found["problems"][0]
+
+
+def test_a_run_that_ended_before_step_1_is_as_it_was_written(finished, in_process):
+    (finished / "run.json").unlink()
+    shutil.rmtree(finished / "checkpoints")
+    RunDir(finished).seal()
+    assert in_process("inspect", finished, "--verify")[0] == 0
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b'{"record": 1}'])
+def test_a_damaged_run_json_is_named_as_such(finished, data):
+    (finished / "run.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged") as error:
+        start.read_config(finished)
+    assert "\n" not in error.value.what and "--fork" in error.value.next_step
+
+
+def test_a_file_in_place_of_a_run_directory_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="is a file"):
+        RunDir(tmp_path / "file").create()
+
+
+DAMAGED = {
+    "without its manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "empty": lambda folder: [p.unlink() for p in folder.iterdir()],
+    "gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("pointer", [True, False])
+def test_a_damaged_latest_checkpoint_is_never_skipped(interrupted, damage, pointer):
+    root = interrupted / "checkpoints"
+    DAMAGED[damage](root / "step-00000006")
+    if not pointer:
+        (root / "latest").unlink()
+    if damage == "gone" and not pointer:
+        assert checkpoint.find(interrupted) == root / "step-00000003"
+        return
+    with pytest.raises(CheckpointError, match="step-00000006") as error:
+        checkpoint.find(interrupted)
+    assert "step-00000003 is intact" in error.value.next_step
+    with pytest.raises(CheckpointError, match="step-00000006") as error:
+        resume(interrupted)
+    assert "--at 3" in error.value.next_step
+    resume(interrupted, at=3)
 
 
 def test_a_record_whose_checksums_lack_it_is_refused(finished):
