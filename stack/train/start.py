@@ -17,6 +17,7 @@ from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
+from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
 from stackproof.spec import checksums
@@ -135,6 +136,8 @@ def fresh(
             # The parent's state comes last, since run.json must describe the run that it enters.
             if loaded is not None:
                 _restore(trainer, loaded, ("runtime",))
+                if not _compares(trainer, recorded_config(loaded.state["config"])):
+                    _forget_evaluations(trainer)
                 _continue(trainer, loaded)
             yield trainer
 
@@ -389,6 +392,9 @@ def _return_to(
         cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
         # The gates see the resume after their own state, with which they judge it.
         _restore(trainer, loaded, KEPT_MOMENTS)
+        with _restoring(loaded):
+            if trainer.held_out and not _compares(trainer, trainer.cfg):
+                raise ValueError(f"its evaluations had not {len(trainer.held_out)} batches")
     for gate_id, (at_step, verdict) in red.items():
         trainer.keeper.carry(gate_id, at_step, verdict)
         trainer.log_verdict(gate_id, at_step, verdict)
@@ -430,6 +436,27 @@ def _restore(trainer: Trainer, loaded: checkpoint.Loaded, moments: Sequence[str]
         trainer.callbacks.on_message(
             f"the curriculum's state has source {name}, which is not an arm of this run; dropped"
         )
+
+
+def _compares(trainer: Trainer, former: RunConfig) -> bool:
+    """Whether the evaluations of a checkpoint had the held-out batches of this run."""
+    cfg, stopper = trainer.cfg, trainer.state.stopper
+    same = (former.data, former.eval.batch_size, former.model.max_seq_len) == (
+        cfg.data,
+        cfg.eval.batch_size,
+        cfg.model.max_seq_len,
+    )
+    same_number = len(stopper.best_batch_nats) == len(trainer.held_out)
+    return stopper.rounds == 0 or (same and same_number)
+
+
+def _forget_evaluations(trainer: Trainer) -> None:
+    """Begin stop rule and best step anew: losses on other held-out batches do not compare."""
+    state = trainer.state
+    state.stopper, state.best, state.last_val_nats = make_stop_rule(trainer.cfg.stop), {}, None
+    trainer.callbacks.on_message(
+        "the held-out batches are not those of the parent: the best evaluation is sought anew"
+    )
 
 
 def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> list[Artefact]:

@@ -80,6 +80,20 @@ def test_a_child_without_a_checkpoint_does_not_begin_at_the_seed(cfg, interrupte
         resume(run, at=at)
 
 
+@pytest.mark.parametrize("change", ["eval.batches=3", "eval.batches=7", "eval.batch_size=2"])
+def test_a_child_with_other_held_out_batches_seeks_its_best_step_anew(
+    cfg, interrupted, tmp_path, change
+):
+    changed, overrides = load_config(cfg, sets=[change])
+    options = {"parent": interrupted}
+    record = loop.train(start.fresh(changed, overrides, tmp_path / "child", **options))
+    losses = [json.loads(x) for x in (tmp_path / "child/metrics.jsonl").read_text().splitlines()]
+    own = [x["val_loss_nats"] for x in losses if x.get("val_loss_nats")]
+    assert record.metric("best_val_loss_nats") == min(own)
+    state = checkpoint.load_document(checkpoint.find(tmp_path / "child"))
+    assert state["stopper"]["rounds"] == len(own) == 1
+
+
 def test_a_changed_file_of_the_parent_is_refused_in_a_child(cfg, tmp_path):
     parent = killed(cfg, tmp_path / "parent", 4)
     run = kill_child(cfg, tmp_path / "child", parent, 7, continued=True)
