@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stackproof.contracts.events import BatchDrawn, Event, Finished, Resumed, Started, StepTaken
+from stackproof.contracts.events import (
+    BatchDrawn,
+    Evaluated,
+    Event,
+    Finished,
+    Resumed,
+    Started,
+    StepTaken,
+)
 from stackproof.contracts.gate import (
     Judgement,
     RuntimeCheck,
@@ -113,6 +121,12 @@ class GateState:
         return "; ".join(filter(None, (self.verdict.message, note)))
 
 
+def begun(gate: Gate) -> GateState:
+    """The state of a gate before its first check."""
+    watches = gate.moment == "runtime"
+    return GateState(gate, resolve(gate)(limits_of(gate)) if watches else None)
+
+
 class Gatekeeper:
     """Holds every gate that applies to a kind of run and its resolved `config`, and passes each
     event to the runtime gates that watch its type.
@@ -149,12 +163,10 @@ class Gatekeeper:
                 )
         wanted = set(only) if only is not None else None
         self.states = {
-            g.id: GateState(g)
+            g.id: begun(g)
             for g in spec.required(kind)
             if (wanted is None or g.id in wanted) and g.applies_to(config or {})
         }
-        for state in self._of("runtime"):
-            state.watcher = resolve(state.gate)(limits_of(state.gate))
 
     def preflight(
         self,
@@ -274,6 +286,12 @@ class Gatekeeper:
         for mine in (s for m in moments for s in self._of(m)):
             if saved := state.get(mine.gate.id):
                 mine.load_state_dict(saved)
+
+    def forget_evaluations(self) -> None:
+        """Begin anew each runtime gate that compares evaluations with each other."""
+        for state in self._of("runtime"):
+            if Evaluated in state.watcher.events and StepTaken not in state.watcher.events:
+                self.states[state.gate.id] = begun(state.gate)
 
     def carry(self, gate_id: str, step: int, verdict: Verdict) -> None:
         """Keep a red verdict of an earlier process, whose step is taken again."""

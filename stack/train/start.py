@@ -451,9 +451,10 @@ def _compares(trainer: Trainer, former: RunConfig) -> bool:
 
 
 def _forget_evaluations(trainer: Trainer) -> None:
-    """Begin stop rule and best step anew: losses on other held-out batches do not compare."""
+    """Begin stop rule, best step and their gates anew: losses on other batches do not compare."""
     state = trainer.state
     state.stopper, state.best, state.last_val_nats = make_stop_rule(trainer.cfg.stop), {}, None
+    trainer.keeper.forget_evaluations()
     trainer.callbacks.on_message(
         "the held-out batches are not those of the parent: the best evaluation is sought anew"
     )

@@ -12,7 +12,10 @@ from stackproof.train.run_dir import SEAL
 from stackproof.train.trainer import Callback
 
 # Runtime gates that see every kind of event, and the artifact gate.
-FEW = ("runtime.finite", "runtime.cadence", "checkpoint.reloads", "loss.logit-gradient")
+FEW = (
+    "runtime.finite", "runtime.cadence", "checkpoint.reloads", "loss.logit-gradient",
+    "evaluation.same-batches",
+)  # fmt: skip
 STEPS, EVERY = 9, 3
 
 

@@ -92,6 +92,8 @@ def test_a_child_with_other_held_out_batches_seeks_its_best_step_anew(
     assert record.metric("best_val_loss_nats") == min(own)
     state = checkpoint.load_document(checkpoint.find(tmp_path / "child"))
     assert state["stopper"]["rounds"] == len(own) == 1
+    gate = next(g for g in record.gates if g.id == "evaluation.same-batches")
+    assert (gate.verdict, gate.checks) == ("pass", 1)
 
 
 def test_a_changed_file_of_the_parent_is_refused_in_a_child(cfg, tmp_path):
