@@ -46,7 +46,8 @@ class Archived(Frozen):
     def _plain_names(self) -> "Archived":
         if not self.files:
             raise ValueError(f"{self.record} lists no file")
-        if bad := [n for n in (self.record, *self.files) if "/" in n or n.startswith(".")]:
+        names = (self.record, *self.files)
+        if bad := [n for n in names if not n.isprintable() or "/" in n or n[:1] in ("", ".")]:
             raise ValueError(f"{bad[0]!r} is not a plain name")
         return self
 

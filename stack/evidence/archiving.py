@@ -14,7 +14,7 @@ from stackproof.spec.archive import BLOCK, FILE, METADATA, Archive, Archived, Hi
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import append_durably, open_regular, text_lines
+from stackproof.spec.files import append_durably, holds, open_regular, require_own, text_lines
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
@@ -45,11 +45,13 @@ def archive(directory: Path) -> Plan:
         if new := [line.to_line() for line in made.lines if line not in listed]:
             append_durably(directory / FILE, b"".join(new))
         for line in made.lines:
+            folder = directory / line.record
+            require_own(folder)
             for name in line.files:
-                (directory / line.record / name).unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
             if line.whole:
                 with suppress(FileNotFoundError):
-                    (directory / line.record).rmdir()
+                    folder.rmdir()
     return made
 
 
@@ -125,14 +127,22 @@ def _changed_file(history: History) -> str | None:
 def _unfinished(directory: Path, archive: Archive) -> Plan | None:
     """What a killed `archive` listed and did not remove; None if nothing is left of one.
 
-    Raises IntegrityError for a listed file that is not the one in history: it is not removed.
+    Raises IntegrityError for a listed file that is not the one in history, or that is a link or
+    below one: it is not removed.
     """
     left = []
     for line in archive.lines:
         folder = directory / line.record
-        files = [folder / name for name in line.files if (folder / name).exists()]
+        if folder.is_symlink():
+            raise IntegrityError(
+                f"{folder} is archived, and in the tree it is a link",
+                allowed="a folder; nothing is removed through a link",
+                next_step=f"remove the link {folder}",
+            )
+        files = [folder / name for name in line.files if os.path.lexists(folder / name)]
         for file in files:
-            if sha256_file(file) != sha256_bytes(archive.read(line.record, file.name)):
+            archived = archive.read(line.record, file.name)
+            if file.is_symlink() or not holds(file, archived):
                 raise IntegrityError(
                     f"{file} is archived, and the file in the tree is another",
                     next_step=f"restore it from git, or remove {file}",

@@ -105,6 +105,8 @@ def test_the_list_is_canonical_and_names_are_plain(repo):
         (good.replace('":"', '": "', 1), "not canonical"),
         (good.rstrip("\n"), "middle of a line"),
         (good.replace(gone, f"../{gone}"), "not a plain name"),
+        (good.replace(gone, ""), "not a plain name"),
+        (good.replace(gone, f"{gone}\\n"), "not a plain name"),
         (re.sub(r'"files":{[^}]*}', '"files":{}', good), "lists no file"),
         (good.replace('"commit":"', '"commit":"x'), "pattern"),
     ):
