@@ -2,10 +2,8 @@
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -312,19 +310,3 @@ def _require_readable(history: History, lines: Iterable[Archived]) -> None:
     for (line, name), data in zip(files, contents):
         if data is None or sha256_bytes(data) != line.files[name]:
             raise IntegrityError(f"commit {line.commit[:12]} does not hold {line.record}/{name}")
-
-
-@contextmanager
-def folder_of(directory: Path, record_id: str) -> Iterator[Path]:
-    """The folder of a record; if files of it are archived, a temporary copy with all files."""
-    archive, folder = Ledger(directory).archive, directory / record_id
-    archived = [name for record, name in archive.by_file if record == record_id]
-    if not archived:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as made:
-        if folder.is_dir():
-            shutil.copytree(folder, made, dirs_exist_ok=True)
-        for name in archived:
-            (Path(made) / name).write_bytes(archive.read(record_id, name))
-        yield Path(made)
