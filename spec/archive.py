@@ -4,8 +4,9 @@ their files in git history.
 
 import hashlib
 import os
-import subprocess
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -16,18 +17,17 @@ from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen
+from stackproof.spec.git import MAX_BYTES, require_readable, run_git, started, too_large
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
 
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
-# The folder may be foreign, and its configuration may name programs. Filters and drivers have names
-# that cannot be known and switched off: they run only if git reads the work tree or writes a patch.
-SETTINGS = ("core.fsmonitor=false", "protocol.allow=never", "log.showSignature=false")
-NO_PROGRAMS = tuple(word for setting in SETTINGS for word in ("-c", setting))
 READS_NO_FILE = frozenset("cat-file log ls-files ls-tree rev-list rev-parse tag".split())
 READS_FILES = frozenset("-p -u --patch -m --modified -o -d --filters --textconv --ext-diff".split())
+SIZED = re.compile(rb"[0-9a-f]{40,64} [a-z]+ ([0-9]+)\n")
 BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
+BLOCK_BYTES = 32 * 2**20  # no further file is read once that many are
 
 
 class Archived(Frozen):
@@ -46,7 +46,8 @@ class Archived(Frozen):
     def _plain_names(self) -> "Archived":
         if not self.files:
             raise ValueError(f"{self.record} lists no file")
-        if bad := [n for n in (self.record, *self.files) if "/" in n or n.startswith(".")]:
+        names = (self.record, *self.files)
+        if bad := [n for n in names if not n.isprintable() or "/" in n or n[:1] in ("", ".")]:
             raise ValueError(f"{bad[0]!r} is not a plain name")
         return self
 
@@ -82,28 +83,6 @@ def complete_lines(path: Path) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
-def _no_fetch() -> dict[str, str]:
-    """The environment of a git that fetches nothing, also from a promisor of a partial clone, and
-    does not refresh the index, which could run a hook.
-    """
-    nothing = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_OPTIONAL_LOCKS": "0"}
-    return os.environ | nothing
-
-
-def run_git(folder: Path, *arguments: str, stdin: bytes = b"") -> bytes | None:
-    """Output of a git command run in a folder; None if it failed or git is absent.
-
-    Commands that read the work tree or write patches, such as `status` and `diff`, may run filters
-    of the repository: only for the checkout whose code runs. `History.git` is for any folder.
-    """
-    command = ["git", *NO_PROGRAMS, "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, input=stdin, capture_output=True, env=_no_fetch())
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
 def blob_id(content: BinaryIO, n_bytes: int, length: int = 40) -> str:
     """The id in git of a file with this content; 64 digits long in a sha256 repository."""
     digest = (hashlib.sha256 if length == 64 else hashlib.sha1)(b"blob %d\0" % n_bytes)
@@ -117,14 +96,32 @@ class History:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._is_readable = False
+        self._refused: IntegrityError | None = None
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes | None:
         """Output of a git command that reads only objects and the index; None if it failed or git
-        is absent. Raises ValueError for a command that could start a program of the repository.
+        is absent. Raises ValueError for a command that could start a program of the repository,
+        IntegrityError as `run_git` and `require_readable`.
         """
         if arguments[0] not in READS_NO_FILE or READS_FILES.intersection(arguments):
             raise ValueError(f"git {' '.join(arguments)} may start a program of the repository")
-        return run_git(self.folder, *arguments, stdin=stdin)
+        with self._within_bounds():
+            return run_git(self.folder, *arguments, stdin=stdin)
+
+    @contextmanager
+    def _within_bounds(self) -> Iterator[None]:
+        """Repeats the first refusal of the repository, without another wait."""
+        if self._refused is not None:
+            raise self._refused
+        try:
+            if not self._is_readable:
+                require_readable(self.folder)
+                self._is_readable = True
+            yield
+        except IntegrityError as e:
+            self._refused = e
+            raise
 
     def files(self, commit: str, *paths: str) -> dict[str, str]:
         """The regular files below the folder, or below paths in it, at a commit: path in the folder
@@ -150,24 +147,27 @@ class History:
         """HEAD and those of its ancestors that this clone holds."""
         return frozenset((self.git("rev-list", "HEAD") or b"").decode().split())
 
-    def read(self, places: Sequence[str]) -> list[bytes | None]:
-        """Contents of each `commit:./path`, from one git process; None for a file that is
-        missing.
+    def read(self, places: Sequence[str]) -> Iterator[bytes | None]:
+        """Contents of each `commit:./path`, one after the other from one git process; None for a
+        file that is missing.
+
+        Raises IntegrityError before it reads a file larger than MAX_BYTES, and as `git`.
         """
-        found: list[bytes | None] = []
-        out = self.git("cat-file", "--batch", stdin="\n".join((*places, "")).encode())
-        at = 0
-        for _ in places if out is not None else ():
-            end = out.index(b"\n", at)
-            head, start = out[at:end], end + 1
-            if head.endswith(b" missing"):
-                found.append(None)
-                at = start
-            else:
-                at = start + int(head.split()[-1])
-                found.append(out[start:at])
-                at += 1
-        return found or [None] * len(places)
+        n_read, given = 0, "\n".join((*places, "")).encode()
+        batch = started(self.folder, "cat-file", "--batch", stdin=given)
+        with self._within_bounds(), suppress(OSError), batch as (_, out):
+            for place in places:
+                head, data = out.readline(), None
+                if found := SIZED.fullmatch(head):
+                    if (size := int(found[1])) > MAX_BYTES:
+                        raise too_large(f"{place} in the git history of {self.folder}", size)
+                    data = out.read(size)
+                    head = out.read(1)
+                if not head:  # git has ended
+                    break
+                yield data
+                n_read += 1
+        yield from [None] * (len(places) - n_read)
 
 
 class Archive:
@@ -235,13 +235,18 @@ class Archive:
         return data
 
     def _content(self, record_id: str, name: str) -> bytes | None:
-        """A file from history, read together with those that follow it in the list."""
+        """A file from history, read together with some that follow it in the list."""
         wanted = (record_id, name)
         if wanted not in self._read:
             files, first = self._files[name == METADATA], self._place[wanted]
             block = files[first : first + (BLOCK if name == METADATA else BLOCK_OF_SERIES)]
             places = [self.by_file[file].place(file[1]) for file in block]
-            self._read = dict(zip(block, self.history.read(places)))
+            self._read, n_bytes = {}, 0
+            for file, data in zip(block, self.history.read(places)):
+                self._read[file] = data
+                n_bytes += len(data or b"")
+                if n_bytes > BLOCK_BYTES:
+                    break
         return self._read[wanted]
 
     @cached_property

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from stackproof.spec import ROOT
-from stackproof.spec.archive import run_git
 from stackproof.spec.canonical import sha256_bytes, sha256_file
+from stackproof.spec.git import run_git
 from stackproof.spec.records import Code, Scalar
 
 # Paths that can change a computed number.

@@ -1,6 +1,6 @@
 """`stack evidence add | show | verify | repair | archive | diff | rerun | certify-resume`."""
 
-from contextlib import nullcontext
+from functools import partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated
@@ -225,17 +225,17 @@ def rerun(
     Exit code 6 if they differ.
     """
     from stackproof.cli.console import ProgressReporter
-    from stackproof.cli.rerun import rerun_trace
-    from stackproof.evidence.archiving import folder_of
-    from stackproof.evidence.ledgering import find
+    from stackproof.cli.rerun import rerun_trace, series_of_run
+    from stackproof.evidence.ledgering import find, is_run
     from stackproof.replay.rerun import rerun as again
+    from stackproof.spec.ledger import Ledger
 
     record = find(_directory(evidence), record_id)
     reporter = ProgressReporter(quiet=json, next_later=True)
     if record.kind in ("trace", "compare"):
-        given, accepted = Path(record_id), folder_of(_directory(evidence), record.id)
-        with nullcontext(given) if given.is_dir() else accepted as folder:
-            outcome = rerun_trace(record, folder, run_dir)
+        given, accepted = Path(record_id), Ledger(_directory(evidence)).series
+        read = partial(series_of_run, given) if is_run(given) else accepted
+        outcome = rerun_trace(record, read, run_dir)
     else:
         from stackproof.data import plugins
 

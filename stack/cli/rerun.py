@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from typer import BadParameter
 from typer.main import get_command
 
 from stackproof.cli.trace import app
-from stackproof.spec.canonical import parse_lines, sha256_file
+from stackproof.spec.canonical import parse_lines, sha256_bytes
 from stackproof.spec.errors import IntegrityError, UsageError
-from stackproof.spec.files import read_bytes
-from stackproof.spec.records import Record, read_record
+from stackproof.spec.files import read_bytes, remedy
+from stackproof.spec.records import Record, Series, read_record
 
 # Newer versions of typer include a copy of click.
 ClickException = next(c for c in BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -37,23 +37,39 @@ REPLACED = frozenset(("run_dir", "csv", "json"))
 RUNS_CODE = frozenset(("check",))
 
 
-def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str, Any]:
+def series_of_run(folder: Path, record: Record, series: Series) -> bytes:
+    """The bytes of a series in a run directory. Raises IntegrityError if it is missing, changed,
+    too large or not a regular file.
+    """
+    what, found = f"{series.path} of record {record.id}", None
+    try:
+        found = read_bytes(folder / series.path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        next_step = f"{remedy(e)}, then give the same command again"
+        raise IntegrityError(f"{what} cannot be read: {e}", next_step=next_step) from e
+    if found is None or sha256_bytes(found) != series.sha256:
+        raise IntegrityError(
+            f"{what} is missing or was changed since it was recorded",
+            value=str(folder),
+            next_step="stack evidence add",
+        )
+    return found
+
+
+def rerun_trace(
+    record: Record, read: Callable[[Record, Series], bytes], run_dir: Path | None
+) -> dict[str, Any]:
     """Run the `stack trace` command of a record again, and compare inputs by
     hash and series by value.
 
-    `folder` holds the series. Raises IntegrityError if one is missing or changed, if the command is
-    not one of `stack trace`, or if it fails.
+    `read` gives a recorded series, and raises IntegrityError if it is missing or changed. Raises
+    IntegrityError also if the command is not one of `stack trace`, or if it fails.
     """
     repeated = trace_command(record)
     for series in record.series:
-        file = folder / series.path
-        if not file.is_file() or sha256_file(file) != series.sha256:
-            raise IntegrityError(
-                f"{series.path} of record {record.id} is missing or was changed since it was "
-                "recorded",
-                value=str(folder),
-                next_step="stack evidence add",
-            )
+        read(record, series)
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
     # -P: no module of the working directory is imported
     program = [sys.executable, "-P", "-m", "stackproof", "trace", repeated[0]]
@@ -74,7 +90,9 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
     for series in record.series:
         now = directory / series.path
         worst, where = (
-            largest_difference(folder / series.path, now) if now.is_file() else (math.inf, "gone")
+            largest_difference(read(record, series), read_bytes(now), series.path)
+            if now.is_file()
+            else (math.inf, "gone")
         )
         row = {"what": f"{series.path} ({where})", "recorded": f"within {REL_TOLERANCE:g}"}
         compared.append(row | {"now": worst, "equal": worst <= REL_TOLERANCE})
@@ -137,16 +155,14 @@ def _refused(record: Record, why: str) -> IntegrityError:
     )
 
 
-def largest_difference(recorded: Path, now: Path) -> tuple[float, str]:
-    """The largest relative difference between two series, and its path;
+def largest_difference(recorded: bytes, now: bytes, name: str) -> tuple[float, str]:
+    """The largest relative difference between two forms of the series `name`, and its path;
     infinite if keys or text differ.
 
     Statistics in the units of the values are relative to at least the rms,
     a robust z to at least 1.
     """
-    before, after = (
-        dict(_leaves(parse_lines(read_bytes(p), origin=str(p)))) for p in (recorded, now)
-    )
+    before, after = (dict(_leaves(parse_lines(data, origin=name))) for data in (recorded, now))
     if before.keys() != after.keys():
         return math.inf, next(iter(before.keys() ^ after.keys()))
     apart = {

@@ -2,10 +2,8 @@
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from stackproof.spec.archive import BLOCK, FILE, METADATA, Archive, Archived, Hi
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import append_durably, open_regular, text_lines
+from stackproof.spec.files import append_durably, holds, open_regular, require_own, text_lines
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
@@ -45,11 +43,13 @@ def archive(directory: Path) -> Plan:
         if new := [line.to_line() for line in made.lines if line not in listed]:
             append_durably(directory / FILE, b"".join(new))
         for line in made.lines:
+            folder = directory / line.record
+            require_own(folder)
             for name in line.files:
-                (directory / line.record / name).unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
             if line.whole:
                 with suppress(FileNotFoundError):
-                    (directory / line.record).rmdir()
+                    folder.rmdir()
     return made
 
 
@@ -125,14 +125,22 @@ def _changed_file(history: History) -> str | None:
 def _unfinished(directory: Path, archive: Archive) -> Plan | None:
     """What a killed `archive` listed and did not remove; None if nothing is left of one.
 
-    Raises IntegrityError for a listed file that is not the one in history: it is not removed.
+    Raises IntegrityError for a listed file that is not the one in history, or that is a link or
+    below one: it is not removed.
     """
     left = []
     for line in archive.lines:
         folder = directory / line.record
-        files = [folder / name for name in line.files if (folder / name).exists()]
+        if folder.is_symlink():
+            raise IntegrityError(
+                f"{folder} is archived, and in the tree it is a link",
+                allowed="a folder; nothing is removed through a link",
+                next_step=f"remove the link {folder}",
+            )
+        files = [folder / name for name in line.files if os.path.lexists(folder / name)]
         for file in files:
-            if sha256_file(file) != sha256_bytes(archive.read(line.record, file.name)):
+            archived = archive.read(line.record, file.name)
+            if file.is_symlink() or not holds(file, archived):
                 raise IntegrityError(
                     f"{file} is archived, and the file in the tree is another",
                     next_step=f"restore it from git, or remove {file}",
@@ -302,19 +310,3 @@ def _require_readable(history: History, lines: Iterable[Archived]) -> None:
     for (line, name), data in zip(files, contents):
         if data is None or sha256_bytes(data) != line.files[name]:
             raise IntegrityError(f"commit {line.commit[:12]} does not hold {line.record}/{name}")
-
-
-@contextmanager
-def folder_of(directory: Path, record_id: str) -> Iterator[Path]:
-    """The folder of a record; if files of it are archived, a temporary copy with all files."""
-    archive, folder = Ledger(directory).archive, directory / record_id
-    archived = [name for record, name in archive.by_file if record == record_id]
-    if not archived:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as made:
-        if folder.is_dir():
-            shutil.copytree(folder, made, dirs_exist_ok=True)
-        for name in archived:
-            (Path(made) / name).write_bytes(archive.read(record_id, name))
-        yield Path(made)

@@ -269,12 +269,17 @@ def _problems_of(ledger: Ledger, entry: Entry) -> Iterator[str]:
             yield str(e)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is a folder with a record."""
+    return (path / METADATA).is_file()
+
+
 def find(directory: Path, record_id: str) -> Record:
     """A record by id, unique prefix, or run directory.
     Raises UsageError for no or several matches.
     """
-    if (Path(record_id) / "metadata.json").is_file():
-        return read_record(Path(record_id) / "metadata.json")
+    if is_run(Path(record_id)):
+        return read_record(Path(record_id) / METADATA)
     entries = [e for e in Ledger(directory).entries() if e.record.startswith(record_id)]
     if len(entries) != 1:
         known = ", ".join(e.record for e in Ledger(directory).entries()[-6:])

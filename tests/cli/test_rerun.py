@@ -4,13 +4,27 @@ where that means something.
 
 import json
 import math
+import os
 import shlex
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-from stackproof.cli.rerun import REL_TOLERANCE, largest_difference, rerun_trace, trace_command
+from stackproof.cli import evidence
+from stackproof.cli.rerun import (
+    REL_TOLERANCE,
+    largest_difference,
+    rerun_trace,
+    series_of_run,
+    trace_command,
+)
+from stackproof.spec.canonical import sha256_bytes
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import MAX_TEXT_BYTES
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import Series
+from tests.tools import archived
 
 
 def line(**figures):
@@ -30,14 +44,13 @@ def line(**figures):
     } | figures
 
 
-def apart(tmp_path, now, before=None):
-    for name, document in (("before", before or line()), ("now", now)):
-        (tmp_path / name).write_text(json.dumps(document) + "\n")
-    return largest_difference(tmp_path / "before", tmp_path / "now")
+def apart(now, before=None):
+    series = (json.dumps(document).encode() for document in (before or line(), now))
+    return largest_difference(*series, "points.jsonl")
 
 
-def test_equal_series_are_not_apart(tmp_path):
-    assert apart(tmp_path, line()) == (0.0, "all equal")
+def test_equal_series_are_not_apart():
+    assert apart(line()) == (0.0, "all equal")
 
 
 @pytest.mark.parametrize(
@@ -56,18 +69,18 @@ def test_equal_series_are_not_apart(tmp_path):
         (line(stats={"mean": "NaN"}), "stats.mean", math.inf),
     ],
 )
-def test_the_worst_figure_is_named_with_its_share(tmp_path, now, where, share):
-    found, place = apart(tmp_path, now)
+def test_the_worst_figure_is_named_with_its_share(now, where, share):
+    found, place = apart(now)
     assert place == f"layers.0.q.{where}" and found == pytest.approx(share, rel=1e-6)
     assert (found > REL_TOLERANCE) is (share != 1e-7)
 
 
-def test_a_share_is_not_taken_of_a_size_that_is_no_number(tmp_path):
+def test_a_share_is_not_taken_of_a_size_that_is_no_number():
     dead = line(stats={"rms": "NaN", "std": "NaN"})
-    assert apart(tmp_path, dead, dead) == (0.0, "all equal")
-    assert apart(tmp_path, line(stats={"rms": "NaN", "std": "NaN", "mean": 2e-9}), dead)[
-        0
-    ] == pytest.approx(0.5)
+    assert apart(dead, dead) == (0.0, "all equal")
+    assert apart(line(stats={"rms": "NaN", "std": "NaN", "mean": 2e-9}), dead)[0] == pytest.approx(
+        0.5
+    )
 
 
 # --- a record is data -----------------------------------------------------------------------------
@@ -132,5 +145,53 @@ def test_a_module_of_the_working_directory_is_not_imported(tmp_path, monkeypatch
         id="trace-1", command=("stack", "trace", "gone"), series=(), kind="trace"
     )
     with pytest.raises(IntegrityError, match="fails here with exit code 2"):
-        rerun_trace(record, tmp_path, tmp_path / "again")
+        rerun_trace(record, partial(series_of_run, tmp_path), tmp_path / "again")
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("kind", ["as recorded", "changed", "pipe", "device", "folder", "large"])
+def test_a_series_of_a_run_is_read_within_bounds(kind, tmp_path):
+    data, path = b"{}\n", tmp_path / "points.jsonl"
+    series = Series(path=path.name, sha256=sha256_bytes(data))
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case _:
+            path.write_bytes(b"[]\n" if kind == "changed" else data)
+    if kind == "large":
+        os.truncate(path, MAX_TEXT_BYTES + 1)
+    read = partial(series_of_run, tmp_path, SimpleNamespace(id="trace-1"))
+    if kind == "as recorded":
+        assert read(series) == data
+    else:
+        with pytest.raises(IntegrityError, match=r"points\.jsonl of record trace-1"):
+            read(series)
+
+
+def test_a_rerun_reads_the_series_of_a_record_and_nothing_else(tmp_path, monkeypatch):
+    """From the tree and from history; other files of the folder are not touched."""
+    names = archived.build(tmp_path / "repo")
+    folder, scratch = tmp_path / "repo/evidence", tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    (tmp_path / "other").write_bytes(b"other")
+    (folder / names[0]).mkdir()
+    seen = []
+
+    def repeat(record, read, run_dir):
+        seen.extend((read(record, series), os.listdir(scratch)) for series in record.series)
+        return {"ok": True, "compared": []}
+
+    monkeypatch.setattr("stackproof.cli.rerun.rerun_trace", repeat)
+    for name in names:
+        (folder / name / "zzz").symlink_to(tmp_path / "other")
+        record = Ledger(folder).records()[name].model_copy(update={"kind": "trace"})
+        monkeypatch.setattr("stackproof.evidence.ledgering.find", lambda *_, found=record: found)
+        evidence.rerun(name, evidence=folder)
+        (data, made), *more = seen
+        assert sha256_bytes(data) == record.series[0].sha256 and not (made or more)
+        seen.clear()

@@ -554,8 +554,10 @@ def test_other_words_for_an_operation_are_no_other_figures(tmp_path):
     }
     for name, change in changes.items():
         (tmp_path / name).write_text(json.dumps(line | change))
+    same = (tmp_path / "same").read_bytes()
     apart = {
-        name: rerun.largest_difference(tmp_path / "same", tmp_path / name)[0] for name in changes
+        name: rerun.largest_difference(same, (tmp_path / name).read_bytes(), name)[0]
+        for name in changes
     }
     assert apart == {
         "same": 0.0,

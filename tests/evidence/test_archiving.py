@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 
 from stackproof.evidence import archiving
-from stackproof.evidence.archiving import citations, folder_of, kept_records
+from stackproof.evidence.archiving import citations, kept_records
 from stackproof.evidence.ledgering import verify
-from stackproof.spec.archive import Archive, History
+from stackproof.spec.archive import History
 from stackproof.spec.coverage import coverage
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import load_spec
@@ -363,17 +363,6 @@ def test_evidence_that_does_not_verify_is_not_archived(repo):
         archiving.archive(repo / "evidence")
 
 
-def test_the_folder_of_an_archived_record_comes_back_for_a_rerun(repo):
-    directory, gone, stays = repo / "evidence", named(repo, 10), named(repo, 12)
-    files = {p.name: p.read_bytes() for p in (directory / gone).iterdir()}
-    archiving.archive(directory)
-    assert gone in Archive(directory)
-    with folder_of(directory, gone) as folder:
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
-    with folder_of(directory, stays) as folder:
-        assert folder == directory / stays
-
-
 def large(root, minute: int) -> tuple[str, str]:
     """Accept a benchmark with a small series and a large one; returns its id and the large file."""
     lines = {
@@ -398,8 +387,6 @@ def test_a_large_series_leaves_the_tree_and_its_record_stays(repo):
     assert {f.name for f in (directory / name).iterdir()} == {"metadata.json", archived.SERIES}
     ledger = Ledger(directory)
     assert name not in ledger.archive and ledger.content(name, file) == data
-    with folder_of(directory, name) as folder:
-        assert (folder / file).read_bytes() == data and (folder / "metadata.json").is_file()
     small_repo.commit_all(repo)
     assert archiving.archive(directory).lines == (), "a listed series is not listed again"
 

@@ -327,6 +327,38 @@ def test_an_archived_file_that_differs_from_history_is_not_removed(to_archive, t
     assert (root / "evidence" / gone / "rounds.jsonl").read_bytes() == b"other\n"
 
 
+@pytest.mark.parametrize("link", ["folder", "file"])
+def test_an_archive_removes_nothing_through_a_link(link, to_archive, tmp_path):
+    """Neither what a killed call left, nor what is archived for the first time."""
+    root, others = tmp_path / "repo", tmp_path / "others"
+    shutil.copytree(to_archive, root)
+    gone = archiving.plan(root / "evidence").lines[0].record
+
+    def put_link() -> None:
+        at = root / "evidence" / gone
+        if link == "file":
+            at.mkdir(exist_ok=True)
+            (at / "rounds.jsonl").unlink(missing_ok=True)
+            (at / "rounds.jsonl").symlink_to(others / "rounds.jsonl")
+        else:
+            shutil.rmtree(at, ignore_errors=True)
+            at.symlink_to(others)
+
+    shutil.copytree(root / "evidence" / gone, others)
+    before = files_in(others)
+    put_link()
+    with pytest.raises(IntegrityError, match="differs from its commit"):
+        archiving.archive(root / "evidence")
+    shutil.rmtree(root)
+    shutil.copytree(to_archive, root)
+    archiving.archive(root / "evidence")
+    put_link()
+    for act in (archiving.plan, archiving.archive):
+        with pytest.raises(IntegrityError, match=r"is a link|is another"):
+            act(root / "evidence")
+    assert files_in(others) == before
+
+
 @pytest.fixture(scope="module")
 def with_archive(tmp_path_factory):
     root = tmp_path_factory.mktemp("with-archive") / "repo"

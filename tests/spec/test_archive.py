@@ -105,6 +105,8 @@ def test_the_list_is_canonical_and_names_are_plain(repo):
         (good.replace('":"', '": "', 1), "not canonical"),
         (good.rstrip("\n"), "middle of a line"),
         (good.replace(gone, f"../{gone}"), "not a plain name"),
+        (good.replace(gone, ""), "not a plain name"),
+        (good.replace(gone, f"{gone}\\n"), "not a plain name"),
         (re.sub(r'"files":{[^}]*}', '"files":{}', good), "lists no file"),
         (good.replace('"commit":"', '"commit":"x'), "pattern"),
     ):
@@ -120,8 +122,9 @@ def test_history_reads_many_places_at_once_and_none_for_what_is_not_there(repo):
     ledger, absent, listed = history.read(wanted)
     assert ledger == (root / "evidence" / "ledger.jsonl").read_bytes() and absent is None
     assert listed == (root / "evidence" / "archive.jsonl").read_bytes()
-    assert History(root / "nowhere").read(wanted) == [None] * 3 and history.read([]) == []
-    assert not History(root / "nowhere").complete
+    nowhere = History(root / "nowhere")
+    assert [*nowhere.read(wanted)] == [None] * 3 and not [*history.read([])]
+    assert not nowhere.complete
 
 
 def test_a_line_says_where_its_files_are():
@@ -145,7 +148,7 @@ def test_history_starts_no_program_that_a_foreign_folder_names(tmp_path):
             f'[remote "origin"]\n\turl = {tmp_path}\n\tpromisor = true\n'
             f"\tuploadpack = touch {mark}; git-upload-pack\n"
         )
-    assert History(root).read(["HEAD:./f"]) == [None]
+    assert [*History(root).read(["HEAD:./f"])] == [None]
     assert not mark.exists()
     subprocess.run(["git", "-C", str(root), "cat-file", "-p", "HEAD:f"], capture_output=True)
     assert mark.exists(), "git itself starts it, so that the test shows something"

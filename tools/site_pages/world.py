@@ -5,13 +5,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackproof.spec.archive import Archived, run_git
+from stackproof.spec.archive import Archived
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.failures import Catalogue, load_catalogue
 from stackproof.spec.findings import FILE as FINDINGS
 from stackproof.spec.findings import Finding, read_findings
 from stackproof.spec.gates import Gate, Spec, load_spec
+from stackproof.spec.git import run_git
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import GateResult, Kill, Record
 from stackproof.spec.registry import Release, read_registry
