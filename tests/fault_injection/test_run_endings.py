@@ -366,7 +366,9 @@ def test_what_lies_beside_a_run_does_not_change_its_ending(cfg, tmp_path, in_pro
 
     assert begin(cfg, run, Placing()).status == "completed"
     assert read_record(run / "metadata.json").status == "completed"
-    assert in_process("inspect", run, "--verify")[0] == 0
+    code, found = in_process("inspect", run, "--verify")
+    (problem,) = found["problems"]
+    assert code == 5 and problem.endswith("is no regular file with a printable name")
 
 
 def test_checksums_that_cannot_be_written_leave_the_record(cfg, tmp_path, monkeypatch):
