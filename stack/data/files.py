@@ -22,6 +22,9 @@ MAX_RATIO, FREE_BYTES = 250, 64 * 2**20
 # Rows of a parquet file at a time, and the limits of its own header.
 ROWS_AT_ONCE = 16
 MAX_PARQUET_TEXT, MAX_PARQUET_ITEMS = 2**24, 2**20
+VALUE_BYTES = 256  # of memory for a value without text, such as an empty turn of a chat
+TURN_KEYS = ("role", "from", "content", "value")
+DENSE = 20  # a column that expands by more is read row by row
 SHOWN_CHARS = 300
 BOM = b"\xef\xbb\xbf"
 
@@ -299,17 +302,20 @@ def _parquet_rows(
     }
     try:
         file, number = pq.ParquetFile(source, **limits), 0
-        column = field.split(".")[0]
-        if column not in file.schema_arrow.names:
+        leaves = _text_leaves(file.schema, field)
+        if not leaves:
             raise _no_field(str(path), field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+        largest = _require_small(path, file.metadata, leaves, packed_bytes)
+        dense = largest <= max(MAX_DOCUMENT_BYTES, DENSE * packed_bytes)
+        names = [file.schema.column(i).path for i in leaves]
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE if dense else 1, columns=names):
             n_bytes += batch.nbytes
             require_ratio(path, n_bytes, packed_bytes)
-            for value in _rows(batch, column, pyarrow):
+            for value in _rows(batch.column(0), pyarrow):
                 number += 1
                 place = f"{path} row {number}"
                 if not isinstance(value, bytes):
-                    yield from _record({column: value}, place, field, 0)
+                    yield from _record({batch.schema.names[0]: value}, place, field, 0)
                 elif len(value) > MAX_DOCUMENT_BYTES:
                     yield Unreadable(place, "too-long", len(value))
                 else:
@@ -321,9 +327,37 @@ def _parquet_rows(
         ) from e
 
 
-def _rows(batch: Any, column: str, pyarrow: Any) -> list:
+def _text_leaves(schema: Any, field: str) -> list[int]:
+    """The numbers of the columns that hold the text of a field: itself, or the keys of the turns of
+    a chat. Columns of another type are not read, nor lists in lists.
+    """
+    found = []
+    for i in range(len(schema)):
+        leaf = schema.column(i)
+        is_text = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level <= 1
+        if is_text and (
+            leaf.path == field
+            or (leaf.path.startswith(f"{field}.") and leaf.path.rpartition(".")[2] in TURN_KEYS)
+        ):
+            found.append(i)
+    return found
+
+
+def _require_small(path: Path, metadata: Any, leaves: list[int], packed_bytes: int) -> int:
+    """The bytes of the largest part of these columns. Raises DataError if a column claims more
+    bytes or values than a file of this size may hold.
+    """
+    largest = 0
+    for leaf in leaves:
+        parts = [metadata.row_group(i).column(leaf) for i in range(metadata.num_row_groups)]
+        sizes = [max(0, p.total_uncompressed_size, VALUE_BYTES * p.num_values) for p in parts]
+        require_ratio(path, sum(sizes), packed_bytes)
+        largest = max(largest, *(p.total_uncompressed_size for p in parts), 0)
+    return largest
+
+
+def _rows(values: Any, pyarrow: Any) -> list:
     """Values of a column; strings as bytes, because they may be invalid UTF-8."""
-    values = batch.column(column)
     text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
     return values.cast(pyarrow.large_binary()).to_pylist() if text else values.to_pylist()
 
