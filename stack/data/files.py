@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from stackproof.config import Files
 from stackproof.data import filters
+from stackproof.data.parquet_pages import claims
 from stackproof.spec.errors import DataError, EnvironmentUnfit
 from stackproof.spec.files import open_regular
 
@@ -305,7 +306,7 @@ def _parquet_rows(
         leaves = _text_leaves(file.schema, field)
         if not leaves:
             raise _no_field(str(path), field, file.schema_arrow.names)
-        largest = _require_small(path, file.metadata, leaves, packed_bytes)
+        largest = _require_small(path, source, file.metadata, leaves)
         dense = largest <= max(MAX_DOCUMENT_BYTES, DENSE * packed_bytes)
         names = [file.schema.column(i).path for i in leaves]
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE if dense else 1, columns=names):
@@ -320,8 +321,9 @@ def _parquet_rows(
                     yield Unreadable(place, "too-long", len(value))
                 else:
                     yield from _decoded(value, place, empty_counts=True)
-    # ArrowNotImplementedError for a compression that it lacks, OSError for a damaged page
-    except (pyarrow.ArrowException, OSError, MemoryError) as e:
+    # ArrowNotImplementedError for a compression that it lacks, OSError or ValueError for a damaged
+    # page
+    except (pyarrow.ArrowException, OSError, MemoryError, ValueError) as e:
         raise DataError(
             f"cannot read {path}: {e}", next_step="check that it is a whole parquet file"
         ) from e
@@ -343,16 +345,18 @@ def _text_leaves(schema: Any, field: str) -> list[int]:
     return found
 
 
-def _require_small(path: Path, metadata: Any, leaves: list[int], packed_bytes: int) -> int:
-    """The bytes of the largest part of these columns. Raises DataError if a column claims more
-    bytes or values than a file of this size may hold.
+def _require_small(path: Path, source: BinaryIO, metadata: Any, leaves: list[int]) -> int:
+    """The bytes of the largest part of these columns. Raises DataError if a column holds more bytes
+    or values than a file of this size may hold, ValueError for pages that are not valid.
     """
-    largest = 0
+    packed_bytes, largest = os.fstat(source.fileno()).st_size, 0
     for leaf in leaves:
-        parts = [metadata.row_group(i).column(leaf) for i in range(metadata.num_row_groups)]
-        sizes = [max(0, p.total_uncompressed_size, VALUE_BYTES * p.num_values) for p in parts]
-        require_ratio(path, sum(sizes), packed_bytes)
-        largest = max(largest, *(p.total_uncompressed_size for p in parts), 0)
+        total = 0
+        for i in range(metadata.num_row_groups):
+            n_bytes, n_values = claims(source, metadata.row_group(i).column(leaf))
+            total += max(n_bytes, VALUE_BYTES * n_values)
+            require_ratio(path, total, packed_bytes)
+            largest = max(largest, n_bytes)
     return largest
 
 
