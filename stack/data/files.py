@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from stackproof.config import Files
 from stackproof.data import filters
+from stackproof.data.parquet_pages import claims
 from stackproof.spec.errors import DataError, EnvironmentUnfit
 from stackproof.spec.files import open_regular
 
@@ -22,6 +23,9 @@ MAX_RATIO, FREE_BYTES = 250, 64 * 2**20
 # Rows of a parquet file at a time, and the limits of its own header.
 ROWS_AT_ONCE = 16
 MAX_PARQUET_TEXT, MAX_PARQUET_ITEMS = 2**24, 2**20
+VALUE_BYTES = 256  # of memory for a value without text, such as an empty turn of a chat
+TURN_KEYS = ("role", "from", "content", "value")
+DENSE = 20  # a column that expands by more is read row by row
 SHOWN_CHARS = 300
 BOM = b"\xef\xbb\xbf"
 
@@ -299,31 +303,65 @@ def _parquet_rows(
     }
     try:
         file, number = pq.ParquetFile(source, **limits), 0
-        column = field.split(".")[0]
-        if column not in file.schema_arrow.names:
+        leaves = _text_leaves(file.schema, field)
+        if not leaves:
             raise _no_field(str(path), field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+        largest = _require_small(path, source, file.metadata, leaves)
+        dense = largest <= max(MAX_DOCUMENT_BYTES, DENSE * packed_bytes)
+        names = [file.schema.column(i).path for i in leaves]
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE if dense else 1, columns=names):
             n_bytes += batch.nbytes
             require_ratio(path, n_bytes, packed_bytes)
-            for value in _rows(batch, column, pyarrow):
+            for value in _rows(batch.column(0), pyarrow):
                 number += 1
                 place = f"{path} row {number}"
                 if not isinstance(value, bytes):
-                    yield from _record({column: value}, place, field, 0)
+                    yield from _record({batch.schema.names[0]: value}, place, field, 0)
                 elif len(value) > MAX_DOCUMENT_BYTES:
                     yield Unreadable(place, "too-long", len(value))
                 else:
                     yield from _decoded(value, place, empty_counts=True)
-    # ArrowNotImplementedError for a compression that it lacks, OSError for a damaged page
-    except (pyarrow.ArrowException, OSError, MemoryError) as e:
+    # ArrowNotImplementedError for a compression that it lacks, OSError or ValueError for a damaged
+    # page
+    except (pyarrow.ArrowException, OSError, MemoryError, ValueError) as e:
         raise DataError(
             f"cannot read {path}: {e}", next_step="check that it is a whole parquet file"
         ) from e
 
 
-def _rows(batch: Any, column: str, pyarrow: Any) -> list:
+def _text_leaves(schema: Any, field: str) -> list[int]:
+    """The numbers of the columns that hold the text of a field: itself, or the keys of the turns of
+    a chat. Columns of another type are not read, nor lists in lists.
+    """
+    found = []
+    for i in range(len(schema)):
+        leaf = schema.column(i)
+        is_text = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level <= 1
+        if is_text and (
+            leaf.path == field
+            or (leaf.path.startswith(f"{field}.") and leaf.path.rpartition(".")[2] in TURN_KEYS)
+        ):
+            found.append(i)
+    return found
+
+
+def _require_small(path: Path, source: BinaryIO, metadata: Any, leaves: list[int]) -> int:
+    """The bytes of the largest part of these columns. Raises DataError if a column holds more bytes
+    or values than a file of this size may hold, ValueError for pages that are not valid.
+    """
+    packed_bytes, largest = os.fstat(source.fileno()).st_size, 0
+    for leaf in leaves:
+        total = 0
+        for i in range(metadata.num_row_groups):
+            n_bytes, n_values = claims(source, metadata.row_group(i).column(leaf))
+            total += max(n_bytes, VALUE_BYTES * n_values)
+            require_ratio(path, total, packed_bytes)
+            largest = max(largest, n_bytes)
+    return largest
+
+
+def _rows(values: Any, pyarrow: Any) -> list:
     """Values of a column; strings as bytes, because they may be invalid UTF-8."""
-    values = batch.column(column)
     text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
     return values.cast(pyarrow.large_binary()).to_pylist() if text else values.to_pylist()
 

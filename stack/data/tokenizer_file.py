@@ -1,5 +1,5 @@
-"""Reads a tokenizer.json of other people with limits: on its bytes, on its entries, on the patterns
-and replacements that run on every text.
+"""Reads a tokenizer.json of other people with limits: on its bytes, on its entries, on the steps
+that run on every text.
 """
 
 import json
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stackproof.patterns import slow
+from stackproof.data import tokenizer_steps
 from stackproof.spec.errors import DataError
 from stackproof.spec.files import read_bytes
 
 # The largest published vocabulary, of 262,144 tokens, has 34 MB, 2.7 million quotation marks and
 # 0.5 million lists.
 MAX_BYTES, MAX_QUOTES, MAX_BRACKETS = 64 * 2**20, 8_000_000, 2_000_000
-# How much longer all replacements together may make a text.
 MAX_SPARSE = 100  # largest id of a vocabulary as a multiple of its size
-MAX_GROWTH = 64
+# Marks that a model adds to the characters of a word, and words that it takes apart.
+MAX_MARK, MAX_WORD = 64, 1000
 PROBE = "A plain text, for a start."
 SHOWN_CHARS = 300
 
@@ -59,20 +59,13 @@ def read(path: Path) -> tuple[bytes, Any]:
 def library(saved: str, document: Any) -> Any:
     """A saved tokenizer as the library reads it. `document` is the parsed form of `saved`.
 
-    Raises ValueError for a pattern or replacement that exceeds a limit, any exception of the
-    library if it cannot be read or used.
+    Raises ValueError for a step or model that exceeds a limit, any exception of the library if it
+    cannot be read or used.
     """
     from tokenizers import Tokenizer
 
-    growth = 1.0
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        for step in _steps(document.get(part)):
-            pattern = step.get("Regex")
-            if isinstance(pattern, str) and (why := slow(pattern)):
-                raise ValueError(f"the pattern {pattern[:80]!r} could take for ever: {why}")
-            growth *= _growth(step)
-    if growth > MAX_GROWTH:
-        raise ValueError(f"its steps make a text more than {MAX_GROWTH} times as long")
+    tokenizer_steps.require_bounded(document)
+    _require_bounded_model(document["model"])
     _require_dense_ids(document)
     inner = Tokenizer.from_str(saved)
     # A file may declare them; a fixed padding alone may fill the memory.
@@ -95,7 +88,7 @@ def _require_dense_ids(document: dict) -> None:
     """Raises ValueError for ids far beyond the number of tokens: the library goes through all
     numbers between them.
     """
-    vocab = document["model"].get("vocab") if isinstance(document["model"], dict) else None
+    vocab = document["model"].get("vocab")
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     added = document.get("added_tokens")
     ids += [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
@@ -104,19 +97,12 @@ def _require_dense_ids(document: dict) -> None:
         raise ValueError(f"it has {len(ids)} tokens and the id {largest}")
 
 
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The tables of a part, those inside of it too."""
-    if isinstance(part, dict):
-        yield part
-        part = list(part.values())
-    for inner in part if isinstance(part, list) else ():
-        yield from _steps(inner)
-
-
-def _growth(step: dict[str, Any]) -> float:
-    """How much longer a step makes a text, at most."""
-    if step.get("type") not in ("Replace", "Prepend"):
-        return 1.0
-    added, pattern = step.get("content", step.get("prepend")), step.get("pattern")
-    replaced = pattern.get("String") if isinstance(pattern, dict) else None
-    return max(1.0, len(str(added)) / max(1, len(str(replaced or ""))))
+def _require_bounded_model(model: Any) -> None:
+    """Raises ValueError for a model that is not a table, or one of unbounded time for a word."""
+    if not isinstance(model, dict):
+        raise ValueError("its model is not a table")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(model.get(key) or "") > MAX_MARK:
+            raise ValueError(f"{key} of its model has more than {MAX_MARK} characters")
+    if (model.get("max_input_chars_per_word") or 0) > MAX_WORD:
+        raise ValueError(f"max_input_chars_per_word of its model is above {MAX_WORD}")

@@ -6,7 +6,8 @@ empty answer or the question passes.
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, assert_never
 
@@ -21,8 +22,14 @@ from stackproof.spec.tables import parse_toml
 
 SUITES = Path(__file__).parent / "suites"
 MAX_SUITE_BYTES = 2**20
+# Of one question: checks, words in all of them, characters as the model receives it.
+MAX_CHECKS, MAX_WORDS, MAX_PROMPT_CHARS = 16, 256, 2**16
+# Of a command, of a suite, and of one answer; and of all answers and questions of a suite.
+MAX_FLAGS, MAX_STOPS, MAX_NEW_TOKENS = 4096, 64, 4096
+MAX_SUITE_TOKENS, MAX_SUITE_CHARS = 2**20, 2**23
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+Word = Annotated[str, Field(max_length=256)]
 
 
 class Regex(Frozen):
@@ -58,8 +65,8 @@ class FlagExists(Frozen):
     """
 
     kind: Literal["flag-exists"] = "flag-exists"
-    command: str = Field(min_length=1)
-    flags: tuple[str, ...] = Field(min_length=1)
+    command: Word = Field(min_length=1)
+    flags: tuple[str, ...] = Field(min_length=1, max_length=MAX_FLAGS)
 
     @field_validator("flags")
     @classmethod
@@ -75,8 +82,12 @@ class ContainsFact(Frozen):
     """
 
     kind: Literal["contains-fact"] = "contains-fact"
-    needs: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = Field(min_length=1)
-    forbids: tuple[str, ...] = ()
+    needs: tuple[Annotated[tuple[Word, ...], Field(min_length=1)], ...] = Field(min_length=1)
+    forbids: tuple[Word, ...] = ()
+
+    @property
+    def n_words(self) -> int:
+        return sum(map(len, self.needs)) + len(self.forbids)
 
 
 Checker = Annotated[Regex | Syllables | FlagExists | ContainsFact, Field(discriminator="kind")]
@@ -84,19 +95,19 @@ Checker = Annotated[Regex | Syllables | FlagExists | ContainsFact, Field(discrim
 
 def fault(checker: Checker, text: str) -> str:
     """Why an answer fails one checker; empty if it passes."""
+    if len(text) > MAX_ANSWER_CHARS:
+        return f"the answer has {len(text)} characters, more than {MAX_ANSWER_CHARS}"
     match checker:
         case Regex(pattern=pattern):
-            if len(text) > MAX_ANSWER_CHARS:
-                return f"the answer has {len(text)} characters, more than {MAX_ANSWER_CHARS}"
             return "" if found(pattern, text) else f"nothing matches {pattern}"
         case Syllables(lines=wanted):
             counts = tuple(sum(map(syllables, line.split())) for line in verse(text, len(wanted)))
             return "" if counts == wanted else f"lines of {counts or 'no'} syllables, not {wanted}"
         case FlagExists(command=command, flags=flags):
-            named = set(FLAG.findall(text))
+            named, known = set(FLAG.findall(text)), frozenset(flags)
             if not _says(command, text):
                 return f"the answer lacks {command}"
-            if strange := sorted(f for f in named if not _known(f, flags)):
+            if strange := sorted(f for f in named if not _known(f, known)):
                 return f"{command} has no flag {strange[0]}"
             return "" if named else f"the answer has no flag of {command}"
         case ContainsFact(needs=needs, forbids=forbids):
@@ -113,7 +124,7 @@ def fault(checker: Checker, text: str) -> str:
             assert_never(checker)
 
 
-def _known(flag: str, flags: Sequence[str]) -> bool:
+def _known(flag: str, flags: Collection[str]) -> bool:
     """Whether a flag is one of these, or a group of their letters behind one dash."""
     return flag in flags or (
         not flag.startswith("--") and all(f"-{letter}" in flags for letter in flag[1:])
@@ -141,7 +152,7 @@ class Prompt(Frozen):
 
     id: str = Field(pattern=NAME)
     text: str = Field(min_length=1)
-    checks: tuple[Checker, ...] = Field(min_length=1)
+    checks: tuple[Checker, ...] = Field(min_length=1, max_length=MAX_CHECKS)
     answer: str = Field(min_length=1)
 
     def faults(self, text: str) -> list[str]:
@@ -150,6 +161,11 @@ class Prompt(Frozen):
 
     @model_validator(mode="after")
     def _decides(self) -> Self:
+        n_words = sum(c.n_words for c in self.checks if isinstance(c, ContainsFact))
+        if n_words > MAX_WORDS:
+            raise ValueError(
+                f"prompt {self.id}: its checks have {n_words} words; at most {MAX_WORDS}"
+            )
         if why := self.faults(self.answer):
             raise ValueError(f"prompt {self.id}: its sample answer fails its checks: {why[0]}")
         for passing, text in (("an empty answer", ""), ("the question itself", self.text)):
@@ -174,8 +190,10 @@ class Suite(Frozen):
 
     name: str = Field(pattern=NAME)
     template: str = "> {prompt} / <"
-    stop: tuple[str, ...] = (" / >", "\n>", "\n\n\n")
-    max_new_tokens: int = Field(default=64, ge=1, description="tokens of an answer")
+    stop: tuple[str, ...] = Field(default=(" / >", "\n>", "\n\n\n"), max_length=MAX_STOPS)
+    max_new_tokens: int = Field(
+        default=64, ge=1, le=MAX_NEW_TOKENS, description="tokens of an answer"
+    )
     domain: tuple[Domain, ...] = Field(min_length=2)
 
     @model_validator(mode="after")
@@ -186,8 +204,26 @@ class Suite(Frozen):
             ("domain", [d.name for d in self.domain]),
             ("prompt", [p.id for d in self.domain for p in d.prompts]),
         ):
-            if twice := [n for n in names if names.count(n) > 1]:
+            if twice := [n for n, times in Counter(names).items() if times > 1]:
                 raise ValueError(f"{what} {twice[0]} is used twice")
+        return self
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> Self:
+        uses = self.template.count("{prompt}")
+        rest = len(self.template) - uses * len("{prompt}")
+        lengths = [rest + uses * len(p.text) for d in self.domain for p in d.prompts]
+        for what, number, most in (
+            ("a question with the template", max(lengths), MAX_PROMPT_CHARS),
+            ("all questions with the template", sum(lengths), MAX_SUITE_CHARS),
+        ):
+            if number > most:
+                raise ValueError(f"{what}: {number} characters; at most {most}")
+        if (n_tokens := len(lengths) * self.max_new_tokens) > MAX_SUITE_TOKENS:
+            raise ValueError(
+                f"{len(lengths)} answers of max_new_tokens are {n_tokens} tokens; "
+                f"at most {MAX_SUITE_TOKENS}"
+            )
         return self
 
     def asked(self, prompt: Prompt) -> str:

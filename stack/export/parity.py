@@ -17,7 +17,7 @@ from torch import Tensor
 from stackproof.contracts.subject import Exported
 from stackproof.evaluate.bits_per_byte import evaluating
 from stackproof.evaluate.sampling import generate
-from stackproof.export.untrusted import require_data
+from stackproof.export.untrusted import require_data, require_described
 from stackproof.model.transformer import Transformer
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, StackproofError
@@ -81,17 +81,22 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     code of the folder."""
     import transformers
 
-    require_data(path, native=transformers.CONFIG_MAPPING)
+    n_weights = require_data(path, native=transformers.CONFIG_MAPPING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent if path.suffix == ".gguf" else path,
+    is_gguf = path.suffix == ".gguf"
+    folder, file = path.parent if is_gguf else path, {"gguf_file": path.name} if is_gguf else {}
+    data_only = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(folder, **file, **data_only)
+    reader = transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        require_described(path, reader.from_config(config, trust_remote_code=False), n_weights)
+    return reader.from_pretrained(
+        folder,
         dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
         output_loading_info=True,
-        **file,
+        **data_only,
+        **(file or {"use_safetensors": True}),
     )
 
 

@@ -33,13 +33,22 @@ DOCUMENTS = ("generation_config.json", "tokenizer_config.json", "processor_confi
 COUNTS = re.compile(
     r"(layers?|blocks|experts)$|(layer|block|expert)(_used|_shared)?_count$|^n_layer", re.IGNORECASE
 )
+POSITIONS = re.compile(r"position|context|ctx|seq|window|token|index", re.IGNORECASE)
 SIZES = re.compile(r"size|length|dim|hidden|head|inner|embd|ffn|vocab|rank|channels", re.IGNORECASE)
-FEW, SMALL, LARGEST = 2**10, 2**20, 2**24
+NUMBERS = re.compile(r"^(num|n)_|depth|count", re.IGNORECASE)  # of parts that are built one by one
+UNBOUNDED = re.compile(r"theta|base$|(_ids?|_freq|seed)$")
+FEW, MANY, SMALL, LARGEST = 2**10, 2**16, 2**20, 2**24
+# Each number and length in it, because the reader multiplies all three.
+KINDS_OF_LAYERS, MAX_KIND_OF_LAYERS = "attention_types", 2**7
+# Weights that a model may have for one of its files, and bytes of tables that no file holds, such
+# as masks: these, or as many as its weights.
+DESCRIBED_MAX, MAX_TABLE_BYTES = 4, 2**28
 
 
-def require_data(path: Path, native: Container[str]) -> None:
+def require_data(path: Path, native: Container[str]) -> int:
     """Refuse a folder, or a .gguf file, that names code, pickles or other models, or whose sizes do
-    not fit to its files. `native` are the kinds of models that need no code of the folder.
+    not fit to its files. `native` are the kinds of models that need no code of the folder. Returns
+    the number of its weights.
 
     Raises CheckpointError with the reason, EnvironmentUnfit if the weights do not fit into memory.
     """
@@ -51,9 +60,12 @@ def require_data(path: Path, native: Container[str]) -> None:
         _refuse_followed(path, document, native)
         entries = [e for f in weight_files(path) for e in header(f).tensors.values()]
         n_tensors, n_weights = len(entries), sum(map(tensorfile.n_elements, entries))
-        numbers = dict(_numbers(document))
+        numbers = {}
+        for key, value in _numbers(document):
+            numbers[key] = max(value, numbers.get(key, value))
     _refuse_sizes(path, numbers, n_tensors, n_weights)
     require_free(FLOAT_BYTES * n_weights, f"the weights of {path} in float32")
+    return n_weights
 
 
 def _refuse_followed(path: Path, document: Mapping[str, Any], native: Container[str]) -> None:
@@ -97,10 +109,32 @@ def _tables(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _tables(value, f"{prefix}{name}.")
 
 
-def _numbers(document: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
-    for key, value in _tables(document):
-        if isinstance(value, int | float):
-            yield key, value
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Every integer with its dotted key, those in lists too, and the length of every list."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        yield key, len(value)
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int):
+        yield key, value
+
+
+def _limit(name: str, n_tensors: int, n_weights: int) -> int | None:
+    """The largest number that a key may have; None for one that sets no size."""
+    if UNBOUNDED.search(name):
+        return None
+    if name == KINDS_OF_LAYERS:
+        return MAX_KIND_OF_LAYERS
+    if COUNTS.search(name):
+        return max(n_tensors, FEW)
+    if POSITIONS.search(name):
+        return LARGEST
+    if SIZES.search(name):
+        return max(n_weights, SMALL)
+    return MANY if NUMBERS.search(name) else SMALL
 
 
 def _refuse_sizes(
@@ -108,18 +142,33 @@ def _refuse_sizes(
 ) -> None:
     """Raise CheckpointError for a size that the files cannot hold."""
     for key, value in numbers.items():
-        name = key.rpartition(".")[2]
-        if "theta" in name or name.endswith(("_id", "_freq", "seed")):
-            continue
-        limit = LARGEST
-        if COUNTS.search(name):
-            limit = max(n_tensors, FEW)
-        elif SIZES.search(name) and "position" not in name and "context" not in name:
-            limit = max(n_weights, SMALL)
-        if isinstance(value, int) and value > limit:
+        limit = _limit(key.rpartition(".")[2], n_tensors, n_weights)
+        if limit is not None and isinstance(value, int) and value > limit:
             raise CheckpointError(
                 f"{key} of {path} is larger than its weights allow",
                 value=value,
                 allowed=f"at most {limit}, with {n_tensors} tensors of {n_weights} weights",
                 next_step="take the folder as it was published",
             )
+
+
+def require_described(path: Path, model: Any, n_weights: int) -> None:
+    """Refuse a model, built without memory, of which the parameters or tables exceed its files.
+    Tables are tensors that are computed, such as masks: they grow with the square of the context.
+
+    Raises CheckpointError with the number, EnvironmentUnfit if it does not fit into memory.
+    """
+    described = sum(t.numel() for t in model.parameters())
+    tables = sum(t.numel() * t.element_size() for t in model.buffers())
+    for what, number, most in (
+        ("parameters", described, DESCRIBED_MAX * max(n_weights, SMALL)),
+        ("bytes of tables", tables, max(MAX_TABLE_BYTES, FLOAT_BYTES * n_weights)),
+    ):
+        if number > most:
+            raise CheckpointError(
+                f"the configuration of {path} describes more {what} than its weights allow",
+                value=number,
+                allowed=f"at most {most}, with {n_weights} weights",
+                next_step="take the folder as it was published",
+            )
+    require_free(FLOAT_BYTES * described + tables, f"the model of {path} in float32")

@@ -94,6 +94,10 @@ def test_parquet_gives_its_column_row_by_row(tmp_path):
         {"text": [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]]},
     )
     assert texts(tmp_path / "c.parquet") == ["> hi / < ho"]
+    turns = [{"from": who, "value": "hi", "tools": [["x"]]} for who in ("human", "gpt")]
+    parquet(tmp_path / "d.parquet", {"a.b": ["flat"], "a": [{"c": turns}]})
+    assert texts(tmp_path / "d.parquet", text_field="a.b") == ["flat"]
+    assert texts(tmp_path / "d.parquet", text_field="a.c") == ["> hi / < hi"]
 
 
 def test_parquet_without_the_column_or_the_text_or_its_end_is_named(tmp_path):
@@ -110,6 +114,50 @@ def test_parquet_without_the_column_or_the_text_or_its_end_is_named(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=f"cannot read .*{name}"):
             texts(tmp_path / name)
+
+
+def test_parquet_columns_of_another_type_or_of_too_many_values_are_not_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    n, path = 200_000, tmp_path / "a.parquet"
+    turn = pa.struct({"role": pa.string(), "content": pa.string()})
+    for values, kind, why in (
+        ([[None] * n] * 4, pa.list_(pa.null()), "has no text under 'text'"),
+        ([[True] * n] * 4, pa.list_(pa.bool_()), "has no text under 'text'"),
+        ([[["a"] * n]] * 4, pa.list_(pa.list_(pa.string())), "has no text under 'text'"),
+        ([[None] * n] * 4, pa.list_(turn), "expands to more than 250 times its size"),
+    ):
+        parquet(path, {"text": pa.array(values, kind)})
+        with pytest.raises(DataError, match=why):
+            texts(path)
+
+
+def test_a_parquet_column_is_refused_by_its_metadata_before_it_is_read(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    parquet(tmp_path / "a.parquet", {"text": ["x" * 10**6], "many": [[1] * 10**6]})
+    monkeypatch.setattr(files, "FREE_BYTES", 10**6)
+    assert len(texts(tmp_path / "a.parquet")[0]) == 10**6, "other columns do not count"
+    monkeypatch.setattr(files, "FREE_BYTES", 0)
+    monkeypatch.setattr(files, "MAX_RATIO", 1)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
+    with pytest.raises(DataError, match="expands to more than 1 times its size"):
+        texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(("dense", "rows"), [(20, 4), (0, 1)])
+def test_a_parquet_column_that_expands_is_read_row_by_row(tmp_path, monkeypatch, dense, rows):
+    pq = pytest.importorskip("pyarrow.parquet")
+    read, sizes = pq.ParquetFile.iter_batches, []
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, batch_size, **given: sizes.append(batch_size) or read(self, 4, **given),
+    )
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(files, "DENSE", dense)
+    monkeypatch.setattr(files, "ROWS_AT_ONCE", 4)
+    parquet(tmp_path / "a.parquet", {"text": ["a" * 100, "b"] * 100})
+    assert len(texts(tmp_path / "a.parquet")) == 200
+    assert sizes == [rows]
 
 
 def test_a_dotted_field_reaches_inside_and_a_key_with_a_dot_goes_first(tmp_path):

@@ -238,6 +238,55 @@ def test_a_suite_that_says_nothing_is_refused(path, value, says):
         Suite.model_validate(changed(path, value))
 
 
+CHECKS = ("domain", 1, "prompts", 0, "checks")
+FACT = {"kind": "contains-fact", "needs": [["Paris"]]}
+
+
+@pytest.mark.parametrize(
+    ("path", "taken", "refused", "why"),
+    [
+        (("max_new_tokens",), 4096, 4097, "less than or equal to 4096"),
+        (("template",), "{prompt}" * 3000, "{prompt}" * 4000, "80000 characters; at most 65536"),
+        (("stop",), ["a"] * 64, ["a"] * 65, "at most 64 items"),
+        (CHECKS, [FACT] * 16, [FACT] * 17, "at most 16 items"),
+        (
+            CHECKS,
+            [FACT | {"forbids": ["x"] * 255}],
+            [FACT | {"forbids": ["x"] * 256}],
+            "257 words; at most 256",
+        ),
+        (
+            CHECKS,
+            [FACT | {"forbids": ["x" * 256]}],
+            [FACT | {"forbids": ["x" * 257]}],
+            "at most 256 characters",
+        ),
+        (
+            ("domain", 1, "prompts", 0, "answer"),
+            "Paris" + " " * 16_379,
+            "Paris" + " " * 16_380,
+            "16385 characters, more than 16384",
+        ),
+    ],
+)
+def test_a_suite_is_refused_by_the_bound_that_it_exceeds(path, taken, refused, why):
+    Suite.model_validate(changed(path, taken))
+    with pytest.raises(ValidationError, match=why):
+        Suite.model_validate(changed(path, refused))
+
+
+def test_all_questions_of_a_suite_are_bounded_together():
+    [prompt] = GOOD["domain"][0]["prompts"]
+    many = [prompt | {"id": f"a-{i}"} for i in range(255)]
+    document = changed(("domain", 0, "prompts"), many)
+    Suite.model_validate(document | {"max_new_tokens": 4096})
+    document["domain"][0]["prompts"].append(prompt)
+    with pytest.raises(ValidationError, match=r"257 answers.* at most 1048576"):
+        Suite.model_validate(document | {"max_new_tokens": 4096})
+    with pytest.raises(ValidationError, match=r"all questions.* at most 8388608"):
+        Suite.model_validate(document | {"template": "{prompt}" + "a" * 40_000})
+
+
 def test_a_bad_file_is_named_with_the_place(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("name = 'mine'\n[[domain]]\nname = 'a b'\nprompts = []\n")

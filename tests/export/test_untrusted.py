@@ -4,10 +4,11 @@ import json
 import struct
 
 import pytest
+import torch
 
 from stackproof.data.files import FREE_BYTES, MAX_RATIO, require_ratio
 from stackproof.data.tokenizer_file import library_tokenizer
-from stackproof.export import gguf, untrusted
+from stackproof.export import gguf, parity, untrusted
 from stackproof.spec.errors import CheckpointError, DataError, EnvironmentUnfit
 from stackproof.tensorfile import write
 from stackproof.train import memory
@@ -48,6 +49,11 @@ def test_a_folder_of_data_passes(folder):
         {"text_config": {"num_experts": 10**6}},
         {"hidden_size": 10**12},
         {"max_position_embeddings": 10**12},
+        {"num_labels": 16_000_000},
+        {"attention_types": [[["global"], 10**9]]},
+        {"attention_types": [[["global"] * 129, 1]]},
+        {"vision": [{"num_hidden_layers": 10**9}]},
+        {"unknown": [[2**20 + 1]]},
     ],
 )
 def test_a_configuration_that_names_code_or_impossible_sizes_is_refused(folder, changes):
@@ -150,6 +156,23 @@ PUBLISHED = {
     ),
     "its .gguf": ({"qwen2moe.expert_shared_feed_forward_length": 5632}, 400, 14 * 10**9),
     "a context by another name": ({"block_size": 2048, "n_layer": 12}, 150, 124 * 10**6),
+    "a context of ten million, with images": (
+        {"text_config.max_position_embeddings": 10_485_760, "boi_token_index": 200_080}
+        | {"text_config.attention_chunk_size": 8192, "text_config.floor_scale": 8192}
+        | {"text_config.num_local_experts": 16, "image_token_index": 200_092},
+        1061,
+        109 * 10**9,
+    ),
+    "a large vocabulary and window": (
+        {"vocab_size": 262_208, "sliding_window": 131_072, "rope_theta": 10**6}
+        | {"rope_local_base_freq": 10_000, "query_pre_attn_scalar": 256, "mm_tokens_per_image": 256}
+        | {"image_token_index": 262_144, "max_window_layers": 70},
+        444,
+        43 * 10**8,
+    ),
+    "another name of the base": ({"rotary_emb_base": 10**7, "n_positions": 8192}, 200, 10**9),
+    "kinds of layers": ({"attention_types": 16, "window_size": 256}, 388, 27 * 10**8),
+    "many classes": ({"num_labels": 21_843}, 200, 10**8),
 }
 
 
@@ -165,6 +188,56 @@ def test_sizes_of_published_models_are_taken(name, tmp_path):
 def test_a_count_beyond_the_tensors_is_refused(key, tmp_path):
     with pytest.raises(CheckpointError, match="larger than its weights allow"):
         untrusted._refuse_sizes(tmp_path, {key: 10**6}, 5715, 57 * 10**9)
+
+
+class Described:
+    """A model with one parameter and one computed tensor of these numbers of elements."""
+
+    def __init__(self, n_parameters, n_tables):
+        self.sizes = n_parameters, n_tables
+
+    def parameters(self):
+        return [torch.empty(self.sizes[0], device="meta")]
+
+    def buffers(self):
+        return [torch.empty(self.sizes[1], dtype=torch.bool, device="meta")]
+
+
+@pytest.mark.parametrize(
+    ("taken", "refused", "why"),
+    [
+        ((4 * 2**20, 0), (4 * 2**20 + 1, 0), "more parameters than"),
+        ((1, 2**28), (1, 2**28 + 1), "more bytes of tables than"),
+    ],
+)
+def test_a_model_that_exceeds_its_files_is_refused(tmp_path, taken, refused, why):
+    untrusted.require_described(tmp_path, Described(*taken), n_weights=1000)
+    with pytest.raises(CheckpointError, match=why):
+        untrusted.require_described(tmp_path, Described(*refused), n_weights=1000)
+
+
+SMALL_KINDS = {
+    "gpt_neo": {"num_layers": 1, "attention_types": [[["global"], 1]], "hidden_size": 8}
+    | {"num_heads": 1, "vocab_size": 9},
+    "gptj": {"n_layer": 1, "n_embd": 8, "n_head": 1, "rotary_dim": 8, "vocab_size": 9},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "refused"),
+    [("gpt_neo", "max_position_embeddings", 150_000), ("gptj", "n_positions", 2**24)],
+)
+def test_masks_and_tables_of_a_large_context_are_refused_before_they_are_made(
+    tmp_path, kind, key, refused
+):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind, **SMALL_KINDS[kind], **{key: 16})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert parity.theirs(tmp_path).config.vocab_size == 9
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {key: refused}))
+    with pytest.raises(CheckpointError, match="than its weights allow"):
+        parity.theirs(tmp_path)
 
 
 def test_a_declared_padding_or_truncation_of_a_tokenizer_has_no_effect(tmp_path):
