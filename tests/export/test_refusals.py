@@ -21,7 +21,7 @@ from stackproof.config import (
 )
 from stackproof.export import reading
 from stackproof.model import hugging_face
-from stackproof.spec.errors import CheckpointError, ConfigError, UsageError
+from stackproof.spec.errors import CheckpointError, ConfigError, EnvironmentUnfit, UsageError
 from tests.export import models
 
 LLAMA = {
@@ -362,7 +362,7 @@ def test_an_export_that_breaks_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(EnvironmentUnfit, match="No space left"):
         exported(models.ours("plain", 257), tmp_path / "place" / "out")
     assert list((tmp_path / "place").iterdir()) == []
 
