@@ -288,7 +288,7 @@ class Gatekeeper:
                 mine.load_state_dict(saved)
 
     def forget_evaluations(self) -> None:
-        """Begin anew each runtime gate that compares evaluations with each other."""
+        """Reset each runtime gate that compares evaluations with each other."""
         for state in self._of("runtime"):
             if Evaluated in state.watcher.events and StepTaken not in state.watcher.events:
                 self.states[state.gate.id] = begun(state.gate)

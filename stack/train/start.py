@@ -451,7 +451,7 @@ def _compares(trainer: Trainer, former: RunConfig) -> bool:
 
 
 def _forget_evaluations(trainer: Trainer) -> None:
-    """Begin stop rule, best step and their gates anew: losses on other batches do not compare."""
+    """Reset stop rule, best step and their gates: losses on other batches do not compare."""
     state = trainer.state
     state.stopper, state.best, state.last_val_nats = make_stop_rule(trainer.cfg.stop), {}, None
     trainer.keeper.forget_evaluations()
