@@ -14,6 +14,7 @@ from stackproof import tensorfile
 from stackproof.config import DataConfig, Files
 from stackproof.config.data import ByteTokenizer
 from stackproof.config.load import load_config, load_mixture, recorded_config
+from stackproof.contracts import backtest
 from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evaluate.audit import read_answers
@@ -29,6 +30,7 @@ from stackproof.spec import ROOT
 from stackproof.spec.archive import Archive
 from stackproof.spec.canonical import (
     canonical_json,
+    canonical_lines,
     parse_lines,
     parse_strict,
     sha256_bytes,
@@ -354,6 +356,20 @@ def answers(folder: Path) -> Target:
     return Target(path, valid, of_lines, lambda data: read_answers(path))
 
 
+def log(folder: Path) -> Target:
+    path = folder / "metrics.jsonl"
+    line = {"loss_nats": 2.5, "val_loss_nats": 2.6, "ema_loss_nats": "NaN", "grad_norm": 0.5}
+    line |= {"tokens_per_s": 9.5, "text": "so it is " * 9, "language": "en"}
+    line |= {"lr": 0.1, "parts": {"words": 1}}
+    valid = canonical_lines(line | {"step": n, "tokens_seen": 8 * n} for n in range(9))
+
+    def read(data: bytes) -> object:
+        gates = list(backtest.REPLAYABLE)
+        return backtest.replay(gates[len(data) % len(gates)], path)
+
+    return Target(path, valid, of_lines, read)
+
+
 def data_set(folder: Path) -> Target:
     text = folder / "t.txt"
     text.write_text("".join(f"document number {n} says something\n" for n in range(200)))
@@ -408,7 +424,7 @@ TARGETS = (
         failures,
         findings,
     ),
-    *(registry, answers, data_set, kernels, kernel_parity),
+    *(registry, answers, log, data_set, kernels, kernel_parity),
 )
 
 
