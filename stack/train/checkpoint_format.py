@@ -1,10 +1,11 @@
 """The documents of a step folder as models: manifest.json, and the plain values of state.json."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof import tensorfolder
+from stackproof.contracts.keeper import GateDocument
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64, RecordId, Scalar
 
@@ -42,23 +43,6 @@ class Manifest(Frozen):
 
     schema_: str = Field(alias="schema")
     files: dict[str, tensorfolder.Declared]
-
-
-class GateDocument(BaseModel):
-    """The counts and the verdict of a gate; former versions saved no verdict. What its check
-    remembers is of a form of its own.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    checks: int = Field(ge=0)
-    heartbeat: int | None
-    first_failure: int | None = None
-    outcome: Literal["pass", "fail", "not_run"] = "not_run"
-    message: str = ""
-    measured: dict[str, Scalar] = {}
-    not_run: int = Field(default=0, ge=0)
-    not_run_reason: str = ""
-    watcher: dict[str, Any]
 
 
 class StopperDocument(BaseModel):
