@@ -2,17 +2,24 @@
 have saved.
 """
 
-import json
 import math
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic_core import from_json
 
 from stackproof.contracts.events import Evaluated, Event, Sampled, Started, StepTaken
-from stackproof.contracts.gate import limits_of, resolve
-from stackproof.spec.errors import ConfigError, DataError
+from stackproof.contracts.gate import RuntimeCheck, Verdict, limits_of, resolve
+from stackproof.spec.errors import ConfigError, DataError, IntegrityError
 from stackproof.spec.files import lines_of
 from stackproof.spec.gates import load_spec
+from stackproof.spec.series import Count, Line, Number
+from stackproof.spec.tables import validated
 
 MAX_LOG_BYTES, MAX_LINE_BYTES = 2**29, 2**20  # a log of a million steps has about 2**28
+MAX_TEXT_CHARS = 2**14  # the time to score a text can grow with the square of its length
 # Gates whose events a log line holds completely; the others watch things no log keeps.
 # Each with the key its lines must have.
 REPLAYABLE = {
@@ -27,6 +34,22 @@ REPLAYABLE = {
     "evaluation.divergence": "val_loss_nats",
     "evaluation.overfit-onset": "val_loss_nats",
 }
+
+Figure = Annotated[Number, AfterValidator(float)]
+
+
+class LogLine(Line):
+    """What gates read of a line of samples.jsonl or metrics.jsonl; null is as good as absent."""
+
+    step: Count | None = None
+    text: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] | None = None
+    language: Literal["en", "code", "any"] | None = None
+    loss_nats: Figure | None = None
+    val_loss_nats: Figure | None = None
+    ema_loss_nats: Figure | None = None
+    grad_norm: Figure | None = None
+    tokens_seen: Count | None = None
+    tokens_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> dict:
@@ -55,9 +78,9 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
             next_step="replay a log of the right kind",
         )
     fires, previous = [], None
-    for number, line in enumerate(asked):
-        event = _event(line, number, key, previous)
-        if number == 0 and Started in watcher.events:
+    for line in asked:
+        event = _event(line, key, previous)
+        if line is asked[0] and Started in watcher.events:
             warmup_steps = 0 if key == "text" else event.step
             watcher.observe(
                 Started(
@@ -65,7 +88,7 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
                     {"random_loss_nats": line.get("loss_nats", 0.0), "warmup_steps": warmup_steps},
                 )
             )
-        verdict = watcher.observe(event)
+        verdict = _observed(watcher, event)
         if verdict is not None and verdict.outcome == "fail":
             fires.append(event.step)
         previous = line.get("val_loss_nats")
@@ -77,9 +100,23 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
     } | _saved(lines, fires, seconds_per_step)
 
 
+def _observed(watcher: RuntimeCheck, event: Event) -> Verdict | None:
+    """The verdict of a gate. Raises DataError for figures that it cannot be computed from, such as
+    a held-out loss of 0, or one beyond the range of floats.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            return watcher.observe(event)
+    except (ArithmeticError, ValueError) as e:
+        raise DataError(
+            f"{watcher.gate_id} cannot be computed at step {event.step}: {e}",
+            next_step="correct the figures of the log, or leave the lines out",
+        ) from e
+
+
 def _saved(lines: list[dict], fires: list[int], seconds_per_step: float | None) -> dict:
     """What came after the first red line."""
-    last = max(line.get("step", number) for number, line in enumerate(lines))
+    last = max(line["step"] for line in lines)
     steps = last - fires[0] if fires else 0
     seconds = None if seconds_per_step is None else steps * seconds_per_step
     if (
@@ -87,27 +124,28 @@ def _saved(lines: list[dict], fires: list[int], seconds_per_step: float | None) 
         and seconds is None
         and all(line.get("tokens_per_s") and "tokens_seen" in line for line in lines)
     ):
-        gone = [
+        seconds = sum(
             (b["tokens_seen"] - a["tokens_seen"]) / b["tokens_per_s"]
             for a, b in zip(lines, lines[1:])
             if b["step"] > fires[0]
-        ]
-        seconds = math.fsum(gone)
+        )
     return {
         "last_step": last,
         "saved_steps": steps,
         "saved_frac": steps / last if last else 0.0,
-        "saved_s": seconds,
+        "saved_s": seconds if seconds is not None and math.isfinite(seconds) else None,
     }
 
 
-def _read(log: Path) -> list[dict]:
+def _read(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log, validated; a line without a step has its index as step."""
+    lines: list[dict[str, Any]] = []
     try:
-        found = lines_of(log, MAX_LOG_BYTES, MAX_LINE_BYTES)
-        lines = [json.loads(line) for _, line in found if line.strip()]
-        if odd := [x for x in lines if not isinstance(x, dict)]:
-            raise ValueError(f"a line is not an object: {odd[0]!r:.100}")
-    except (OSError, ValueError, RecursionError) as e:
+        for number, data in lines_of(log, MAX_LOG_BYTES, MAX_LINE_BYTES):
+            if data.strip():
+                line = _parsed(data, origin=f"line {number}")
+                lines.append({"step": len(lines)} | line.model_dump(exclude_none=True))
+    except (OSError, IntegrityError) as e:
         raise DataError(
             f"cannot read the log {log}: {e}",
             allowed="JSON lines",
@@ -121,12 +159,23 @@ def _read(log: Path) -> list[dict]:
     return lines
 
 
-def _event(line: dict, number: int, key: str, previous: float | None) -> Event:
-    step = line.get("step", number)
+def _parsed(data: bytes, *, origin: str) -> LogLine:
+    """A line as a model. Unlike in strict JSON, numbers may be NaN or infinite, as other trainers
+    write them.
+    """
+    try:
+        value = from_json(data)
+    except ValueError as e:
+        raise IntegrityError(f"{origin}: {e}") from e
+    return validated(LogLine, value, origin=origin)
+
+
+def _event(line: dict[str, Any], key: str, previous: float | None) -> Event:
+    step = line["step"]
     if key == "text":
         return Sampled(step=step, text=line["text"], language=line.get("language", "en"))
     if key == "val_loss_nats":
-        loss = float(line[key])
+        loss = line[key]
         # A log holds neither batches nor the vocabulary: a rise counts whatever its noise, and the
         # first loss is its own measure.
         return Evaluated(
@@ -142,8 +191,8 @@ def _event(line: dict, number: int, key: str, previous: float | None) -> Event:
     rate = line.get("tokens_per_s")
     return StepTaken(
         step=step,
-        loss_nats=float(line.get("loss_nats", 0.0)),
-        grad_norm=float(line.get("grad_norm", 0.0)),
+        loss_nats=line.get("loss_nats", 0.0),
+        grad_norm=line.get("grad_norm", 0.0),
         clipped_grad_norm=0.0,
         max_grad_norm=0.0,
         lr=0.0,

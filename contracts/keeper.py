@@ -5,8 +5,11 @@ raises GateFailed.
 import datetime as dt
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from stackproof.contracts.events import (
     BatchDrawn,
@@ -30,9 +33,32 @@ from stackproof.contracts.subject import Subject
 from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import CheckpointError, ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
-from stackproof.spec.records import GateResult, Waiver
+from stackproof.spec.records import Count, GateResult, Name, Scalar, Waiver
 
 KEPT_MOMENTS = ("runtime", "artifact")  # whose verdicts belong to the steps before a checkpoint
+
+
+class GateDocument(BaseModel):
+    """The counts and the verdict of a gate; former versions saved no verdict. What its check
+    remembers is of a form of its own.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    checks: Count
+    heartbeat: Count | None
+    first_failure: Count | None = None
+    outcome: Literal["pass", "fail", "not_run"] = "not_run"
+    message: str = ""
+    measured: dict[Name, Scalar] = {}
+    not_run: Count = 0
+    not_run_reason: str = ""
+    watcher: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _was_checked(self) -> Self:
+        if self.outcome != "not_run" and self.checks == 0:
+            raise ValueError(f"the outcome is {self.outcome} after 0 checks")
+        return self
 
 
 @dataclass
@@ -74,16 +100,20 @@ class GateState:
         """The verdict of a runtime check on an event. Raises CheckpointError if the check cannot
         continue from what it remembers of a checkpoint.
         """
-        try:
+        with self._continuing() if self.is_restored else nullcontext():
             return self.watcher.observe(event)
+
+    @contextmanager
+    def _continuing(self) -> Iterator[None]:
+        try:
+            yield
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            if not self.is_restored:
-                raise
             raise CheckpointError(
                 f"gate {self.gate.id} cannot continue from the state in the checkpoint: "
                 f"{type(e).__name__}: {str(e)[:200]}",
                 allowed="the state that a run has written",
-                next_step="stack train --resume DIR --at STEP takes an older step folder",
+                next_step="stack train --resume DIR --at STEP takes an older step folder; of a "
+                "repro bundle, copy the whole folder again",
             ) from e
 
     def state_dict(self) -> dict:
@@ -110,7 +140,8 @@ class GateState:
             self.first_failure_step = saved["first_failure"]
             self.verdict = Verdict(saved["outcome"], saved["message"], dict(saved["measured"]))
         if self.watcher:
-            self.watcher.load_state_dict(saved["watcher"])
+            with self._continuing():
+                self.watcher.load_state_dict(saved["watcher"])
 
     @property
     def message(self) -> str:

@@ -12,7 +12,7 @@ from stackproof.spec.tables import validated
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 # Canonical JSON writes what is not finite, and whole numbers beyond 2^53, as text.
 AsText = Annotated[str, Field(pattern=r"^(NaN|-?Infinity|-?[0-9]{1,40})$")]
-Number = int | float | AsText
+Number = float | AsText  # a float of pydantic takes whole numbers up to the largest float
 
 
 class Line(BaseModel):

@@ -8,15 +8,17 @@ checkpoint/          the state at the start of the replay, unless it starts from
 points.jsonl         activation statistics of every point on the rows of the failed step
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from stackproof.spec.canonical import read_json, sha256_file
+from stackproof.contracts.keeper import GateDocument
+from stackproof.spec.canonical import MAX_SAFE_INTEGER, read_json, sha256_file
 from stackproof.spec.errors import DataError, IntegrityError
-from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Code, Scalar
+from stackproof.spec.records import HEX64, Code, RecordId, Scalar
+from stackproof.spec.series import Count
 from stackproof.spec.tables import validated
 
 SCHEMA = "stackproof/repro/1"
@@ -27,47 +29,99 @@ DOCUMENT, TENSORS, TOKENIZER, CHECKPOINT, POINTS = (
     "checkpoint",
     "points.jsonl",
 )
+MAX_THREADS, MAX_VOCAB = 1024, 2**31 - 1  # of the largest machines, and of the ids of int32 rows
+FROM_CORPUS = ("found_frac", "found_in_training_frac")  # measurements that a replay takes over
+COPY_AGAIN = "copy the whole folder again"
+
+Integer = Annotated[int, Field(ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)]
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+Measured = Integer | float | bool | str | None  # a float takes whole numbers that it can hold
+Integers = Annotated[tuple[Integer, ...], Field(strict=False)]  # a list in JSON
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+FileName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
-class File(Frozen):
+class Strict(BaseModel):
+    """Base of all models here: of exact types, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class File(Strict):
     """A file of the bundle, by hash."""
 
     sha256: str = Field(pattern=HEX64)
-    bytes: int = Field(ge=0)
+    bytes: Count
 
 
-class Base(Frozen):
+class Base(Strict):
     """Start of the replay: the seed, a step folder in the bundle, or a step folder that was too
     large to copy.
     """
 
     kind: Literal["seed", "checkpoint", "elsewhere"]
-    step: int = Field(ge=0, description="the last step of the state")
+    step: Count = Field(description="the last step of the state")
     path: str = Field("", description="path of the step folder in the run")
 
 
-class MicroBatch(Frozen):
+class MicroBatch(Strict):
     """Rows of one micro-step: windows and sources. Their tokens are the tensors
     `step-N.M.input_ids` and so on.
     """
 
-    sample_ids: tuple[int, ...]
-    sources: tuple[int, ...] = ()
-    epochs: tuple[int, ...] = ()
-    epoch: int
-    cursor_before: int
-    cursor_after: int
+    sample_ids: Integers
+    sources: Integers = ()
+    epochs: Integers = ()
+    epoch: Integer
+    cursor_before: Integer
+    cursor_after: Integer
 
 
-class Step(Frozen):
+class Step(Strict):
     """The rows of one step; `cursor` is the position of the reader after them."""
 
-    step: int = Field(ge=1)
-    cursor: int = Field(ge=0)
-    batches: tuple[MicroBatch, ...]
+    step: Count = Field(ge=1)
+    cursor: Count
+    batches: Annotated[tuple[MicroBatch, ...], Field(strict=False)]
 
 
-class Bundle(Frozen):
+class Source(Strict):
+    """A source of rows: its windows in the training split, and the bounds of its share (0-1)."""
+
+    name: str
+    first: Count
+    n_windows: Count
+    cap: Figure
+    floor: Figure
+
+
+class Plan(Strict):
+    """What the run declared to its gates at the start of the replay. It may hold more keys, such as
+    those of a model with experts.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    peak_lr: Figure
+    peak_lrs: dict[str, Figure]
+    schedule: dict[str, Any]
+    warmup_steps: Count
+    max_steps: Count
+    tokens_per_step: Count
+    tokens_seen: Count
+    untrained: bool
+    rows_per_step: Count
+    cursor: Count
+    sources: Annotated[tuple[Source, ...], Field(strict=False)]
+    order: str
+    drawn: Integers
+    warmup_rows: Count
+    warmup_sources: Texts
+    random_loss_nats: Figure
+    n_eval_batches: Count
+    intervals: dict[str, Annotated[tuple[Count, str], Field(strict=False)]]
+
+
+class Bundle(Strict):
     """The failed gate, its run, and the inputs of the replay.
     `gates` and `plan` are the state of the gates at the start of the replay.
     """
@@ -78,35 +132,47 @@ class Bundle(Frozen):
     spec_version: str
     severity: str
     event: str = Field(description="the kind of the event at which the gate failed")
-    step: int = Field(ge=0)
+    step: Count
     message: str
-    measured: dict[str, Scalar]
-    limits: dict[str, float]
-    nonfinite: dict[str, tuple[str, ...]] = Field(
+    measured: dict[str, Measured]
+    limits: dict[str, Figure]
+    nonfinite: dict[str, Texts] = Field(
         {}, description="the first parameters and gradients with a NaN or infinity"
     )
-    record: str
-    config: dict
+    record: RecordId
+    config: dict[str, Any]
     code: Code
     environment: dict[str, Scalar]
     device: Literal["cpu", "cuda"]
-    threads: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-    peak_flops: float = Field(gt=0)
-    flops_per_step: float = Field(ge=0)
+    threads: int = Field(ge=1, le=MAX_THREADS)
+    vocab_size: int = Field(ge=1, le=MAX_VOCAB)
+    peak_flops: Figure = Field(gt=0)
+    flops_per_step: Figure = Field(ge=0)
     base: Base
     continued: bool = Field(description="whether the base is a resumed state, not a fresh one")
-    plan: dict
-    gates: dict
-    steps: tuple[Step, ...]
-    n_held_out: int = Field(ge=0)
+    plan: Plan
+    gates: dict[str, GateDocument]
+    steps: Annotated[tuple[Step, ...], Field(strict=False)]
+    n_held_out: Count
     lacking: str = Field("", description="why the folder alone is not sufficient; empty if it is")
     no_points: str = Field(
         "", description="why the folder has no statistics of points; empty if it has"
     )
-    command: tuple[str, ...]
-    files: dict[str, File]
-    model_config = {"frozen": True, "extra": "forbid", "populate_by_name": True}
+    command: Texts
+    files: dict[FileName, File]
+
+    @field_validator("measured")
+    @classmethod
+    def _figures(cls, measured: Mapping[str, Measured]) -> Mapping[str, Measured]:
+        for name in FROM_CORPUS:
+            float(measured.get(name) or 0.0)
+        return measured
+
+    @model_validator(mode="after")
+    def _state_of_the_gate(self) -> "Bundle":
+        if self.gate not in self.gates:
+            raise ValueError(f"gates does not hold the state of {self.gate}")
+        return self
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -124,22 +190,25 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         value = read_json(path)
     except OSError as e:
-        raise IntegrityError(f"cannot read {path}: {e}") from e
-    bundle = validated(Bundle, value, origin=str(path))
+        raise IntegrityError(f"cannot read {path}: {e}", next_step=COPY_AGAIN) from e
+    bundle = validated(Bundle, value, origin=str(path), next_step=COPY_AGAIN)
     if TENSORS not in bundle.files:
-        raise IntegrityError(
-            f"{path} states no hash of {TENSORS}", next_step="copy the whole folder again"
-        )
+        raise IntegrityError(f"{path} states no hash of {TENSORS}", next_step=COPY_AGAIN)
     for name, file in bundle.files.items():
         inside = folder / name
-        if (
-            not inside.resolve().is_relative_to(folder.resolve())
-            or not inside.is_file()
-            or sha256_file(inside) != file.sha256
-        ):
+        if not _holds(folder, inside, file):
             raise IntegrityError(
                 f"{inside} is missing or was changed",
                 allowed=f"sha256 {file.sha256[:12]}…",
-                next_step="copy the whole folder again",
+                next_step=COPY_AGAIN,
             )
     return bundle
+
+
+def _holds(folder: Path, inside: Path, file: File) -> bool:
+    """Whether a file lies in the folder and has its hash."""
+    try:
+        within = inside.resolve().is_relative_to(folder.resolve())
+        return within and inside.is_file() and sha256_file(inside) == file.sha256
+    except OSError:
+        return False

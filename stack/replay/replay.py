@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from stackproof import tensorfile
 from stackproof.config import RunConfig, recorded_config
 from stackproof.contracts.events import (
     ActivationsTraced,
@@ -26,6 +27,7 @@ from stackproof.contracts.events import (
 from stackproof.contracts.gate import Verdict, not_run
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.data_loader import Batch
+from stackproof.data.packing import IGNORE_INDEX
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evidence import repro
 from stackproof.spec.canonical import to_jsonable
@@ -34,10 +36,14 @@ from stackproof.spec.gates import load_spec
 from stackproof.train import checkpoint, loop
 from stackproof.train.callbacks import GateEvents, PointTracing, SdcCheck
 from stackproof.train.device import kernels_of, resolve_device
+from stackproof.train.memory import predict_bytes, require_free
 from stackproof.train.rng import default_rng_state
 from stackproof.train.run_dir import RunDir
+from stackproof.train.start import restoring
 from stackproof.train.state import TrainState, state_around
 from stackproof.train.trainer import CallbackList, RunOutput, Trainer
+
+PARTS = ("input_ids", "labels", "document_ids")
 
 
 class RecordedRows:
@@ -45,10 +51,9 @@ class RecordedRows:
     each with the position after it.
     """
 
-    def __init__(self, batches: list[tuple[Batch, int]], sources: list[dict], cursor: int):
-        self.batches, self.cursor = list(batches), cursor
-        names = [SimpleNamespace(**s) for s in sources]
-        self.sampler = SimpleNamespace(sources=names, load_state_dict=lambda state: [])
+    def __init__(self, batches: list[tuple[Batch, int]], plan: repro.Plan):
+        self.batches, self.cursor = list(batches), plan.cursor
+        self.sampler = SimpleNamespace(sources=plan.sources, load_state_dict=lambda state: [])
 
     def next_batch(self) -> Batch:
         """The next rows. Raises DataError after the last ones."""
@@ -133,7 +138,7 @@ def replaying(
             torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
             tempfile.TemporaryDirectory() as scratch,
         ):
-            tensors = safetensors.torch.load_file(folder / repro.TENSORS)
+            tensors = _tensors(folder / repro.TENSORS)
             trainer = _open(folder, bundle, tensors, place, RunDir(Path(scratch)), on_verdict)
             with suppress(GateFailed):
                 _begin(
@@ -168,7 +173,7 @@ def _play(
     try:
         for step in () if red else (s.step for s in bundle.steps):
             if step == bundle.step:
-                tensors = safetensors.torch.load_file(folder / repro.TENSORS)
+                tensors = _tensors(folder / repro.TENSORS)
                 random_state = all(
                     torch.equal(t, tensors[n])
                     for n, t in default_rng_state().items()
@@ -200,19 +205,21 @@ def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
     """Load the state of the model and the gate at the start of the replay."""
     state, keeper = trainer.state, trainer.keeper
     if base is not None:
-        with torch.no_grad():
-            checkpoint.restore(state, checkpoint.load(base))
+        loaded = checkpoint.load(base)
+        with restoring(loaded), torch.no_grad():
+            checkpoint.restore(state, loaded)
     if state.step != bundle.base.step:
         raise DataError(
             f"{base} is the state after step {state.step}",
             allowed=f"the state after step {bundle.base.step}",
         )
-    keeper.load_state_dict(bundle.gates)
+    gates = {name: gate.model_dump() for name, gate in bundle.gates.items()}
+    keeper.load_state_dict(gates)
     # The outcome of a replay shows what it measured itself, never the run's last verdict.
     keeper.states[bundle.gate].verdict = not_run("the check was not called")
     if bundle.continued:
         keeper.observe(Resumed(step=state.step, path=str(base), cursor=state.data_loader.cursor))
-    keeper.observe(Started(step=state.step, plan=bundle.plan))
+    keeper.observe(Started(step=state.step, plan=bundle.plan.model_dump()))
 
 
 def take_replayed_step(trainer: Trainer, bundle: repro.Bundle) -> None:
@@ -240,6 +247,15 @@ def _open(
     on_verdict: Callable,
 ) -> Trainer:
     cfg, tokenizer = recorded_config(bundle.config), load_tokenizer(folder / repro.TOKENIZER)
+    if tokenizer.vocab_size != bundle.vocab_size:
+        raise IntegrityError(
+            f"{folder / repro.DOCUMENT}: field vocab_size is not that of {repro.TOKENIZER}",
+            value=bundle.vocab_size,
+            allowed=str(tokenizer.vocab_size),
+            next_step=repro.COPY_AGAIN,
+        )
+    needed = predict_bytes(cfg, bundle.vocab_size)["peak"]
+    require_free(needed, f"the replay of {folder}")
     only = (bundle.gate,)
     keeper = Gatekeeper(
         load_spec(),
@@ -252,10 +268,8 @@ def _open(
         raise IntegrityError(
             f"gate {bundle.gate} does not apply to runs of this configuration", value=bundle.record
         )
-    measured = {
-        k: float(bundle.measured.get(k) or 0.0) for k in ("found_frac", "found_in_training_frac")
-    }
-    callbacks = [GateEvents(RecordedText(*measured.values())), SdcCheck()]
+    measured = [float(bundle.measured.get(k) or 0.0) for k in repro.FROM_CORPUS]
+    callbacks = [GateEvents(RecordedText(*measured)), SdcCheck()]
     if any(ActivationsTraced in state.watcher.events for state in keeper.states.values()):
         callbacks.insert(0, PointTracing())
     return Trainer(
@@ -266,7 +280,10 @@ def _open(
         callbacks=CallbackList(callbacks),
         peak_flops=bundle.peak_flops,
         flops_per_step=bundle.flops_per_step,
-        held_out=[_batch(tensors, f"held_out.{i}", _NOWHERE) for i in range(bundle.n_held_out)],
+        held_out=[
+            _batch(tensors, f"held_out.{i}", _NOWHERE, cfg, bundle.vocab_size)
+            for i in range(bundle.n_held_out)
+        ],
     )
 
 
@@ -278,13 +295,13 @@ def open_state(
     for step in bundle.steps:
         after = [*(b.cursor_after for b in step.batches[:-1]), step.cursor]
         rows += [
-            (_batch(tensors, f"step-{step.step:08d}.{i}", b), after[i])
+            (_batch(tensors, f"step-{step.step:08d}.{i}", b, cfg, bundle.vocab_size), after[i])
             for i, b in enumerate(step.batches)
         ]
     return state_around(
         cfg,
         bundle.vocab_size,
-        RecordedRows(rows, bundle.plan["sources"], bundle.plan["cursor"]),
+        RecordedRows(rows, bundle.plan),
         device,
     )
 
@@ -292,9 +309,48 @@ def open_state(
 _NOWHERE = repro.MicroBatch(sample_ids=(), epoch=0, cursor_before=0, cursor_after=0)
 
 
-def _batch(tensors: dict[str, Tensor], name: str, meta: repro.MicroBatch) -> Batch:
-    rows = {part: tensors[f"{name}.{part}"].long() for part in ("input_ids", "labels")}
-    documents = tensors.get(f"{name}.document_ids")
-    return Batch(
-        **rows, **dict(meta), document_ids=None if documents is None else documents.to(torch.int64)
+def _batch(
+    tensors: dict[str, Tensor],
+    name: str,
+    meta: repro.MicroBatch,
+    cfg: RunConfig,
+    vocab_size: int,
+) -> Batch:
+    """The rows (R, T) of one micro-step. Raises IntegrityError for rows that no run draws."""
+    rows = {part: t for part in PARTS if (t := tensors.get(f"{name}.{part}")) is not None}
+    forms = {part: f"{str(t.dtype)[6:]} {tuple(t.shape)}" for part, t in rows.items()}
+    ids, labels = rows.get("input_ids"), rows.get("labels")
+    if (
+        ids is None
+        or labels is None
+        or ids.dim() != 2
+        or not ids.numel()
+        or set(forms.values()) != {f"int32 {tuple(ids.shape)}"}
+    ):
+        wrong = f"are {forms}"
+    elif ids.shape[1] > cfg.model.max_seq_len:
+        wrong = f"have {ids.shape[1]} tokens, the model takes {cfg.model.max_seq_len}"
+    elif not (_within(ids, 0, vocab_size) and _within(labels, IGNORE_INDEX, vocab_size)):
+        wrong = f"hold an id outside the vocabulary of {vocab_size}"
+    elif {len(meta.sample_ids), len(meta.sources), len(meta.epochs)} - {0, len(ids)}:
+        wrong = f"are {len(ids)}, the document describes another number"
+    else:
+        return Batch(**{part: t.long() for part, t in rows.items()}, **dict(meta))
+    raise IntegrityError(
+        f"the rows {name} of {repro.TENSORS} {wrong}",
+        allowed="input_ids and labels, int32 (rows, tokens), and document_ids of the same shape",
+        next_step=repro.COPY_AGAIN,
     )
+
+
+def _within(ids: Tensor, low: int, end: int) -> bool:
+    return int(ids.min()) >= low and int(ids.max()) < end
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a bundle. Raises IntegrityError for a damaged file."""
+    try:
+        tensorfile.read_header(path)
+        return safetensors.torch.load_file(path)
+    except (OSError, tensorfile.BadTensorFile) as e:
+        raise IntegrityError(f"cannot read {path}: {e}", next_step=repro.COPY_AGAIN) from e

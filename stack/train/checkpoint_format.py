@@ -1,15 +1,13 @@
 """The documents of a step folder as models: manifest.json, and the plain values of state.json."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof import tensorfolder
+from stackproof.contracts.keeper import GateDocument
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Name, RecordId, Scalar
-
-# Far enough below 2^53 that a resumed run can count on.
-Count = Annotated[int, Field(ge=0, le=2**52)]
+from stackproof.spec.records import HEX64, Count, RecordId, Scalar
 
 
 class Mark(BaseModel):
@@ -45,29 +43,6 @@ class Manifest(Frozen):
 
     schema_: str = Field(alias="schema")
     files: dict[str, tensorfolder.Declared]
-
-
-class GateDocument(BaseModel):
-    """The counts and the verdict of a gate; former versions saved no verdict. What its check
-    remembers is of a form of its own.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    checks: Count
-    heartbeat: Count | None
-    first_failure: Count | None = None
-    outcome: Literal["pass", "fail", "not_run"] = "not_run"
-    message: str = ""
-    measured: dict[Name, Scalar] = {}
-    not_run: Count = 0
-    not_run_reason: str = ""
-    watcher: dict[str, Any]
-
-    @model_validator(mode="after")
-    def _was_checked(self) -> Self:
-        if self.outcome != "not_run" and self.checks == 0:
-            raise ValueError(f"the outcome is {self.outcome} after 0 checks")
-        return self
 
 
 class StopperDocument(BaseModel):

@@ -363,7 +363,7 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
 
 
 @contextmanager
-def _restoring(loaded: checkpoint.Loaded) -> Iterator[None]:
+def restoring(loaded: checkpoint.Loaded) -> Iterator[None]:
     """Raise CheckpointError for a state document whose values have other types or forms than a
     writer gives them.
     """
@@ -421,7 +421,7 @@ def _restore(trainer: Trainer, loaded: checkpoint.Loaded, moments: Sequence[str]
     the checkpoint's order stood. Raises CheckpointError.
     """
     state = trainer.state
-    with _restoring(loaded), torch.no_grad():
+    with restoring(loaded), torch.no_grad():
         dropped = checkpoint.restore(state, loaded)
         trainer.keeper.load_state_dict(loaded.state["gates"], moments)
     # Another curriculum starts from the rows that the former one has drawn.

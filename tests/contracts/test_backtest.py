@@ -114,6 +114,19 @@ def test_one_word_everywhere_is_seen_in_a_log(tmp_path):
     assert replay("sampling.dominance", log_of(tmp_path, lines))["first_fire_step"] == 5
 
 
+@pytest.mark.parametrize("loss", ["NaN", float("nan"), "Infinity", float("inf")])
+def test_a_loss_that_is_not_finite_is_read_as_a_run_and_as_python_write_it(tmp_path, loss):
+    lines = [{"step": n, "loss_nats": loss if n == 3 else 2} for n in range(1, 6)]
+    assert replay("runtime.finite", log_of(tmp_path, lines))["first_fire_step"] == 3
+
+
+def test_null_counts_as_absent_and_a_line_without_a_step_has_its_index(tmp_path):
+    lines = [{"text": HEALTHY, "step": None, "language": None} for _ in range(7)]
+    assert replay("sampling.coherence", log_of(tmp_path, lines))["last_step"] == 6
+    with pytest.raises(DataError, match="line 1 has no text"):
+        replay("sampling.coherence", log_of(tmp_path, [{"text": None}]))
+
+
 def test_what_cannot_be_replayed_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be replayed"):
         replay("loss.golden", log_of(tmp_path, [{"text": "a"}]))

@@ -249,3 +249,10 @@ def test_a_check_that_cannot_continue_from_its_checkpoint_is_a_checkpoint_error(
         after.observe(FINITE)
     with pytest.raises(ValueError, match="not a number"):
         before.observe(FINITE)
+
+
+def test_what_a_check_remembers_in_another_form_is_a_checkpoint_error(spec):
+    state = Gatekeeper(spec, only=("runtime.loss-spike",)).state_dict()
+    state["runtime.loss-spike"]["watcher"] = {"recent": 5}
+    with pytest.raises(CheckpointError, match="loss-spike cannot continue from the state"):
+        resumed(spec, state, "runtime.loss-spike")

@@ -1,5 +1,6 @@
 """A file that is larger than any that is written there is refused before it is read."""
 
+import json
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,8 +119,14 @@ def test_a_header_of_tensors_above_the_limit_is_refused(tmp_path):
     [
         (b'{"text": "' + b"a" * backtest.MAX_LINE_BYTES + b'"}', "line 2 holds more than the"),
         (b"[" * 100_000, "recursion"),
-        (b"[1]", r"a line is not an object: \[1\]"),
-        (b'{"text": "\xff"}', "utf-8"),
+        (b"[1]", "line 2: Input should be a valid dictionary"),
+        (b'{"text": "\xff"}', "line 2: invalid unicode"),
+        (b'{"text": "\\ud800"}', "line 2: .*hex escape"),
+        (b'{"text": "a b ' + b"!" * 2**14 + b'"}', "line 2: field text: .* at most 16384 char"),
+        (b'{"text": 5}', "line 2: field text: Input should be a valid string"),
+        (b'{"text": "a", "language": [1]}', "line 2: field language: Input should be 'en', 'code'"),
+        (b'{"text": "a", "step": "x"}', "line 2: field step: Input should be a valid integer"),
+        (b'{"text": "a", "step": [1]}', "line 2: field step: Input should be a valid integer"),
     ],
 )
 def test_a_hostile_line_of_a_log_is_an_error_of_its_data(tmp_path, line, why):
@@ -127,3 +134,30 @@ def test_a_hostile_line_of_a_log_is_an_error_of_its_data(tmp_path, line, why):
     log.write_bytes(b'{"text": "a", "step": 1}\n' + line + b"\n")
     with pytest.raises(DataError, match=f"(?i){why}"):
         backtest.replay("sampling.loops", log)
+
+
+@pytest.mark.parametrize("name", ["loss_nats", "val_loss_nats", "tokens_per_s", "tokens_seen"])
+@pytest.mark.parametrize("value", ['"x"', "[1]", "true", "1" * 401])
+def test_a_figure_of_a_log_that_is_no_number_is_an_error_of_its_data(tmp_path, name, value):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(f'{{"step": 1, "loss_nats": 2}}\n{{"loss_nats": 3, "{name}": {value}}}\n')
+    with pytest.raises(DataError, match=f"line 2: field {name}"):
+        backtest.replay("runtime.loss-spike", log)
+
+
+@pytest.mark.parametrize(
+    ("gate", "losses"),
+    [
+        ("evaluation.divergence", [0, 1]),
+        ("evaluation.overfit-onset", ["Infinity", "-Infinity"] * 9),
+        ("evaluation.overfit-onset", [1e308] * 9),
+    ],
+)
+def test_figures_that_a_gate_cannot_be_computed_from_are_an_error_of_the_data(
+    tmp_path, gate, losses
+):
+    log = tmp_path / "metrics.jsonl"
+    lines = ({"step": n, "val_loss_nats": x, "loss_nats": 1} for n, x in enumerate(losses))
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=f"{gate} cannot be computed at step"):
+        backtest.replay(gate, log)

@@ -14,11 +14,13 @@ from stackproof import tensorfile
 from stackproof.config import DataConfig, Files
 from stackproof.config.data import ByteTokenizer
 from stackproof.config.load import load_config, load_mixture, recorded_config
+from stackproof.contracts import backtest
 from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evaluate.audit import read_answers
 from stackproof.evaluate.stopping import StopRule
 from stackproof.evaluate.suite import SUITES, load_suite
+from stackproof.evidence import repro
 from stackproof.export import gguf, reading, vocabulary
 from stackproof.kernels import measured, parity
 from stackproof.model import hugging_face
@@ -29,9 +31,11 @@ from stackproof.spec import ROOT
 from stackproof.spec.archive import Archive
 from stackproof.spec.canonical import (
     canonical_json,
+    canonical_lines,
     parse_lines,
     parse_strict,
     sha256_bytes,
+    sha256_file,
     sha256_json,
 )
 from stackproof.spec.errors import StackproofError
@@ -354,6 +358,49 @@ def answers(folder: Path) -> Target:
     return Target(path, valid, of_lines, lambda data: read_answers(path))
 
 
+def bundle(folder: Path) -> Target:
+    """The document of a repro bundle, with every key."""
+    found, gate = parse_record(_record(), origin="x"), "runtime.finite"
+    plan = dict.fromkeys(repro.Plan.model_fields, 1) | {"peak_lrs": {"all": 1}, "untrained": True}
+    plan |= {"schedule": {}, "order": "", "drawn": [1], "warmup_sources": ["a"]}
+    plan |= {"sources": [{"name": "a", "first": 0, "n_windows": 9, "cap": 1, "floor": 0}]}
+    plan |= {"intervals": {"Saved": [1, "checkpoint.every"]}, "expert_layers": 0}
+    batch = dict.fromkeys(("epoch", "cursor_before", "cursor_after"), 1)
+    batch |= {key: [0] for key in ("sample_ids", "sources", "epochs")}
+    path, tensors = folder / repro.DOCUMENT, folder / repro.TENSORS
+    tensorfile.write(tensors, {"step-00000001.0.input_ids": torch.zeros(1, 8)}, {})
+    document = dict.fromkeys(repro.Bundle.model_fields, "") | found.model_dump(
+        include={"code", "environment", "config"}
+    )
+    document.pop("schema_")
+    document |= dict.fromkeys(
+        ("step", "threads", "vocab_size", "peak_flops", "flops_per_step", "n_held_out"), 1
+    )
+    state = {"checks": 1, "heartbeat": 1, "watcher": {"recent": []}, "outcome": "fail"}
+    document |= {"schema": repro.SCHEMA, "gate": gate, "fingerprint": "0" * 64, "device": "cpu"}
+    document |= {"measured": {"loss_nats": "nan", "found_frac": 0.5}, "limits": {"nan_max": 0}}
+    document |= {"nonfinite": {"parameters": ["w"]}, "record": found.id, "continued": False}
+    document |= {"base": {"kind": "seed", "step": 0}, "plan": plan, "gates": {gate: state}}
+    document |= {"steps": [{"step": 1, "cursor": 1, "batches": [batch]}], "command": ["stack"]}
+    document |= {"files": {tensors.name: {"sha256": sha256_file(tensors), "bytes": 9}}}
+    read = lambda data: repro.read_bundle(folder)  # noqa: E731
+    return Target(path, canonical_json(document), of_json, read)
+
+
+def log(folder: Path) -> Target:
+    path = folder / "metrics.jsonl"
+    line = {"loss_nats": 2.5, "val_loss_nats": 2.6, "ema_loss_nats": "NaN", "grad_norm": 0.5}
+    line |= {"tokens_per_s": 9.5, "text": "so it is " * 9, "language": "en"}
+    line |= {"lr": 0.1, "parts": {"words": 1}}
+    valid = canonical_lines(line | {"step": n, "tokens_seen": 8 * n} for n in range(9))
+
+    def read(data: bytes) -> object:
+        gates = list(backtest.REPLAYABLE)
+        return backtest.replay(gates[len(data) % len(gates)], path)
+
+    return Target(path, valid, of_lines, read)
+
+
 def data_set(folder: Path) -> Target:
     text = folder / "t.txt"
     text.write_text("".join(f"document number {n} says something\n" for n in range(200)))
@@ -408,7 +455,7 @@ TARGETS = (
         failures,
         findings,
     ),
-    *(registry, answers, data_set, kernels, kernel_parity),
+    *(registry, answers, bundle, log, data_set, kernels, kernel_parity),
 )
 
 

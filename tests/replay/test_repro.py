@@ -18,6 +18,7 @@ from stackproof.museum.plant import load_museum
 from stackproof.replay import bundle as bundles
 from stackproof.replay.bundle import ReproRecorder
 from stackproof.replay.replay import replay
+from stackproof.spec.canonical import sha256_bytes
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.train import loop
 from stackproof.train.loop import train
@@ -258,6 +259,106 @@ def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
         replay(folder)
     with pytest.raises(DataError, match="not a repro bundle"):
         repro.read_bundle(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sound(cfg, tmp_path_factory):
+    """A bundle of which tests damage copies."""
+    return broken(cfg, "runtime.update-skipped", "optim.movement", tmp_path_factory.mktemp("sound"))
+
+
+def copied(sound: Path, folder: Path, change) -> Path:
+    """A copy of a bundle with `change(document)`."""
+    shutil.copytree(sound, copy := folder / "bundle")
+    document = json.loads((copy / repro.DOCUMENT).read_text())
+    change(document)
+    (copy / repro.DOCUMENT).write_text(json.dumps(document))
+    return copy
+
+
+WATCHED = ("gates", "optim.movement")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "field"),
+    [
+        *((("plan", "sources"), value, "plan.sources") for value in (None, 5, "x")),
+        (("plan", "sources"), ["x"], "plan.sources.0"),
+        (("plan", "cursor"), None, "plan.cursor"),
+        (("plan", "intervals"), {"Saved": 5}, "plan.intervals.Saved"),
+        *((WATCHED, value, "gates.optim.movement") for value in (5, "x")),
+        *(((*WATCHED, "checks"), v, "movement.checks") for v in (None, "1", [], {})),
+        ((*WATCHED, "watcher"), 5, "movement.watcher"),
+        (("gates",), {}, "gates does not hold the state of optim.movement"),
+        (("threads",), 20_000, "threads: Input should be less than or equal to 1024"),
+        (("n_held_out",), 10**400, "n_held_out"),
+        (("measured",), {"found_frac": "half"}, "measured"),
+        (("measured",), {"found_frac": 10**400}, "measured"),
+        (("peak_flops",), 10**400, "peak_flops"),
+        (("steps", 0, "batches", 0, "epoch"), "1", "steps.0.batches.0.epoch"),
+        (("record",), "train", "record"),
+        (("files", "a\0b"), {"sha256": "0" * 64, "bytes": 1}, "files"),
+    ],
+)
+def test_a_mistyped_value_is_refused_with_its_field(sound, tmp_path, place, value, field):
+    def change(document):
+        *way, last = place
+        for key in way:
+            document = document[key]
+        document[last] = value
+
+    with pytest.raises(IntegrityError, match=field) as caught:
+        replay(copied(sound, tmp_path, change))
+    assert "repro.json" in caught.value.what and "copy the whole" in caught.value.next_step
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer(sound, tmp_path):
+    def change(document):
+        document["vocab_size"] = 2**31 - 1
+
+    with pytest.raises(IntegrityError, match="field vocab_size is not that of"):
+        replay(copied(sound, tmp_path, change))
+
+
+FIRST = "step-00000001.0.input_ids"
+ROWS_OF_OTHERS = {
+    "missing": (lambda rows: None, "are {'labels'"),
+    "flat": (lambda rows: rows.flatten(), "are {"),
+    "empty": (lambda rows: rows[:0], "are {"),
+    "fewer": (lambda rows: rows[:1], "are {"),
+    "floats": (lambda rows: rows.float(), "are {'input_ids': 'float32"),
+    "outside": (lambda rows: rows + 100_000, "outside the vocabulary"),
+    "negative": (lambda rows: rows - 1000, "outside the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS_OF_OTHERS)
+def test_rows_that_no_run_draws_are_refused(sound, tmp_path, kind):
+    import safetensors.torch
+
+    spoil, why = ROWS_OF_OTHERS[kind]
+    tensors = safetensors.torch.load_file(sound / repro.TENSORS)
+    if (rows := spoil(tensors.pop(FIRST))) is not None:
+        tensors[FIRST] = rows.contiguous()
+    safetensors.torch.save_file(tensors, tmp_path / "x")
+    data = (tmp_path / "x").read_bytes()
+    refused(sound, tmp_path, data, f"step-00000001.0 of {repro.TENSORS} .*{why}")
+
+
+def test_tensors_of_another_format_are_refused(sound, tmp_path):
+    refused(sound, tmp_path, b"x" * 100, "cannot read .*tensors.safetensors")
+
+
+def refused(sound: Path, folder: Path, data: bytes, why: str) -> None:
+    """Replaying a bundle with other tensors, of the stated hash, is an IntegrityError."""
+
+    def change(document):
+        document["files"][repro.TENSORS]["sha256"] = sha256_bytes(data)
+
+    copy = copied(sound, folder, change)
+    (copy / repro.TENSORS).write_bytes(data)
+    with pytest.raises(IntegrityError, match=why):
+        replay(copy)
 
 
 def test_what_is_too_large_is_not_copied_and_said(cfg, tmp_path, monkeypatch):
