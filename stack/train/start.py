@@ -392,7 +392,7 @@ def _return_to(
         cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
         # The gates see the resume after their own state, with which they judge it.
         _restore(trainer, loaded, KEPT_MOMENTS)
-        with _restoring(loaded):
+        with restoring(loaded):
             if trainer.held_out and not _compares(trainer, trainer.cfg):
                 raise ValueError(f"its evaluations had not {len(trainer.held_out)} batches")
     for gate_id, (at_step, verdict) in red.items():
