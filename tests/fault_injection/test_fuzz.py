@@ -17,7 +17,7 @@ from stackproof.config.load import load_config, load_mixture, recorded_config
 from stackproof.contracts import backtest
 from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.tokenizer import load_tokenizer
-from stackproof.evaluate.audit import read_answers
+from stackproof.evaluate.audit import Answer, graded
 from stackproof.evaluate.stopping import StopRule
 from stackproof.evaluate.suite import SUITES, load_suite
 from stackproof.evidence import repro
@@ -355,7 +355,8 @@ def answers(folder: Path) -> Target:
     path = folder / "audits.jsonl"
     line = {"step": 1, "domain": "d", "prompt": "p", "text": "t", "passed": True, "grade": 0.5}
     valid = canonical_json(line) + b"\n" + canonical_json(line | {"grade": None}) + b"\n"
-    return Target(path, valid, of_lines, lambda data: read_answers(path))
+    answer = Answer(1, "d", "p", "asked", "t", True, (), 0, 0)
+    return Target(path, valid, of_lines, lambda data: graded([answer], path))
 
 
 def bundle(folder: Path) -> Target:
