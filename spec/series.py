@@ -53,8 +53,11 @@ class Event(Line):
 
 class Answer(Line):
     step: Count
-    passed: bool
     domain: str
+    prompt: str
+    text: str
+    passed: bool
+    grade: Annotated[float, Field(ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)] | None = None
 
 
 class Dropped(Line):
@@ -120,7 +123,8 @@ def parse_series(data: bytes, name: str, *, origin: str) -> list[dict[str, Any]]
     try:
         _all_of(kind).validate_python(lines)
     except ValidationError:
-        for number, line in enumerate(lines, start=1):
+        numbers = (n for n, raw in enumerate(data.split(b"\n"), start=1) if raw.strip())
+        for number, line in zip(numbers, lines):
             validated(kind, line, origin=f"{origin}:{number}")
     return lines
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from stackproof.config import BestFit, Concatenated
 from stackproof.contracts.conditions import require
-from stackproof.data.shards import TokenStream, map_shard, within
+from stackproof.data.shards import TokenStream, within
 
 Packing = Concatenated | BestFit
 IGNORE_INDEX = -100
@@ -69,8 +69,7 @@ class PackedStream(TokenStream):
         self._plan = cache(self._make_plan)
 
     def _make_plan(self, shard: int, seq_len: int) -> "Plan":
-        starts = np.asarray(map_shard(self.paths[shard], "document_starts"))
-        return plan(starts, int(self._tokens.lengths[shard]), seq_len)
+        return plan(self.starts_in(shard), int(self._tokens.lengths[shard]), seq_len)
 
     def shard_windows(self, seq_len: int) -> list[int]:
         return [self._plan(i, seq_len).n_rows for i in range(len(self._tokens))]

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from stackproof import tensorfile
 from stackproof.config import Built, DataConfig
 from stackproof.data import build, corpus, filters, packing
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.build import FORMAT, Progress
 from stackproof.data.manifest import read_manifest
 from stackproof.data.packing import Packing
-from stackproof.data.shards import TokenStream
+from stackproof.data.shards import TokenStream, map_shard
 from stackproof.data.stages import SPLITS
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.evidence.file_lock import aside
@@ -48,7 +47,7 @@ class Dataset:
         """
         if not self.manifest["decontamination"]:
             return None
-        return tensorfile.memmap(self.directory / "grams.safetensors", "grams")
+        return map_shard(self.directory / "grams.safetensors", "grams", np.uint64)
 
     def inputs(self) -> list[dict]:
         """Shards, tokenizer and manifest, as inputs of a record."""

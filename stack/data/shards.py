@@ -179,18 +179,8 @@ class MappedShards(Sequence):
         """A separate map for sequential reading.
         Raises DataError if the shard contradicts the manifest.
         """
-        path, dtype = self.paths[number], token_dtype(self.vocab_size)
-        tokens = map_shard(path, "tokens")
-        if tokens.dtype != dtype or len(tokens) != self.lengths[number]:
-            raise DataError(
-                f"shard {path} stores ids as {tokens.dtype}, {len(tokens)} of them",
-                allowed=(
-                    f"{self.lengths[number]} of {np.dtype(dtype)} for a vocabulary of "
-                    f"{self.vocab_size}"
-                ),
-                next_step=f"delete {path.parent} and run again to rebuild it",
-            )
-        return tokens
+        dtype = token_dtype(self.vocab_size)
+        return map_shard(self.paths[number], "tokens", dtype, int(self.lengths[number]))
 
 
 def mappable() -> int:
@@ -205,22 +195,30 @@ def mappable() -> int:
     return MAX_MAPPED if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, MAX_MAPPED))
 
 
-def map_shard(path: Path, name: str) -> np.ndarray:
-    """One array of a shard as a memory map.
-    Raises DataError for a damaged shard, or if a limit of the process is too low.
+def map_shard(path: Path, name: str, dtype: type, length: int | None = None) -> np.ndarray:
+    """One array (length,) of a shard as a memory map. Raises DataError for a damaged shard, an
+    array of another type or shape, or if a limit of the process is too low.
     """
     try:
-        return tensorfile.memmap(path, name)
+        array = tensorfile.memmap(path, name)
     except (OSError, tensorfile.BadTensorFile) as e:
         if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise DataError(
                 f"shard {path} cannot be opened: {e}",
                 next_step="raise ulimit -n or vm.max_map_count; the data are sound",
             ) from e
+        raise DataError(f"shard {path} cannot be read: {e}", next_step=_rebuild(path)) from e
+    if array.dtype != dtype or array.ndim != 1 or length not in (None, len(array)):
         raise DataError(
-            f"shard {path} cannot be read: {e}",
-            next_step=f"delete {path.parent} and run again to rebuild it",
-        ) from e
+            f"shard {path} stores {name} as {array.dtype} {array.shape}",
+            allowed=f"{np.dtype(dtype)} ({'n' if length is None else length},)",
+            next_step=_rebuild(path),
+        )
+    return array
+
+
+def _rebuild(path: Path) -> str:
+    return f"delete {path.parent} and run again to rebuild it"
 
 
 class TokenStream:
@@ -234,6 +232,7 @@ class TokenStream:
         self.vocab_size = vocab_size
         self.paths = [folder / s["path"] for s in split["shards"]]
         self.shard_sources = [s["source"] for s in split["shards"]]
+        self._documents = [s["documents"] for s in split["shards"]]
         self._tokens = MappedShards(self.paths, split["shards"], vocab_size)
         self._starts = np.concatenate([[0], np.cumsum(self._tokens.lengths)])
         self._window_ends = cache(self._count_windows)
@@ -242,7 +241,12 @@ class TokenStream:
     @property
     def document_hashes(self) -> np.ndarray:
         """int64 (n_documents,), read from the shards."""
-        return np.concatenate([np.asarray(map_shard(p, "document_hashes")) for p in self.paths])
+        return np.concatenate(
+            [
+                np.asarray(map_shard(path, "document_hashes", np.int64, n))
+                for path, n in zip(self.paths, self._documents)
+            ]
+        )
 
     @property
     def tokenizer_sha256(self) -> list[str]:
@@ -251,7 +255,21 @@ class TokenStream:
 
     def shard_document_starts(self) -> list[np.ndarray]:
         """Position of every document's first token in its shard, int64, per shard."""
-        return [np.asarray(map_shard(p, "document_starts")) for p in self.paths]
+        return [self.starts_in(shard) for shard in range(len(self.paths))]
+
+    def starts_in(self, shard: int) -> np.ndarray:
+        """Position of every document's first token in one shard, int64. Raises DataError for
+        positions that do not rise, or lie outside the shard.
+        """
+        path = self.paths[shard]
+        starts = np.asarray(map_shard(path, "document_starts", np.int64, self._documents[shard]))
+        bounds = np.concatenate([[0], starts, [self._tokens.lengths[shard]]])
+        if (bounds[1:] <= bounds[:-1]).any():
+            raise DataError(
+                f"shard {path} holds document_starts that do not rise within its tokens",
+                next_step=_rebuild(path),
+            )
+        return starts
 
     def documents(self) -> Iterator[tuple[str, int, int]]:
         """(source, start, stop) of every document in the split, in order."""
@@ -343,7 +361,7 @@ class TokenStream:
             raise DataError(
                 f"a shard under {self.paths[0].parent} holds token id {int(ids.max())}",
                 allowed=f"0 … {self.vocab_size - 1}",
-                next_step=f"delete {self.paths[0].parent} and run again to rebuild it",
+                next_step=_rebuild(self.paths[0]),
             )
         return ids
 

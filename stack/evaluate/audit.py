@@ -16,9 +16,9 @@ from torch import nn
 
 from stackproof.evaluate.sampling import generate
 from stackproof.evaluate.suite import Suite
-from stackproof.spec.canonical import parse_lines
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.files import read_bytes
+from stackproof.spec.series import parse_series
 
 AFTER = 2  # audits that must follow the maximum of breadth before it counts as a plateau
 
@@ -109,7 +109,7 @@ def graded(answers: Sequence[Answer], grades: Path) -> list[Answer]:
     known = {
         (line["step"], line["prompt"]): line
         for line in read_answers(grades)
-        if line["grade"] is not None
+        if line.get("grade") is not None
     }
     found = []
     for answer in answers:
@@ -141,24 +141,13 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     Raises DataError for a line that is not an answer, or with a grade that is not a number.
     """
     try:
-        lines = parse_lines(read_bytes(path), origin=str(path))
+        return parse_series(read_bytes(path), "audits.jsonl", origin=str(path))
     except (OSError, IntegrityError) as e:
         raise DataError(
             f"cannot read the answers {path}: {e}",
-            allowed="the audits.jsonl of an audit",
+            allowed="the audits.jsonl of an audit, with a number or null as grade",
             next_step="correct the file",
         ) from e
-    for number, line in enumerate(lines, 1):
-        fields = set(line) if isinstance(line, dict) else set()
-        grade = line.get("grade") if fields else None
-        if not {"step", "domain", "prompt", "text", "passed"} <= fields or not (
-            grade is None or type(grade) in (int, float)
-        ):
-            raise DataError(
-                f"{path}, line {number}: not an answer with a number or null as grade",
-                next_step="correct the line",
-            )
-    return lines
 
 
 @dataclass(frozen=True)

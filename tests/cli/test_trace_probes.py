@@ -152,6 +152,15 @@ def test_of_several_bundles_the_one_of_what_is_not_finite_is_taken_else_the_late
     assert newest_bundle(tmp_path).name == "sampling.coherence-step-200"
     (tmp_path / "repro" / "runtime.finite-step-95").mkdir()
     assert newest_bundle(tmp_path).name == "runtime.finite-step-95"
+    for other in (
+        "foo-step-abc",
+        "foo-step-1_0",
+        "foo-step-²",
+        "foo-step-",
+        ".writing-foo-step-7-300",
+    ):
+        (tmp_path / "repro" / other).mkdir()
+    assert newest_bundle(tmp_path).name == "runtime.finite-step-95"
 
 
 def test_for_people_it_says_where_and_shows_the_last_good_values(broken, stack, monkeypatch):

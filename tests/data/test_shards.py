@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
+from stackproof import tensorfile
 from stackproof.contracts.conditions import ContractError
 from stackproof.data import shards
-from stackproof.data.packing import ConcatenatedStream
+from stackproof.data.packing import ConcatenatedStream, PackedStream
 from stackproof.data.shards import TokenStream, pack_ids, write_split
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import DataError
@@ -78,7 +79,7 @@ def test_rows_of_concatenated_documents_are_windows_and_their_next_tokens(tmp_pa
 
 def test_shards_of_another_width_or_with_foreign_ids_are_refused(tmp_path):
     split = written(tmp_path, [([0, 69_998, 65_536], 1)])
-    with pytest.raises(DataError, match="stores ids as uint32"):
+    with pytest.raises(DataError, match="stores tokens as uint32"):
         TokenStream(tmp_path, split, 300)
     narrower = TokenStream(tmp_path, split, 69_000)
     for read in (lambda: narrower.token_range(0, 5), lambda: narrower.window(0, 4)):
@@ -89,8 +90,44 @@ def test_shards_of_another_width_or_with_foreign_ids_are_refused(tmp_path):
 def test_a_shard_of_another_length_than_the_manifest_says_is_refused(tmp_path):
     split = written(tmp_path, [(list(range(20)), 1)])
     split["shards"][0]["tokens"] += 1
-    with pytest.raises(DataError, match="22 of them"):
+    with pytest.raises(DataError, match=r"uint32 \(22,\)"):
         TokenStream(tmp_path, split, VOCAB)
+
+
+STARTS, HASHES = "document_starts", "document_hashes"
+
+
+def read_arrays(folder, split) -> None:
+    """Read every array of the shards."""
+    for kind in (ConcatenatedStream, PackedStream):
+        stream = kind(folder, split, VOCAB)
+        stream.window(0, 4), stream.document_starts, stream.document_hashes, stream.rows([0], 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "why"),
+    [
+        ("tokens", lambda a: a.reshape(-1, 1), r"uint32 \(25, 1\)"),
+        ("tokens", lambda a: a.astype(np.float32), "float32"),
+        (STARTS, lambda a: a.astype(np.float64), "float64"),
+        (STARTS, lambda a: a.reshape(1, -1), r"int64 \(1, 3\)"),
+        (STARTS, lambda a: a.astype(np.int32), "int32"),
+        (STARTS, lambda a: a[:2], r"int64 \(2,\)"),
+        (STARTS, lambda a: a[::-1].copy(), "do not rise"),
+        (STARTS, lambda a: a - 1, "do not rise within"),
+        (STARTS, lambda a: a + 100, "do not rise within"),
+        (HASHES, lambda a: a.reshape(-1, 1), r"int64 \(3, 1\)"),
+        (HASHES, lambda a: a.view(np.uint64), "uint64"),
+    ],
+)
+def test_an_array_of_a_shard_that_no_build_writes_is_refused(tmp_path, name, spoil, why):
+    split = written(tmp_path, [(list(range(7)), n) for n in range(3)])
+    read_arrays(tmp_path, split)
+    path = tmp_path / split["shards"][0]["path"]
+    arrays = {n: np.array(tensorfile.memmap(path, n)) for n in ("tokens", STARTS, HASHES)}
+    tensorfile.write(path, arrays | {name: spoil(arrays[name])}, {})
+    with pytest.raises(DataError, match=f"{name}.* {why}"):
+        read_arrays(tmp_path, split)
 
 
 def test_a_window_outside_the_stream_is_refused(tmp_path):
@@ -149,7 +186,7 @@ import json, resource, sys
 from pathlib import Path
 import numpy as np
 from stackproof.data import shards
-from stackproof.data.packing import ConcatenatedStream
+from stackproof.data.packing import ConcatenatedStream, PackedStream
 folder, limit, mapped = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 if mapped:

@@ -187,6 +187,15 @@ def test_a_grade_stands_beside_the_verdict_and_only_beside_the_text_it_was_given
         "[]",
         "{",
         '{"step":1,"domain":"a","prompt":"p","text":"t","passed":true,"grade":"good"}',
+        *(
+            f'{{"step":{step},"domain":"a","prompt":"p","text":"t","passed":true}}'
+            for step in ("{}", "[]", '"1"', "null", "-1", "1e400")
+        ),
+        '{"step":1,"domain":["a"],"prompt":"p","text":"t","passed":true}',
+        '{"step":1,"domain":"a","prompt":{},"text":"t","passed":true}',
+        '{"step":1,"domain":"a","prompt":"p","text":5,"passed":true}',
+        '{"step":1,"domain":"a","prompt":"p","text":"t","passed":1}',
+        '{"step":1,"domain":"a","prompt":"p","text":"t","passed":true,"grade":' + "9" * 400 + "}",
     ],
 )
 def test_a_file_of_answers_that_cannot_be_read_is_named(tmp_path, line):
@@ -194,3 +203,10 @@ def test_a_file_of_answers_that_cannot_be_read_is_named(tmp_path, line):
     path.write_text(line + "\n")
     with pytest.raises(DataError, match=r"audits\.jsonl"):
         read_answers(path)
+
+
+def test_a_mistyped_answer_is_named_by_its_line_in_the_file(tmp_path):
+    path = tmp_path / "graded.jsonl"
+    path.write_text('\n\n{"step":{},"domain":"a","prompt":"p","text":"t","passed":true}\n')
+    with pytest.raises(DataError, match=r"graded\.jsonl:3: field step"):
+        graded(asked(), path)

@@ -12,12 +12,12 @@ import torch
 
 from stackproof import tensorfile
 from stackproof.config import DataConfig, Files
-from stackproof.config.data import ByteTokenizer
+from stackproof.config.data import BestFit, ByteTokenizer, Concatenated
 from stackproof.config.load import load_config, load_mixture, recorded_config
 from stackproof.contracts import backtest
 from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.tokenizer import load_tokenizer
-from stackproof.evaluate.audit import read_answers
+from stackproof.evaluate.audit import Answer, graded
 from stackproof.evaluate.stopping import StopRule
 from stackproof.evaluate.suite import SUITES, load_suite
 from stackproof.evidence import repro
@@ -198,19 +198,19 @@ def pointer(folder: Path) -> Target:
     return Target(path, step.name.encode(), of_bytes, lambda data: checkpoint.find(folder))
 
 
+def of_header(data: bytes, random: random.Random) -> bytes:
+    """A damaged tensor file: mostly its header."""
+    size = int.from_bytes(data[:8], "little")
+    if random.random() < 0.3:
+        return of_bytes(data, random)
+    header = of_json(data[8 : 8 + size], random)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 def tensors(folder: Path) -> Target:
     path = folder / "x.safetensors"
     tensorfile.write(path, {"a": torch.zeros(2, 3), "b": torch.ones(4).bfloat16()}, {"k": "v"})
-    valid = path.read_bytes()
-    size = int.from_bytes(valid[:8], "little")
-
-    def mutate(data: bytes, random: random.Random) -> bytes:
-        if random.random() < 0.3:
-            return of_bytes(data, random)
-        header = of_json(data[8 : 8 + size], random)
-        return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-    return Target(path, valid, mutate, lambda data: tensorfile.digests(path))
+    return Target(path, path.read_bytes(), of_header, lambda data: tensorfile.digests(path))
 
 
 def tokenizer(folder: Path) -> Target:
@@ -355,7 +355,8 @@ def answers(folder: Path) -> Target:
     path = folder / "audits.jsonl"
     line = {"step": 1, "domain": "d", "prompt": "p", "text": "t", "passed": True, "grade": 0.5}
     valid = canonical_json(line) + b"\n" + canonical_json(line | {"grade": None}) + b"\n"
-    return Target(path, valid, of_lines, lambda data: read_answers(path))
+    answer = Answer(1, "d", "p", "asked", "t", True, (), 0, 0)
+    return Target(path, valid, of_lines, lambda data: graded([answer], path))
 
 
 def bundle(folder: Path) -> Target:
@@ -401,11 +402,15 @@ def log(folder: Path) -> Target:
     return Target(path, valid, of_lines, read)
 
 
-def data_set(folder: Path) -> Target:
+def _data_set(folder: Path) -> tuple[Path, DataConfig]:
     text = folder / "t.txt"
     text.write_text("".join(f"document number {n} says something\n" for n in range(200)))
     cfg = DataConfig(corpus=Files(paths=(str(text),), documents="line"), tokenizer=ByteTokenizer())
-    made = prepare(cfg, cache_dir=folder / "cache").directory
+    return prepare(cfg, cache_dir=folder / "cache").directory, cfg
+
+
+def data_set(folder: Path) -> Target:
+    made, cfg = _data_set(folder)
     path = made / "manifest.json"
 
     def read(data: bytes) -> None:
@@ -415,6 +420,24 @@ def data_set(folder: Path) -> Target:
             split.token_range(0, split.n_tokens)
 
     return Target(path, path.read_bytes(), of_json, read)
+
+
+def shard(folder: Path) -> Target:
+    """A shard of which the manifest states the hash."""
+    made, cfg = _data_set(folder)
+    manifest = json.loads((made / "manifest.json").read_bytes())
+    entry = manifest["splits"]["train"]["shards"][0]
+    path = made / entry["path"]
+
+    def read(data: bytes) -> None:
+        entry.update(bytes=len(data), sha256=sha256_bytes(data))
+        (made / "manifest.json").write_bytes(canonical_json(manifest))
+        for how in (Concatenated(), BestFit()):
+            found = open_folder(made, cfg.model_copy(update={"packing": how}))
+            found.train.rows([0, 1], 16), found.train.document_hashes
+            list(found.sample_documents(0.1, 3))
+
+    return Target(path, path.read_bytes(), of_header, read)
 
 
 def kernels(folder: Path) -> Target:
@@ -455,7 +478,7 @@ TARGETS = (
         failures,
         findings,
     ),
-    *(registry, answers, bundle, log, data_set, kernels, kernel_parity),
+    *(registry, answers, bundle, log, data_set, shard, kernels, kernel_parity),
 )
 
 

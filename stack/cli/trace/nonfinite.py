@@ -1,5 +1,6 @@
 """`stack trace nonfinite`: the first operation that created a NaN or an infinity."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from stackproof.cli.trace.common import Request, takes
 from stackproof.spec.errors import IntegrityError, UsageError
 
 FILE = "nonfinite.jsonl"
+BUNDLE = re.compile(r"(?P<gate>[a-z][a-z0-9.-]*)-step-(?P<step>[0-9]+)")
 COLUMNS = (*"tensor is shape dtype finite min max mean std NaN +Inf −Inf".split(), "first at")
 CLAIM = Claim(
     "trace",
@@ -79,13 +81,11 @@ def nonfinite(
 
 def newest_bundle(run: Path) -> Path | None:
     """The repro bundle of a run with a non-finite value, else that of the latest step; None without
-    bundles.
+    bundles. Folders of other names are passed over.
     """
-    found = sorted(
-        (int(p.name.rpartition("-")[2]), p.name.startswith("runtime.finite-"), p)
-        for p in run.glob("repro/*-step-*")
-    )
-    return max(found, key=lambda f: (f[1], f[0]))[2] if found else None
+    found = [(m, p) for p in run.glob("repro/*") if (m := BUNDLE.fullmatch(p.name))]
+    rank = lambda f: (f[0]["gate"] == "runtime.finite", int(f[0]["step"]), f[1])  # noqa: E731
+    return max(found, key=rank)[1] if found else None
 
 
 def _replay(request: Request, bundle: Path, device: str | None, base: Path | None) -> None:
