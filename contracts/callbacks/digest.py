@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import from_json
 from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.probe import embedding_of, head_of
@@ -16,9 +17,13 @@ from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import StateRestored
 from stackproof.contracts.subject import NotOffered, SavedCheckpoint
-from stackproof.spec.files import read_text
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.files import read_bytes, write_atomically
+from stackproof.spec.series import Line
+from stackproof.spec.tables import validated
 
 FILE = "stack_gates.json"
+REMOVE = "restore the file, or remove it to continue without a comparison"
 KEPT_BATCHES = 4096  # hashes of one epoch
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -216,12 +221,33 @@ class SaveHistory:
 
 def _write(document: dict, folder: Path | None) -> None:
     if folder:
-        (folder / FILE).write_text(json.dumps(document), encoding="utf-8")
+        write_atomically(folder / FILE, json.dumps(document).encode())
+
+
+class _Drawn(Line):
+    batch: str
+    random: str
+
+
+class _Saved(Line):
+    """The document of a save; `next` is None if no batch followed it."""
+
+    parts: dict[str, Any]
+    epoch: int
+    epoch_batches: list[str]
+    next: _Drawn | None
 
 
 def read(folder: Path) -> dict | None:
     """The document in the folder of a checkpoint, or None. Raises FileRefused for a larger file
-    than any that is written, ValueError for one that is not JSON.
+    than any that is written, IntegrityError for one of another form.
     """
     path = folder / FILE
-    return json.loads(read_text(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        document = from_json(read_bytes(path))
+    except ValueError as e:
+        raise IntegrityError(f"{path} is not JSON: {e}", next_step=REMOVE) from e
+    validated(_Saved, document, origin=str(path), next_step=REMOVE)
+    return document

@@ -18,6 +18,7 @@ from stackproof.contracts.events import StepTaken
 from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.files import open_to_append
 from stackproof.spec.gates import Spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import GateResult
@@ -167,10 +168,12 @@ def trainer_of(kind: type, package: str) -> dict[str, Any]:
 
 
 def append_line(path: Path, document: Mapping[str, Any]) -> None:
-    """Append a document to a file of JSON lines. Figures that are not finite become strings."""
+    """Append a document to a file of JSON lines. Figures that are not finite become strings.
+    Raises FileRefused for a link or a file of another kind, OSError if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(document)) + "\n")
+    with open_to_append(path) as file:
+        file.write(json.dumps(_plain(document)).encode() + b"\n")
 
 
 def _of_model(model: nn.Module) -> dict[str, Any]:

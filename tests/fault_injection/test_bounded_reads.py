@@ -1,4 +1,6 @@
-"""A file that is larger than any that is written there is refused before it is read."""
+"""A file that is larger than any that is written there is refused before it is read, and one of
+another form with the line or field.
+"""
 
 import json
 import struct
@@ -11,9 +13,10 @@ import torch
 from stackproof import tensorfolder
 from stackproof.contracts import backtest
 from stackproof.contracts.callbacks import digest
+from stackproof.contracts.callbacks.record import append_line
 from stackproof.data import build, scale, stages
 from stackproof.kernels import measured
-from stackproof.spec.errors import CheckpointError, DataError, UsageError
+from stackproof.spec.errors import CheckpointError, DataError, IntegrityError, UsageError
 from stackproof.spec.files import FileRefused
 from stackproof.spec.releases import read_releases
 from stackproof.subject.checkpoints import FILES, WrittenCheckpoint
@@ -161,3 +164,38 @@ def test_figures_that_a_gate_cannot_be_computed_from_are_an_error_of_the_data(
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=f"{gate} cannot be computed at step"):
         backtest.replay(gate, log)
+
+
+def test_a_digest_of_a_checkpoint_in_another_form_is_refused_with_its_field(tmp_path):
+    history, path = digest.SaveHistory(), tmp_path / digest.FILE
+    saved = history.saved({"step": 3, "group.0.lr": 0.5}, tmp_path)
+    assert digest.read(tmp_path) == saved
+    history.drawn(torch.ones(2, dtype=torch.int64), 0, 4)
+    assert digest.read(tmp_path)["next"]["batch"]
+    for text, why in (
+        ("[" * 9999, "is not JSON"),
+        ("[]", "Input should be"),
+        (json.dumps(saved | {"parts": 5}), "field parts"),
+        (json.dumps(saved | {"next": {"batch": 1, "random": ""}}), "field next.batch"),
+        (json.dumps(saved | {"epoch_batches": None}), "field epoch_batches"),
+    ):
+        path.write_text(text)
+        with pytest.raises(IntegrityError, match=why):
+            digest.read(tmp_path)
+
+
+def test_a_log_and_a_digest_are_not_written_through_a_link(tmp_path):
+    outside = tmp_path / "outside"
+    for name in ("gates.jsonl", digest.FILE):
+        (tmp_path / name).symlink_to(outside)
+    with pytest.raises(FileRefused, match="is a link"):
+        append_line(tmp_path / "gates.jsonl", {"step": 1})
+    digest.SaveHistory().saved({"step": 3}, tmp_path)
+    assert not outside.exists() and not (tmp_path / digest.FILE).is_symlink()
+
+
+def test_lines_are_appended_to_a_log(tmp_path):
+    for step in (1, 2):
+        append_line(tmp_path / "made" / "gates.jsonl", {"step": step, "loss": float("nan")})
+    lines = (tmp_path / "made" / "gates.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": n, "loss": "nan"} for n in (1, 2)]
