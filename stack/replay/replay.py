@@ -215,11 +215,29 @@ def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
         )
     gates = {name: gate.model_dump() for name, gate in bundle.gates.items()}
     keeper.load_state_dict(gates)
+    _require_held_out(trainer, bundle)
     # The outcome of a replay shows what it measured itself, never the run's last verdict.
     keeper.states[bundle.gate].verdict = not_run("the check was not called")
     if bundle.continued:
         keeper.observe(Resumed(step=state.step, path=str(base), cursor=state.data_loader.cursor))
     keeper.observe(Started(step=state.step, plan=bundle.plan.model_dump()))
+
+
+def _require_held_out(trainer: Trainer, bundle: repro.Bundle) -> None:
+    """Raises IntegrityError unless a gate that judges evaluations has the held-out rows of the run
+    before it.
+    """
+    if Evaluated not in trainer.keeper.states[bundle.gate].watcher.events:
+        return
+    stopper, wanted = trainer.state.stopper, bundle.plan.n_eval_batches
+    before = len(stopper.best_batch_nats) if stopper.rounds else wanted
+    if not bundle.n_held_out == wanted == before or not wanted:
+        raise IntegrityError(
+            f"the bundle of {bundle.gate} has other held-out rows than its run",
+            value=f"{bundle.n_held_out} batches",
+            allowed=f"{wanted} of the plan, {before} of the evaluations before",
+            next_step=repro.COPY_AGAIN,
+        )
 
 
 def take_replayed_step(trainer: Trainer, bundle: repro.Bundle) -> None:

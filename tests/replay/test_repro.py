@@ -161,6 +161,12 @@ def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_p
     assert replay(folder)[1].same
     monkeypatch.undo()
     assert not replay(folder)[1].reproduced
+    for n in (0, 1):
+        copy = copied(
+            folder, tmp_path / str(n), lambda document, n=n: document.update(n_held_out=n)
+        )
+        with pytest.raises(IntegrityError, match="other held-out rows than its run"):
+            replay(copy)
 
 
 @pytest.mark.parametrize("plant", ["data.window-drawn-twice", "data.position-skips"])
