@@ -265,7 +265,7 @@ def errors_of(call):
 
 @pytest.mark.parametrize(
     "kernels",
-    ["torch", OF_THE_CPU, {"linear_cross_entropy": "library"}],
+    ["torch", OF_THE_CPU, OF_THE_CPU | {"linear_cross_entropy": "library"}],
     ids=["torch", "of the CPU", "library"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

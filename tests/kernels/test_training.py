@@ -72,7 +72,9 @@ def test_a_run_trains_with_triton_as_with_torch(cfg, dataset):
 
 def test_the_gate_judges_each_of_them_at_the_run_s_own_shapes(cfg, dataset):
     verdict, calls = verdict_of(cfg, dataset)
-    assert {c.case.operation: c.kernel for c in calls} == TRITON | {"linear": "torch"}
+    used = {c.case.operation: c.kernel for c in calls}
+    # Triton has no kernel for it here: the fastest on this processor is used.
+    assert used.pop("linear") in OPERATIONS["linear"].kernels and used == TRITON
     assert verdict.passed and 0 < verdict.measured["rel_error"] < 2e-6, verdict  # measured 5e-7
     # the head of Triton crosses borders too
     assert verdict.measured["chunk_rows"] == 8 and verdict.measured["borders"] >= 20
