@@ -69,8 +69,8 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
     gate, key = load_spec().gates[gate_id], REPLAYABLE[gate_id]
     watcher = resolve(gate)(limits_of(gate))
     lines = _read(log)
-    asked = [line for line in lines if key in line]
-    if not asked or (key in ("text", "loss_nats") and len(asked) < len(lines)):
+    replayed = [line for line in lines if key in line]
+    if not replayed or (key in ("text", "loss_nats") and len(replayed) < len(lines)):
         number = next(i for i, line in enumerate(lines, 1) if key not in line)
         raise DataError(
             f"{log} line {number} has no {key}",
@@ -78,9 +78,9 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
             next_step="replay a log of the right kind",
         )
     fires, previous = [], None
-    for line in asked:
+    for line in replayed:
         event = _event(line, key, previous)
-        if line is asked[0] and Started in watcher.events:
+        if line is replayed[0] and Started in watcher.events:
             warmup_steps = 0 if key == "text" else event.step
             watcher.observe(
                 Started(
@@ -96,7 +96,7 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
         "gate": gate_id,
         "first_fire_step": fires[0] if fires else None,
         "fires": len(fires),
-        "records": len(asked),
+        "records": len(replayed),
     } | _saved(lines, fires, seconds_per_step)
 
 

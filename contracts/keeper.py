@@ -5,11 +5,10 @@ raises GateFailed.
 import datetime as dt
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stackproof.contracts.events import (
     BatchDrawn,
@@ -33,9 +32,14 @@ from stackproof.contracts.subject import Subject
 from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import CheckpointError, ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
-from stackproof.spec.records import Count, GateResult, Name, Scalar, Waiver
+from stackproof.spec.records import GateResult, Name, Scalar, Waiver
 
 KEPT_MOMENTS = ("runtime", "artifact")  # whose verdicts belong to the steps before a checkpoint
+
+# What code raises for values of another type or form than those it was written for.
+UNFIT_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# A count far enough below 2^53 for a resumed run to add to.
+ResumedCount = Annotated[int, Field(ge=0, le=2**52)]
 
 
 class GateDocument(BaseModel):
@@ -44,13 +48,13 @@ class GateDocument(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
-    checks: Count
-    heartbeat: Count | None
-    first_failure: Count | None = None
+    checks: ResumedCount
+    heartbeat: ResumedCount | None
+    first_failure: ResumedCount | None = None
     outcome: Literal["pass", "fail", "not_run"] = "not_run"
     message: str = ""
     measured: dict[Name, Scalar] = {}
-    not_run: Count = 0
+    not_run: ResumedCount = 0
     not_run_reason: str = ""
     watcher: dict[str, Any]
 
@@ -100,21 +104,21 @@ class GateState:
         """The verdict of a runtime check on an event. Raises CheckpointError if the check cannot
         continue from what it remembers of a checkpoint.
         """
-        with self._continuing() if self.is_restored else nullcontext():
-            return self.watcher.observe(event)
-
-    @contextmanager
-    def _continuing(self) -> Iterator[None]:
         try:
-            yield
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            raise CheckpointError(
-                f"gate {self.gate.id} cannot continue from the state in the checkpoint: "
-                f"{type(e).__name__}: {str(e)[:200]}",
-                allowed="the state that a run has written",
-                next_step="stack train --resume DIR --at STEP takes an older step folder; of a "
-                "repro bundle, copy the whole folder again",
-            ) from e
+            return self.watcher.observe(event)
+        except UNFIT_VALUES as e:
+            if not self.is_restored:
+                raise
+            raise self._unfit(e) from e
+
+    def _unfit(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"gate {self.gate.id} cannot continue from the state in the checkpoint: "
+            f"{type(error).__name__}: {str(error)[:200]}",
+            allowed="the state that a run has written",
+            next_step="stack train --resume DIR --at STEP takes an older step folder; of a repro "
+            "bundle, copy the whole folder again",
+        )
 
     def state_dict(self) -> dict:
         """Counts, verdict and what the check remembers, JSON-ready."""
@@ -140,8 +144,10 @@ class GateState:
             self.first_failure_step = saved["first_failure"]
             self.verdict = Verdict(saved["outcome"], saved["message"], dict(saved["measured"]))
         if self.watcher:
-            with self._continuing():
+            try:
                 self.watcher.load_state_dict(saved["watcher"])
+            except UNFIT_VALUES as e:
+                raise self._unfit(e) from e
 
     @property
     def message(self) -> str:

@@ -105,6 +105,15 @@ def parse_lines(data: bytes, *, origin: str) -> list[Any]:
     ]
 
 
+def is_canonical_line(data: bytes) -> bool:
+    """Whether bytes without a newline are one JSON object in canonical form."""
+    try:
+        value = parse_strict(data, origin="the last line")
+    except IntegrityError:
+        return False
+    return isinstance(value, dict) and canonical_json(value) == data
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     unique = dict(pairs)
     if len(unique) != len(pairs):

@@ -45,8 +45,6 @@ GateId = Annotated[str, Field(pattern=GATE_ID)]
 RecordId = Annotated[str, Field(pattern=RECORD_ID)]
 PlantId = Annotated[str, Field(pattern=PLANT_ID)]
 Name = Annotated[str, Field(pattern=PLAIN)]
-# Far enough below 2^53 that a resumed run can count on.
-Count = Annotated[int, Field(ge=0, le=2**52)]
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
 BESIDE_TRAINING = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")

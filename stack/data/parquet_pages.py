@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 HEADER_BYTES = (2**9, 2**16, 2**24)
 MAX_DEPTH = 4
 PADDING = 100  # bytes behind a column that are read too: old writers left them out of its size
-# Fields of a page header, and of what it holds for each kind of page.
+# Numbers of fields: sizes and values, and the structs of each kind of page.
 UNCOMPRESSED_SIZE, COMPRESSED_SIZE, N_VALUES = 2, 3, 1
 DATA, DICTIONARY, DATA_V2 = 5, 7, 8
 

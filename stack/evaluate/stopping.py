@@ -56,7 +56,7 @@ class StopRule:
 
     @require(lambda batch_nats: len(batch_nats) >= 1, "an evaluation has at least one batch")
     @require(
-        lambda self, batch_nats: self.rounds == 0 or len(batch_nats) == len(self.best_batch_nats),
+        lambda self, batch_nats: self.compares(len(batch_nats)),
         "every evaluation has the same batches",
     )
     def update(self, batch_nats: Sequence[float]) -> Decision:
@@ -68,6 +68,10 @@ class StopRule:
             self.wait += 1
         self.rounds += 1
         return Decision(improved, self.is_over(), self.wait, self.best_round, se_diff)
+
+    def compares(self, n_batches: int) -> bool:
+        """Whether an evaluation of so many batches compares with those before."""
+        return self.rounds == 0 or n_batches == len(self.best_batch_nats)
 
     def is_over(self) -> bool:
         """Whether the latest evaluation ended the run."""
@@ -107,6 +111,10 @@ class NeverStopRule(StopRule):
 
     def __init__(self) -> None:
         super().__init__(patience=1, min_evaluations=1, z=0.0, min_delta_nats=0.0)
+
+    def compares(self, n_batches: int) -> bool:
+        """Whether an evaluation of so many batches compares with those before."""
+        return self.rounds == 0 or n_batches == len(self.best_batch_nats)
 
     def is_over(self) -> bool:
         return False

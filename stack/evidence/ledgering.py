@@ -9,7 +9,7 @@ from pathlib import Path
 from stackproof.evidence.file_lock import file_lock
 from stackproof.spec import IN_CHECKOUT, ROOT
 from stackproof.spec.archive import FILE, METADATA
-from stackproof.spec.canonical import canonical_json, leaves, parse_strict, sha256_bytes
+from stackproof.spec.canonical import is_canonical_line, leaves, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory, UsageError
 from stackproof.spec.files import (
     create_durably,
@@ -209,17 +209,8 @@ def repair(directory: Path) -> dict[str, bytes]:
     """
     with writing(directory):
         paths = (Ledger(directory).path, directory / FILE)
-        removed = {path.name: end_last_line(path, _is_whole) for path in paths}
+        removed = {path.name: end_last_line(path, is_canonical_line) for path in paths}
     return {name: line for name, line in removed.items() if line}
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether bytes are one JSON object in canonical form."""
-    try:
-        value = parse_strict(line, origin="the last line")
-    except IntegrityError:
-        return False
-    return isinstance(value, dict) and canonical_json(value) == line
 
 
 def verify(directory: Path) -> list[str]:

@@ -230,12 +230,11 @@ def _require_held_out(trainer: Trainer, bundle: repro.Bundle) -> None:
     if Evaluated not in trainer.keeper.states[bundle.gate].watcher.events:
         return
     stopper, wanted = trainer.state.stopper, bundle.plan.n_eval_batches
-    before = len(stopper.best_batch_nats) if stopper.rounds else wanted
-    if not bundle.n_held_out == wanted == before or not wanted:
+    if not wanted or bundle.n_held_out != wanted or not stopper.compares(wanted):
         raise IntegrityError(
             f"the bundle of {bundle.gate} has other held-out rows than its run",
             value=f"{bundle.n_held_out} batches",
-            allowed=f"{wanted} of the plan, {before} of the evaluations before",
+            allowed=f"{wanted} of the plan, and as many in the evaluations before",
             next_step=repro.COPY_AGAIN,
         )
 

@@ -5,9 +5,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof import tensorfolder
-from stackproof.contracts.keeper import GateDocument
+from stackproof.contracts.keeper import GateDocument, ResumedCount
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Count, RecordId, Scalar
+from stackproof.spec.records import HEX64, RecordId, Scalar
 
 
 class Mark(BaseModel):
@@ -24,7 +24,7 @@ class Process(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    after: Count
+    after: ResumedCount
     differs: dict[str, Scalar] | None
 
 
@@ -49,8 +49,8 @@ class StopperDocument(BaseModel):
     """The state of the stop rule."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    rounds: Count
-    wait: Count
+    rounds: ResumedCount
+    wait: ResumedCount
     best_round: int
     best_batch_nats: list[float]
 
@@ -63,9 +63,9 @@ class StateDocument(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     schema_: str = Field(alias="schema")
     config_sha256: str
-    step: Count
-    tokens_seen: Count
-    cursor: Count
+    step: ResumedCount
+    tokens_seen: ResumedCount
+    cursor: ResumedCount
     vocab_size: int = Field(ge=1)
     wall_s: float = Field(ge=0)
     ema_loss_nats: float | None

@@ -17,6 +17,7 @@ from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder, iso
 from stackproof.spec.canonical import (
     canonical_json,
+    is_canonical_line,
     parse_strict,
     sha256_bytes,
     sha256_json,
@@ -146,7 +147,7 @@ class RunDir:
         if not (self.path / "run.json").exists():
             for name in SERIES:
                 (self.path / name).unlink(missing_ok=True)
-        end_last_line(self.path / EVENTS, _is_json)
+        end_last_line(self.path / EVENTS, is_canonical_line)
 
     def write_run(
         self, record: RecordBuilder, *, device: str, inherited_s: float = 0.0, **more: Any
@@ -367,14 +368,6 @@ def _lines_until(path: Path, step: int) -> tuple[bytes, bytes]:
 
 def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and str(path).isprintable()
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        parse_strict(line, origin=EVENTS)
-    except IntegrityError:
-        return False
-    return True
 
 
 def _step_of(line: bytes, origin: str) -> int:

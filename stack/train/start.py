@@ -12,7 +12,7 @@ import torch
 from stackproof.config import BanditCurriculum, RunConfig, recorded_config
 from stackproof.contracts.events import Resumed
 from stackproof.contracts.gate import Verdict
-from stackproof.contracts.keeper import KEPT_MOMENTS, Gatekeeper
+from stackproof.contracts.keeper import KEPT_MOMENTS, UNFIT_VALUES, Gatekeeper
 from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.prepare import prepare
@@ -369,7 +369,7 @@ def restoring(loaded: checkpoint.Loaded) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+    except UNFIT_VALUES as e:
         raise CheckpointError(
             f"{loaded.path / 'state.json'} cannot be restored: {type(e).__name__}: {str(e)[:200]}",
             allowed="the document that a run has written",
@@ -446,8 +446,7 @@ def _compares(trainer: Trainer, former: RunConfig) -> bool:
         cfg.eval.batch_size,
         cfg.model.max_seq_len,
     )
-    same_number = len(stopper.best_batch_nats) == len(trainer.held_out)
-    return stopper.rounds == 0 or (same and same_number)
+    return stopper.rounds == 0 or (same and stopper.compares(len(trainer.held_out)))
 
 
 def _forget_evaluations(trainer: Trainer) -> None:
