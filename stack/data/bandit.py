@@ -166,9 +166,7 @@ class BanditSampler:
         token.
         """
         return sum(
-            w * (self.last_losses[s.name] - losses[s.name])
-            for w, s in zip(self._base_shares, self.sources)
-            if w > 0
+            w * (self.last_losses[name] - losses[name]) for name, w in self._weighted().items()
         )
 
     def _learn(self, drop: float) -> float:
@@ -180,6 +178,10 @@ class BanditSampler:
 
     def _choose(self) -> int:
         return self.ucb.choose([i for i in self.arms if self.sources[i].weight > 0])
+
+    def _weighted(self) -> dict[str, float]:
+        """Share of each source that is drawn without a focus."""
+        return {s.name: float(w) for s, w in zip(self.sources, self._base_shares) if w > 0}
 
     def _names(self) -> list[str]:
         return [s.name for s in self.sources]
@@ -212,7 +214,8 @@ class BanditSampler:
         """Load a state. Arms of the configuration with windows and a cap above 0 are kept; other
         arms of the state are dropped.
 
-        If arms or shares of the state differ, only its positions are loaded.
+        If arms or shares of the state differ, only its positions are loaded. Raises ValueError if
+        a loss that the next reward needs is missing.
         """
         saved = (
             {n: a["drawn"] for n, a in state["arms"].items()}
@@ -234,5 +237,7 @@ class BanditSampler:
         self.scale.mean, self.scale.var = float(state["drop_mean"]), float(state["drop_var"])
         self.scale.n = int(state["n_drops"])
         self.last_losses = {n: float(v) for n, v in state["last_losses"].items()}
+        if self.last_losses and (unmeasured := self._weighted().keys() - self.last_losses.keys()):
+            raise ValueError(f"last_losses has no loss of {', '.join(sorted(unmeasured))}")
         self.focus, self.in_warmup = self._names().index(state["focus"]), bool(state["in_warmup"])
         return []

@@ -115,6 +115,15 @@ def test_a_list_that_only_makes_itself_predictable_gains_nothing():
     assert counts[2] <= shares(arms)[2] and counts[1] > 0.4 and excess(arms, cheap) <= 3
 
 
+def test_a_state_without_a_loss_that_the_next_reward_needs_is_refused():
+    bandit = BanditSampler(BOUNDED, 7, BanditCurriculum())
+    play(bandit, 3, 13, lambda turn: np.full(4, 5.0 - turn))
+    state = bandit.state_dict()
+    state["last_losses"] = {k: v for k, v in state["last_losses"].items() if k != "b"}
+    with pytest.raises(ValueError, match="last_losses has no loss of b"):
+        BanditSampler(BOUNDED, 7, BanditCurriculum()).load_state_dict(state)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 2**32))
 def test_a_bandit_restored_through_json_goes_on_exactly(turns, seed):

@@ -5,8 +5,9 @@ import random
 import time
 
 STRESS = bool(os.environ.get("STRESS"))
-# Another one each time, so that rounds add up; SEED=n repeats a round.
-SEED = int(os.environ.get("SEED") or time.time_ns() % 2**32)
+# The short round is the same each time, so that a red test follows from a change. Long rounds add
+# up: each has another seed. SEED=n repeats a round.
+SEED = int(os.environ.get("SEED") or (time.time_ns() % 2**32 if STRESS else 0))
 
 
 def scaled(short: int, long: int) -> int:
