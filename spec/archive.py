@@ -176,7 +176,8 @@ class Archive:
     def __init__(self, directory: Path):
         self.path = Path(directory) / FILE
         self.history = History(Path(directory))
-        self._read: dict[tuple[str, str], bytes | None] = {}
+        # the block of records and the block of series that were read last
+        self._read: dict[bool, dict[tuple[str, str], bytes | None]] = {True: {}, False: {}}
 
     @cached_property
     def lines(self) -> list[Archived]:
@@ -236,18 +237,19 @@ class Archive:
 
     def _content(self, record_id: str, name: str) -> bytes | None:
         """A file from history, read together with some that follow it in the list."""
-        wanted = (record_id, name)
-        if wanted not in self._read:
-            files, first = self._files[name == METADATA], self._place[wanted]
-            block = files[first : first + (BLOCK if name == METADATA else BLOCK_OF_SERIES)]
+        wanted, kind = (record_id, name), name == METADATA
+        if wanted not in self._read[kind]:
+            files, first = self._files[kind], self._place[wanted]
+            block = files[first : first + (BLOCK if kind else BLOCK_OF_SERIES)]
             places = [self.by_file[file].place(file[1]) for file in block]
-            self._read, n_bytes = {}, 0
+            found, n_bytes = {}, 0
             for file, data in zip(block, self.history.read(places)):
-                self._read[file] = data
+                found[file] = data
                 n_bytes += len(data or b"")
                 if n_bytes > BLOCK_BYTES:
                     break
-        return self._read[wanted]
+            self._read[kind] = found
+        return self._read[kind][wanted]
 
     @cached_property
     def _files(self) -> dict[bool, list[tuple[str, str]]]:

@@ -166,7 +166,9 @@ class BanditSampler:
         token.
         """
         return sum(
-            w * (self.last_losses[name] - losses[name]) for name, w in self._weighted().items()
+            w * (self.last_losses[s.name] - losses[s.name])
+            for w, s in zip(self._base_shares, self.sources)
+            if w > 0
         )
 
     def _learn(self, drop: float) -> float:
@@ -178,10 +180,6 @@ class BanditSampler:
 
     def _choose(self) -> int:
         return self.ucb.choose([i for i in self.arms if self.sources[i].weight > 0])
-
-    def _weighted(self) -> dict[str, float]:
-        """Share of each source that is drawn without a focus."""
-        return {s.name: float(w) for s, w in zip(self.sources, self._base_shares) if w > 0}
 
     def _names(self) -> list[str]:
         return [s.name for s in self.sources]
@@ -237,7 +235,8 @@ class BanditSampler:
         self.scale.mean, self.scale.var = float(state["drop_mean"]), float(state["drop_var"])
         self.scale.n = int(state["n_drops"])
         self.last_losses = {n: float(v) for n, v in state["last_losses"].items()}
-        if self.last_losses and (unmeasured := self._weighted().keys() - self.last_losses.keys()):
+        needed = {s.name for s, share in zip(self.sources, self._base_shares) if share > 0}
+        if self.last_losses and (unmeasured := needed - self.last_losses.keys()):
             raise ValueError(f"last_losses has no loss of {', '.join(sorted(unmeasured))}")
         self.focus, self.in_warmup = self._names().index(state["focus"]), bool(state["in_warmup"])
         return []

@@ -58,6 +58,15 @@ def test_an_archived_record_and_its_series_are_read_from_history(repo):
     assert ledger.unread() == [] and set(ledger.accepted()) == {e.record for e in ledger.entries()}
 
 
+def test_records_and_series_in_turn_are_each_read_once(repo, monkeypatch):
+    root, gone, _ = repo
+    archive, processes, read = Ledger(root / "evidence").archive, [], History.read
+    monkeypatch.setattr(History, "read", lambda self, at: processes.append(at) or read(self, at))
+    files = [METADATA, archived.SERIES] * 3
+    assert all(archive.read(gone, name) for name in files)
+    assert len(processes) == 2
+
+
 @pytest.mark.parametrize("without", [shallow, untracked, exported])
 def test_without_history_an_archived_record_is_unread_and_the_others_are_not(
     repo, tmp_path, without

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stackproof.spec import canonical
-from stackproof.spec.canonical import canonical_json, parse_strict, to_jsonable
+from stackproof.spec.canonical import canonical_json, parse_lines, parse_strict, to_jsonable
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.formulas import (
     bits_per_byte,
@@ -39,9 +39,19 @@ def test_canonical_bytes_parse_strictly_and_are_stable(value):
 def test_both_parsers_give_the_same_value(value, spaced):
     """The fast parser takes data without escapes, the other one all; types included."""
     data = json.dumps(to_jsonable(value), ensure_ascii=False, indent=1 if spaced else None)
-    with mock.patch.object(canonical, "_without_escapes", lambda data: None):
+    line = data.replace("\n", " ").encode()
+    with mock.patch.object(canonical, "_is_strict", lambda data, value: False):
         slowly = parse_strict(data.encode(), origin="x")
+        lines = parse_lines(line + b"\n\n" + line, origin="x")
     assert repr(parse_strict(data.encode(), origin="x")) == repr(slowly)
+    assert repr(parse_lines(line + b"\n\n" + line, origin="x")) == repr(lines)
+    assert repr(lines) == repr([slowly, slowly])
+
+
+@pytest.mark.parametrize("bad", [b'{"a":1,"a":2}', b"[1e999]", b'{"a":1', b"[NaN]", b'["\xff"]'])
+def test_a_line_that_is_not_strict_is_named(bad):
+    with pytest.raises(IntegrityError, match=r"x:3 is not strict JSON"):
+        parse_lines(b'{"a":1}\n\n' + bad + b'\n"b":2}\n', origin="x")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_of_archived_files_few_are_kept_in_memory(tmp_path, monkeypatch):
     found = Archive(tmp_path / "evidence")
     gone = next(iter(found.by_record))
     monkeypatch.setattr(archive, "BLOCK_BYTES", 0)
-    assert found.read(gone) and len(found._read) == 1
+    assert found.read(gone) and sum(map(len, found._read.values())) == 1
 
 
 def test_evidence_of_a_repository_with_a_pipe_does_not_verify(tmp_path):
