@@ -81,7 +81,7 @@ def refuse_occupied(path: Path, option: str) -> None:
     """Raises UsageError unless `path` is empty or does not exist; `option` is its flag."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(
-            f"{path} is not empty",
+            f"{path} is not an empty folder",
             allowed="a new or empty folder",
             next_step=f"choose another {option}; existing files are never replaced",
         )

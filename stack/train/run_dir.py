@@ -5,6 +5,7 @@ lines that belong to a checkpoint.
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -224,7 +225,7 @@ class RunDir:
         """What is known of a series; one that was there before is read once."""
         if name not in self._logs:
             self._logs[name] = log = Log()
-            if (self.path / name).is_file():
+            with suppress(FileNotFoundError):
                 _read_into(log, self.path / name)
         return self._logs[name]
 
@@ -241,7 +242,9 @@ class RunDir:
         sync(self.path)
 
     def require_logs(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises CheckpointError unless the lines that belong to a checkpoint are all there."""
+        """Raises CheckpointError unless the lines that belong to a checkpoint are all there,
+        FileRefused if a log is a pipe or a device.
+        """
         if unknown := sorted(marks.keys() - set(SERIES)):
             raise CheckpointError(
                 f"a checkpoint of {self.path} states a log that no run has",
@@ -251,7 +254,7 @@ class RunDir:
             )
         for name, mark in marks.items():
             kept = Log()
-            if (self.path / name).is_file():
+            with suppress(FileNotFoundError):
                 _read_into(kept, self.path / name, mark["bytes"])
             if kept.mark() != dict(mark):
                 raise CheckpointError(

@@ -265,10 +265,10 @@ def test_without_transformers_it_is_said_and_never_a_pass(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("export", "run", "--out", "full"), 2, "not empty"),
+        (("export", "run", "--out", "full"), 2, "not an empty folder"),
         (("export", "run", "--out", "new", "--to", "gguf"), 2, "unknown export format"),
         (("export", "run", "--out", "new", "--dtype", "float8"), 2, "unknown export format"),
-        (("import", "source", "--out", "run"), 2, "not empty"),
+        (("import", "source", "--out", "run"), 2, "not an empty folder"),
         (("import", "absent", "--out", "new"), 2, "FOLDER names nothing"),
         (("import", "source", "--out", "new", "--tokenizer", "absent.json"), 2, "absent.json"),
         (("import", "source", "--out", "new", "--max-seq-len", "41"), 2, "cannot be reduced"),

@@ -350,7 +350,7 @@ def test_an_occupied_place_is_refused_and_kept(exported, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "thesis.txt").write_text("mine")
     for place in (tmp_path / "kept", tmp_path / "kept" / "thesis.txt"):
-        with pytest.raises(UsageError, match="not empty"):
+        with pytest.raises(UsageError, match="not an empty folder"):
             exported(models.ours("plain", 257), place)
     assert (tmp_path / "kept" / "thesis.txt").read_text() == "mine"
 

@@ -18,6 +18,7 @@ from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.errors import (
     CheckpointError,
     ConfigError,
+    EnvironmentUnfit,
     IntegrityError,
     StackproofError,
     UsageError,
@@ -530,6 +531,13 @@ def test_a_checkpoint_does_not_name_files_outside_of_its_run(interrupted):
     mark = {"bytes": 0, "sha256": "e3b0"}
     with pytest.raises(CheckpointError, match="states a log that no run has"):
         RunDir(interrupted).require_logs({"../../etc/hostname": mark})
+
+
+def test_a_log_that_is_a_pipe_is_named(interrupted):
+    (interrupted / "metrics.jsonl").unlink()
+    os.mkfifo(interrupted / "metrics.jsonl")
+    with pytest.raises(EnvironmentUnfit, match=r"metrics\.jsonl is a pipe"):
+        resume(interrupted)
 
 
 def test_a_linked_run_directory_is_not_locked(interrupted, tmp_path):
