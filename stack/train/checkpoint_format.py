@@ -29,13 +29,16 @@ class Process(BaseModel):
 
 
 class RunState(BaseModel):
-    """What a checkpoint states of its run directory. Early ones of this format state no process."""
+    """What a checkpoint states of its run. Early ones of this format state neither processes nor
+    held-out batches.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
     sha256: str = Field(pattern=HEX64)
     logs: dict[str, Mark]
     compared: list[str]
     processes: list[Process] | None = None
+    held_out_sha256: str | None = Field(default=None, pattern=HEX64)
 
 
 class Manifest(Frozen):

@@ -5,7 +5,7 @@ red verdicts of its gates, and the processes that computed the steps before.
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from stackproof.config import RunConfig
@@ -222,6 +222,16 @@ def refuse_child_at_seed(directory: RunDir, document: Mapping[str, Any]) -> None
         )
 
 
+def require_trained(directory: RunDir, document: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a run.json without training, such as that of an imported model."""
+    if missing := sorted({"data", "n_eval_batches"} - document.keys()):
+        raise CheckpointError(
+            f"{directory.path / 'run.json'} states no {' and no '.join(missing)} to continue with",
+            allowed="the folder of a run that stack train has begun",
+            next_step=f"stack train --fork {directory.path} trains an imported model",
+        )
+
+
 def require_tokenizer(directory: RunDir, data: bytes) -> None:
     """Raises CheckpointError unless tokenizer.json is that of the data, and writes one that is
     missing.
@@ -242,13 +252,14 @@ def require_recorded(run_dir: Path, files: Iterable[Series | Artefact]) -> None:
     for stated in files:
         path = run_dir / stated.path
         try:
-            found = sha256_file(path)
-        except OSError as e:
-            found = str(e)
+            leaves = PurePath(stated.path).is_absolute() or ".." in PurePath(stated.path).parts
+            found = "a path that leaves the run" if leaves else sha256_file(path)
+        except (OSError, ValueError):  # a name that no file can have
+            found = "no readable file"
         if found != stated.sha256:
             raise IntegrityError(
                 f"{path} is not the file that the run states",
-                value=found if path.is_file() else "no readable file",
+                value=found,
                 allowed=f"sha256 {stated.sha256}",
                 next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
             )

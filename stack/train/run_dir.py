@@ -262,8 +262,8 @@ class RunDir:
                     value=f"{kept.n_bytes} bytes, sha256 {kept.mark()['sha256'][:12]}…",
                     allowed=f"its first {mark['bytes']} bytes, sha256 {mark['sha256'][:12]}…",
                     next_step=(
-                        "restore the file; stack train --fork continues without the logs, "
-                        f"stack train --resume {self.path} --at 0 begins again"
+                        f"restore the file; stack train --resume {self.path} --at STEP takes "
+                        "another checkpoint, --at 0 begins again; --fork continues without the logs"
                     ),
                 )
 
@@ -317,7 +317,7 @@ class RunDir:
         lock, and of step folders the manifest alone. Names that no line of text can hold, and the
         files of a tracker, which may still write, are left out.
         """
-        names = [p.relative_to(self.path) for p in self._entries() if _is_plain(p)]
+        names = [p.relative_to(self.path) for p in self._entries() if self._is_plain(p)]
         return [
             name.as_posix()
             for name in names
@@ -329,7 +329,11 @@ class RunDir:
         """Entries that no run makes, and no checksum covers: links, pipes, devices, names that no
         line of text can hold.
         """
-        return [p for p in self._entries() if not _is_plain(p)]
+        return [p for p in self._entries() if not self._is_plain(p)]
+
+    def _is_plain(self, path: Path) -> bool:
+        name = path.relative_to(self.path).as_posix()
+        return path.is_file() and not path.is_symlink() and name.isprintable()
 
     def _entries(self) -> list[Path]:
         """All entries below the folder but folders and the files of a tracker, sorted."""
@@ -367,10 +371,6 @@ def _lines_until(path: Path, step: int) -> tuple[bytes, bytes]:
     lines = [line + b"\n" for line in data.split(b"\n")[:-1]]
     steps = [_step_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     return data, b"".join(line for line, at in zip(lines, steps) if at <= step)
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and str(path).isprintable()
 
 
 def _step_of(line: bytes, origin: str) -> int:

@@ -56,6 +56,7 @@ from stackproof.train.restart import (
     refuse_child_at_seed,
     require_recorded,
     require_tokenizer,
+    require_trained,
     state_processes,
 )
 from stackproof.train.run_dir import RunDir, parent_run
@@ -136,7 +137,7 @@ def fresh(
             # The parent's state comes last, since run.json must describe the run that it enters.
             if loaded is not None:
                 _restore(trainer, loaded, ("runtime",))
-                if not _compares(trainer, recorded_config(loaded.state["config"])):
+                if not _compares(trainer, loaded):
                     _forget_evaluations(trainer)
                 _continue(trainer, loaded)
             yield trainer
@@ -160,6 +161,7 @@ def resume(
     # Refuse another computation first: the record states one configuration for all steps.
     directory = RunDir(run_dir)
     document = directory.read_run()
+    require_trained(directory, document)
     _refuse_changes(recorded_config(document["config"]), changed, sets)
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
@@ -393,8 +395,9 @@ def _return_to(
         # The gates see the resume after their own state, with which they judge it.
         _restore(trainer, loaded, KEPT_MOMENTS)
         with restoring(loaded):
-            if trainer.held_out and not _compares(trainer, trainer.cfg):
-                raise ValueError(f"its evaluations had not {len(trainer.held_out)} batches")
+            n_batches = len(trainer.held_out)
+            if n_batches and not trainer.state.stopper.compares(n_batches):
+                raise ValueError(f"its evaluations had not {n_batches} batches")
     for gate_id, (at_step, verdict) in red.items():
         trainer.keeper.carry(gate_id, at_step, verdict)
         trainer.log_verdict(gate_id, at_step, verdict)
@@ -438,15 +441,11 @@ def _restore(trainer: Trainer, loaded: checkpoint.Loaded, moments: Sequence[str]
         )
 
 
-def _compares(trainer: Trainer, former: RunConfig) -> bool:
+def _compares(trainer: Trainer, loaded: checkpoint.Loaded) -> bool:
     """Whether the evaluations of a checkpoint had the held-out batches of this run."""
-    cfg, stopper = trainer.cfg, trainer.state.stopper
-    same = (former.data, former.eval.batch_size, former.model.max_seq_len) == (
-        cfg.data,
-        cfg.eval.batch_size,
-        cfg.model.max_seq_len,
-    )
-    return stopper.rounds == 0 or (same and stopper.compares(len(trainer.held_out)))
+    stopper, stated = trainer.state.stopper, (loaded.state["run"] or {}).get("held_out_sha256")
+    same = stated == trainer.held_out_sha256 and stopper.compares(len(trainer.held_out))
+    return same or stopper.rounds == 0
 
 
 def _forget_evaluations(trainer: Trainer) -> None:
@@ -455,7 +454,8 @@ def _forget_evaluations(trainer: Trainer) -> None:
     state.stopper, state.best, state.last_val_nats = make_stop_rule(trainer.cfg.stop), {}, None
     trainer.keeper.forget_evaluations()
     trainer.callbacks.on_message(
-        "the held-out batches are not those of the parent: the best evaluation is sought anew"
+        "the held-out batches are not those that the parent states: the search for the best "
+        "evaluation begins again"
     )
 
 

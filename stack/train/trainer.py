@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partialmethod
+from functools import cached_property, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from stackproof.contracts.coherence import Coherence
 from stackproof.contracts.events import StateCompared
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.data.data_loader import Batch
+from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
 from stackproof.evaluate.baselines import (
     bigram_bits_per_byte,
@@ -239,9 +239,14 @@ class Trainer:
             StateCompared(self.state.step, section, n_compared=len(after), differing=changed)
         )
 
+    @cached_property
+    def held_out_sha256(self) -> str:
+        """Hash of the held-out batches."""
+        return batch_hash(self.held_out)
+
     def mark(self) -> dict[str, Any]:
         """What a checkpoint states of its run: sha256 of run.json, the lines of each log, the
-        sections that were compared, and the processes that continued it.
+        sections that were compared, the processes that continued it, and the held-out batches.
         """
         directory = self.output.dir
         return {
@@ -249,6 +254,7 @@ class Trainer:
             "logs": directory.marks(),
             "compared": sorted(self.verified),
             "processes": [process.model_dump() for process in self.processes],
+            "held_out_sha256": self.held_out_sha256,
         }
 
     def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:

@@ -109,6 +109,11 @@ def test_an_import_can_be_inspected_evaluated_sampled_and_exported_again(stack, 
     assert stack("train", "--resume", run_dir)[1]["status"] == "completed"  # nothing is left to do
 
 
+def test_an_imported_model_is_not_begun_again(stack, run_dir):
+    code, document = stack("train", "--resume", str(run_dir), "--at", "0")
+    assert code == 5 and "no data and no n_eval_batches to continue with" in str(document)
+
+
 def test_an_imported_model_is_trained_on_with_its_own_tokenizer(
     stack, run_dir, tmp_path, text_file
 ):

@@ -4,14 +4,18 @@ record or can be resumed, and then ends as one that nothing disturbed.
 
 import json
 import os
+import shutil
 import signal
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
-from stackproof.config import load_config
+from stackproof.config import ByteTokenizer, load_config
+from stackproof.museum.collection import museum_config
 from stackproof.spec import checksums
 from stackproof.spec.building import RecordBuilder
+from stackproof.spec.canonical import sha256_bytes
 from stackproof.spec.errors import (
     CheckpointError,
     ConfigError,
@@ -21,8 +25,9 @@ from stackproof.spec.errors import (
     Stopped,
 )
 from stackproof.spec.gates import load_spec
-from stackproof.spec.records import read_record
+from stackproof.spec.records import Artefact, read_record
 from stackproof.train import checkpoint, loop, start
+from stackproof.train.restart import require_recorded
 from stackproof.train.run_dir import RunDir
 from stackproof.train.trainer import Callback
 from tests.fault_injection.nine_steps import (
@@ -96,12 +101,54 @@ def test_a_child_with_other_held_out_batches_seeks_its_best_step_anew(
     assert (gate.verdict, gate.checks) == ("pass", 1)
 
 
+def rounds(run):
+    return checkpoint.load_document(checkpoint.find(run))["stopper"]["rounds"]
+
+
+def test_a_child_on_the_same_held_out_batches_keeps_the_best_step(cfg, interrupted, tmp_path):
+    """Another key of the data, which changes no batch."""
+    changed, overrides = load_config(cfg, sets=["data.verify=size"])
+    loop.train(start.fresh(changed, overrides, tmp_path / "child", parent=interrupted))
+    assert rounds(tmp_path / "child") == rounds(interrupted) + 1
+
+
+def test_a_child_on_other_text_seeks_its_best_step_again(cfg, museum_folder, tmp_path):
+    """The configuration is the same: it names files, whose text is another."""
+    shutil.copytree(museum_folder, tmp_path / "texts")
+    base = museum_config(tmp_path / "texts")
+    data = base.data.model_copy(update={"tokenizer": ByteTokenizer()})
+    small = cfg.model_copy(update={"data": data})
+    begin(small, tmp_path / "parent")
+    for path in (Path(p) for source in data.corpus.sources for p in source.paths):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[4:]))
+    longer, overrides = load_config(small, sets=[f"train.max_steps={STEPS + EVERY}"])
+    options = {"parent": tmp_path / "parent"}
+    record = loop.train(start.fresh(longer, overrides, tmp_path / "child", **options))
+    assert record.succeeded and rounds(tmp_path / "child") == 1
+
+
 def test_a_changed_file_of_the_parent_is_refused_in_a_child(cfg, tmp_path):
     parent = killed(cfg, tmp_path / "parent", 4)
     run = kill_child(cfg, tmp_path / "child", parent, 7, continued=True)
     (run / "continuation.json").write_bytes(b"{}")
     with pytest.raises(IntegrityError, match=r"continuation\.json is not the file that the run"):
         resume(run)
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("../outside", "a path that leaves the run"),
+        ("a\0b", "no readable"),
+        ("a" * 5000, "no read"),
+    ],
+)
+def test_a_child_states_only_files_of_its_own(tmp_path, path, found):
+    (tmp_path / "outside").write_bytes(b"x")
+    stated = Artefact(name="x", path=path, bytes=1, sha256=sha256_bytes(b"x"))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(IntegrityError, match=found):
+        require_recorded(tmp_path / "run", [stated])
 
 
 @pytest.mark.parametrize(("after", "step"), STEPPED + SAVED)

@@ -533,6 +533,15 @@ def test_a_checkpoint_does_not_name_files_outside_of_its_run(interrupted):
         RunDir(interrupted).require_logs({"../../etc/hostname": mark})
 
 
+def test_a_run_below_a_folder_of_any_name_is_sealed(finished, tmp_path):
+    """A space that is not printable stands in the path of the run, not in it."""
+    run = shutil.copytree(finished, tmp_path / "Meine\u00a0Runs" / "run")
+    (run / checksums.FILE).unlink()
+    RunDir(run).seal()
+    assert (run / checksums.FILE).read_bytes() == (finished / checksums.FILE).read_bytes()
+    assert RunDir(run).odd_entries() == [] and list(inspect._problems(run)) == []
+
+
 def test_a_log_that_is_a_pipe_is_named(interrupted):
     (interrupted / "metrics.jsonl").unlink()
     os.mkfifo(interrupted / "metrics.jsonl")
