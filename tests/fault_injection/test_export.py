@@ -45,7 +45,7 @@ def test_a_fault_at_any_call_is_made_good_by_the_next(sources, tmp_path, verb):
     assert done.code == 0, done.err
     calls, draw = file_calls.calls(done), chance(verb)
     weights = sorted(p.read_bytes() for p in (undisturbed / "out").rglob("*.safetensors"))
-    for n in draw.sample(range(1, len(calls) + 1), min(scaled(2, 100), len(calls))):
+    for n in draw.sample(range(1, len(calls) + 1), min(scaled(1, 100), len(calls))):
         fault = draw.choice(["kill", "kill", *file_calls.FAULTS])
         folder, told = shutil.copytree(sources, tmp_path / str(n)), (fault, n, calls[n - 1], SEED)
         done = file_calls.run(*COMMANDS[verb], folder=folder, fault=fault, at=n)

@@ -42,9 +42,9 @@ MIB = 2**20
 @pytest.mark.slow
 def test_memory_open_files_and_log_bytes_per_step_stay_as_they_are(tmp_path, text_file, cli_cache):
     steps = scaled(400, 100_000)
+    rare = {f"{n}__every": str(max(25, steps // 400)) for n in ("eval", "checkpoint")}
     # At most 100: what the gate of cadence allows between two samples.
-    rare = {f"{n}__every": str(max(8, steps // 400)) for n in ("eval", "checkpoint")}
-    rare["sample__every"] = str(min(100, steps // 50))
+    rare["sample__every"] = str(min(100, steps // 16))
     sizes = {"train__max_steps": str(steps), "train__tokens_per_step": "128"}
     small = {"model__d_model": "16", "model__d_ff": "32", "train__micro_batch_size": "2"}
     arguments = tiny(text_file, **rare, **sizes, **small, **{"stop__kind": '"never"'})
