@@ -91,9 +91,7 @@ def test_three_kills_in_a_row_leave_the_record_of_a_straight_run(straight, tmp_p
 
 def test_an_error_at_any_call_ends_documented_and_a_resume_completes(straight, tmp_path):
     _, run, calls, variant = straight
-    # The calls of both variants are the same ones, in the calling thread or beside it.
-    draw, long = chance(f"kind of {variant}"), 200 if variant == "in background" else len(calls)
-    chosen = places(straight, "error", 2, long)
+    draw, chosen = chance(f"kind of {variant}"), places(straight, "error", 2, len(calls))
     for n in chosen:
         fault = draw.choice(list(file_calls.FAULTS))
         told = f"{fault} at call {n} ({calls[n - 1]}), SEED={SEED}"
