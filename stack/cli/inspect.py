@@ -81,7 +81,7 @@ def _verify(run: Path, json: bool) -> None:
             f"{run} is not as it was written: {problems[0]}",
             value=f"{len(problems)} problem(s)",
             allowed="every file with the bytes of its hash",
-            next_step="restore the files; --resume DIR --at STEP takes an intact step",
+            next_step=f"restore them; stack train --resume {run} --at STEP takes an intact step",
         )
 
 

@@ -261,5 +261,7 @@ def require_recorded(run_dir: Path, files: Iterable[Series | Artefact]) -> None:
                 f"{path} is not the file that the run states",
                 value=found,
                 allowed=f"sha256 {stated.sha256}",
-                next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
+                next_step=(
+                    f"restore it; stack train --fork {run_dir}/checkpoints/STEP does not read it"
+                ),
             )

@@ -190,7 +190,7 @@ class RunDir:
             raise CheckpointError(
                 f"{path} is damaged: {e.what if isinstance(e, StackproofError) else e}",
                 allowed="the file that the run has written",
-                next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
+                next_step=self._restore_it,
             ) from e
         content = {k: v for k, v in document.items() if k != SEAL}
         if SEAL in document and document[SEAL] != sha256_json(content):
@@ -198,10 +198,14 @@ class RunDir:
                 f"{path} was changed after it was written",
                 value=f"sha256 {sha256_json(content)[:12]}…",
                 allowed=f"sha256 {document[SEAL][:12]}…",
-                next_step="restore it; stack train --fork DIR/checkpoints/STEP does not read it",
+                next_step=self._restore_it,
             )
         self.sha256, self.sealed = sha256_bytes(data), SEAL in document
         return content
+
+    @property
+    def _restore_it(self) -> str:
+        return f"restore it; stack train --fork {self.checkpoints}/STEP does not read it"
 
     def log(self, name: str, **line: Any) -> None:
         """Append one canonical JSON line to a series. Raises CheckpointError if it cannot be

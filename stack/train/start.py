@@ -162,7 +162,7 @@ def resume(
     directory = RunDir(run_dir)
     document = directory.read_run()
     require_trained(directory, document)
-    _refuse_changes(recorded_config(document["config"]), changed, sets)
+    _refuse_changes(directory, document, changed, sets)
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
     with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
@@ -217,7 +217,7 @@ def completed(
         return None
     directory = RunDir(run_dir)
     document = directory.read_run()
-    _refuse_changes(recorded_config(document["config"]), changed, sets)
+    _refuse_changes(directory, document, changed, sets)
     with file_lock(run_dir, "run"):
         marks_of(directory, document, latest_checkpoint(directory, None))
         if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
@@ -523,8 +523,11 @@ def _refuse_continuing(
         raise ConfigError("the mixture stays as it is", next_step=next_step)
 
 
-def _refuse_changes(original: RunConfig, changed: RunConfig, sets: Sequence[Override]) -> None:
+def _refuse_changes(
+    directory: RunDir, document: dict, changed: RunConfig, sets: Sequence[Override]
+) -> None:
     """Raise ConfigError if a resumed run would compute something else."""
+    original = recorded_config(document["config"])
     refused = _outside(sets, BESIDE_TRAINING)
     if changed != original and refused:
         raise ConfigError(
@@ -532,8 +535,8 @@ def _refuse_changes(original: RunConfig, changed: RunConfig, sets: Sequence[Over
             value=f"{refused[0].value} from {refused[0].source}",
             allowed=f"changes of {', '.join(BESIDE_TRAINING)}",
             next_step=(
-                f"stack train --fork DIR {' '.join(o.source for o in sets)} starts a child run "
-                "with the change recorded"
+                f"stack train --fork {directory.path} {' '.join(o.source for o in sets)} starts a "
+                "child run with the change recorded"
             ),
         )
 
