@@ -24,7 +24,10 @@ from stackproof.spec.tables import validated
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
 READS_NO_FILE = frozenset("cat-file log ls-files ls-tree rev-list rev-parse tag".split())
-READS_FILES = frozenset("-p -u --patch -m --modified -o -d --filters --textconv --ext-diff".split())
+READS_FILES = frozenset(
+    "-p -u --patch -m --modified -o -d --filters --textconv --ext-diff -M -C --find-renames "
+    "--find-copies --follow --use-mailmap".split()
+)
 SIZED = re.compile(rb"[0-9a-f]{40,64} [a-z]+ ([0-9]+)\n")
 BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 BLOCK_BYTES = 32 * 2**20  # no further file is read once that many are
@@ -106,6 +109,8 @@ class History:
         """
         if arguments[0] not in READS_NO_FILE or READS_FILES.intersection(arguments):
             raise ValueError(f"git {' '.join(arguments)} may start a program of the repository")
+        if arguments[0] == "log":  # without .gitmodules of the work tree
+            arguments = ("log", "--ignore-submodules", *arguments[1:])
         with self._within_bounds():
             return run_git(self.folder, *arguments, stdin=stdin)
 

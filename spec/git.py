@@ -20,6 +20,9 @@ from stackproof.spec.files import FileRefused, read_bytes, read_text, remedy
 # that cannot be known and switched off: they run only if git reads the work tree or writes a patch.
 SETTINGS = ("core.fsmonitor=false", "protocol.allow=never", "log.showSignature=false")
 SETTINGS += ("safe.bareRepository=explicit",)
+# git reads neither a mailmap nor an order of files, nor attributes, which renames are found with.
+SETTINGS += ("log.mailmap=false", "diff.orderFile=/dev/null", "diff.renames=false")
+SETTINGS += ("log.follow=false", "log.showRoot=true")
 NO_PROGRAMS = tuple(word for setting in SETTINGS for word in ("-c", setting))
 MAX_BYTES = 128 * 2**20  # of the output of a command, and of a file in history
 MAX_MEMORY_BYTES = 2**30  # of a git process, on Linux

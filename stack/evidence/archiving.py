@@ -12,7 +12,7 @@ from stackproof.spec.archive import BLOCK, FILE, METADATA, Archive, Archived, Hi
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import append_durably, holds, open_regular, require_own, text_lines
+from stackproof.spec.files import append_durably, holds, open_regular, require_own
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
@@ -275,15 +275,15 @@ def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
 
 def last_commits(history: History) -> dict[str, str]:
     """The last commit that changed each record's folder."""
-    out = history.git("log", "--format=%n%H", "--name-only", "--relative", "--", ".") or b""
+    out = history.git("log", "-z", "--format=/%H", "--name-only", "--relative", "--", ".") or b""
     found: dict[str, str] = {}
     commit = ""
-    for line in text_lines(out.decode()):
-        folder, slash, _ = line.partition("/")
-        if slash:
+    for row in os.fsdecode(out).split("\0"):
+        folder, slash, rest = row.removeprefix("\n").partition("/")
+        if slash and folder:
             found.setdefault(folder, commit)
-        elif len(line) == 40:
-            commit = line
+        elif slash:
+            commit = rest
     return found
 
 

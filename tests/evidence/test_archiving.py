@@ -346,13 +346,35 @@ def _sign(root) -> None:
 
 
 READS_FILES = ["status", "diff", "show HEAD", "grep a", "grep --cached a", "ls-files -m"]
-READS_FILES += ["log -p -1", "cat-file --filters HEAD:README.md"]
+READS_FILES += ["log -p -1", "log --follow README.md", "cat-file --filters HEAD:README.md"]
 
 
 @pytest.mark.parametrize("command", READS_FILES)
 def test_a_git_command_that_reads_files_is_not_for_a_foreign_folder(repo, command):
     with pytest.raises(ValueError, match="may start a program"):
         History(repo).git(*command.split())
+
+
+def test_the_last_commit_of_a_folder_also_changes_what_left_it(tmp_path):
+    """Under any names of files, and any settings of the repository."""
+    git(tmp_path, "init", "-q")
+    for key, value in {"core.quotePath": "false", "log.showRoot": "false"}.items():
+        git(tmp_path, "config", key, value)
+    write(tmp_path, "evidence/first/f", "1")
+    write(tmp_path, "evidence/moved/f", "2")
+    write(tmp_path, f"evidence/{'a' * 40}", "no commit")
+    names = (os.fsdecode(b"caf\xe9"), "two\nlines", 'a "quoted" \u00e9')
+    for name in names:
+        write(tmp_path, f"evidence/{name}/{name}", "3")
+    small_repo.commit_all(tmp_path)
+    first = git(tmp_path, "rev-parse", "HEAD").strip()
+    expected = dict.fromkeys(("first", *names), first)
+    assert archiving.last_commits(History(tmp_path / "evidence")) == expected | {"moved": first}
+    git(tmp_path, "mv", "evidence/moved", "evidence/new")
+    small_repo.commit_all(tmp_path)
+    second = git(tmp_path, "rev-parse", "HEAD").strip()
+    expected |= {"moved": second, "new": second}
+    assert archiving.last_commits(History(tmp_path / "evidence")) == expected
 
 
 def test_evidence_that_does_not_verify_is_not_archived(repo):

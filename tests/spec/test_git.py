@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stackproof.evidence import ledgering
+from stackproof.evidence import archiving, ledgering
 from stackproof.spec import archive
 from stackproof.spec import git as bounded
 from stackproof.spec.archive import Archive, History
@@ -58,6 +58,31 @@ def test_a_pipe_in_the_place_of_a_file_of_git_is_refused(name, root):
         History(root).git("rev-parse", "HEAD")
     with pytest.raises(IntegrityError, match=f"{name} is a pipe or a device"):
         list(History(root).read(["HEAD:./f"]))
+
+
+ASIDE = {name: "" for name in (".mailmap", ".gitattributes", ".gitmodules")}
+ASIDE |= {
+    key: f"[{key.partition('.')[0]}]\n\t{key.partition('.')[2]} = {{root}}/{key}\n"
+    for key in ("mailmap.file", "diff.orderFile", "core.attributesFile")
+}
+
+
+@pytest.mark.parametrize("follow", ["true", "false"])
+@pytest.mark.parametrize("name", ASIDE)
+def test_what_git_could_read_beside_history_is_not_opened(name, follow, root, monkeypatch):
+    """With a file that moved, which git finds renames for, and a submodule."""
+    head = git(root, "rev-parse", "HEAD").strip()
+    (root / "g").mkdir()
+    git(root, "mv", "f", "g/f")
+    (root / "g/f").write_text("content and")
+    git(root, "add", ".")
+    git(root, "update-index", "--add", "--cacheinfo", f"160000,{head},sub")
+    git(root, "commit", "-qm", "two")
+    put_pipe(root / name)
+    include(root, ASIDE[name].format(root=root) + f"[log]\n\tfollow = {follow}\n")
+    monkeypatch.setattr(bounded, "TIMEOUT_S", 60)
+    last = git(root, "rev-parse", "HEAD").strip()
+    assert archiving.last_commits(History(root)) == {"g": last}
 
 
 @pytest.mark.parametrize("how", INCLUDES)
