@@ -367,12 +367,12 @@ def test_the_last_commit_of_a_folder_also_changes_what_left_it(tmp_path):
     for name in names:
         write(tmp_path, f"evidence/{name}/{name}", "3")
     small_repo.commit_all(tmp_path)
-    first = git(tmp_path, "rev-parse", "HEAD").strip()
+    first = git(tmp_path, "rev-parse", "HEAD")
     expected = dict.fromkeys(("first", *names), first)
     assert archiving.last_commits(History(tmp_path / "evidence")) == expected | {"moved": first}
     git(tmp_path, "mv", "evidence/moved", "evidence/new")
     small_repo.commit_all(tmp_path)
-    second = git(tmp_path, "rev-parse", "HEAD").strip()
+    second = git(tmp_path, "rev-parse", "HEAD")
     expected |= {"moved": second, "new": second}
     assert archiving.last_commits(History(tmp_path / "evidence")) == expected
 
