@@ -19,8 +19,8 @@ from stackproof.spec.records import Record
 from stackproof.spec.registry import read_registry
 
 LARGE_SERIES_BYTES = 256 * 1024
-RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
-CITED = re.compile(RECORD_ID.encode())
+RECORD_ID = r"[a-z]{1,32}-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
+CITED, MAX_CITED_BYTES = re.compile(RECORD_ID.encode()), 32 + 17 + 9
 
 
 @dataclass(frozen=True)
@@ -260,15 +260,16 @@ def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
     files = [(path, facts.split()[1]) for facts, _, path in rows if facts.startswith("100")]
     for start in range(0, len(files), BLOCK):
         some = files[start : start + BLOCK]
-        for (path, blob), data in zip(some, history.read([blob for _, blob in some])):
-            if data is None:
+        blobs = [blob for _, blob in some]
+        for (path, blob), texts in zip(some, history.search(blobs, CITED, MAX_CITED_BYTES)):
+            if texts is None:
                 raise IntegrityError(
                     f"{path} cannot be searched for records: this clone lacks its content",
                     value=blob,
                     next_step="git fetch --refetch, in a clone without a filter",
                 )
-            for cited in {match[0].decode() for match in CITED.finditer(data)}:
-                for name in (name for name in records if name.startswith(cited)):
+            for cited in texts:
+                for name in (name for name in records if name.startswith(cited.decode())):
                     found.setdefault(name, path)
     return found
 

@@ -10,6 +10,7 @@ import pytest
 from stackproof.evidence import archiving
 from stackproof.evidence.archiving import citations, kept_records
 from stackproof.evidence.ledgering import verify
+from stackproof.spec import archive
 from stackproof.spec.archive import History
 from stackproof.spec.coverage import coverage
 from stackproof.spec.errors import IntegrityError, NoHistory
@@ -191,6 +192,18 @@ def test_a_file_of_the_tree_cites_a_record_by_id_or_prefix(repo):
     assert found[first] == "docs/one.md" and found[second] == "docs/two.md"
     assert {v for k, v in found.items() if k not in (first, second)} == {"evidence/registry.toml"}
     assert named(repo, 12) not in found, "a record, the ledger and the archive cite nothing"
+
+
+@pytest.mark.parametrize("n_bytes", range(50, 160, 7))
+def test_a_file_above_every_limit_is_searched_in_blocks(n_bytes, repo, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_BYTES", 40)
+    monkeypatch.setattr(archive, "BLOCK_BYTES", n_bytes)
+    cited, other = named(repo, 10), named(repo, 11)
+    write(repo, "docs/large.md", "a" * 100 + f" {cited} " + "-" * 100)
+    write(repo, "docs/small.md", other)
+    git(repo, "add", "-A")
+    found = citations(repo / "evidence", [cited, other])
+    assert found == {cited: "docs/large.md", other: "docs/small.md"}
 
 
 def test_a_file_whose_content_the_clone_lacks_is_no_file_without_citations(repo):
