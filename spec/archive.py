@@ -5,11 +5,11 @@ their files in git history.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import IO, Annotated, BinaryIO, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -24,10 +24,14 @@ from stackproof.spec.tables import validated
 FILE = "archive.jsonl"
 METADATA = "metadata.json"
 READS_NO_FILE = frozenset("cat-file log ls-files ls-tree rev-list rev-parse tag".split())
-READS_FILES = frozenset("-p -u --patch -m --modified -o -d --filters --textconv --ext-diff".split())
+READS_FILES = frozenset(
+    "-p -u --patch -m --modified -o -d --filters --textconv --ext-diff -M -C --find-renames "
+    "--find-copies --follow --use-mailmap".split()
+)
 SIZED = re.compile(rb"[0-9a-f]{40,64} [a-z]+ ([0-9]+)\n")
 BLOCK, BLOCK_OF_SERIES = 256, 8  # files that one git process reads: few processes, little memory
 BLOCK_BYTES = 32 * 2**20  # no further file is read once that many are
+Taken = TypeVar("Taken")
 
 
 class Archived(Frozen):
@@ -106,6 +110,8 @@ class History:
         """
         if arguments[0] not in READS_NO_FILE or READS_FILES.intersection(arguments):
             raise ValueError(f"git {' '.join(arguments)} may start a program of the repository")
+        if arguments[0] == "log":  # without .gitmodules of the work tree
+            arguments = ("log", "--ignore-submodules", *arguments[1:])
         with self._within_bounds():
             return run_git(self.folder, *arguments, stdin=stdin)
 
@@ -153,15 +159,45 @@ class History:
 
         Raises IntegrityError before it reads a file larger than MAX_BYTES, and as `git`.
         """
+
+        def whole(place: str, out: IO[bytes], size: int) -> bytes:
+            if size > MAX_BYTES:
+                raise too_large(f"{place} in the git history of {self.folder}", size)
+            return out.read(size)
+
+        return self._each(places, whole)
+
+    def search(
+        self, places: Sequence[str], pattern: re.Pattern[bytes], longest: int
+    ) -> Iterator[set[bytes] | None]:
+        """The texts in each file that match a pattern, of at most `longest` bytes; None for a file
+        that is missing. Files of any size are read in blocks. A text in two blocks is found whole,
+        and a part of it may be found as well. Raises IntegrityError as `git`.
+        """
+
+        def matches(place: str, out: IO[bytes], size: int) -> set[bytes]:
+            texts, window = set(), b""
+            while size > 0 and (block := out.read(min(size, BLOCK_BYTES))):
+                size -= len(block)
+                window = window[-longest:] + block
+                texts.update(match[0] for match in pattern.finditer(window))
+            return texts
+
+        return self._each(places, matches)
+
+    def _each(
+        self, places: Sequence[str], take: Callable[[str, IO[bytes], int], Taken]
+    ) -> Iterator[Taken | None]:
+        """What `take` makes of each place, the stream and the size of the content in bytes, all of
+        which it reads.
+        """
         n_read, given = 0, "\n".join((*places, "")).encode()
         batch = started(self.folder, "cat-file", "--batch", stdin=given)
         with self._within_bounds(), suppress(OSError), batch as (_, out):
             for place in places:
                 head, data = out.readline(), None
                 if found := SIZED.fullmatch(head):
-                    if (size := int(found[1])) > MAX_BYTES:
-                        raise too_large(f"{place} in the git history of {self.folder}", size)
-                    data = out.read(size)
+                    data = take(place, out, int(found[1]))
                     head = out.read(1)
                 if not head:  # git has ended
                     break

@@ -3,6 +3,7 @@ memory, output and time.
 """
 
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -14,18 +15,23 @@ from subprocess import DEVNULL, PIPE, Popen
 from typing import IO
 
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import FileRefused, read_bytes, read_text, remedy
+from stackproof.spec.files import FileRefused, read_bytes, remedy
 
 # The folder may be foreign, and its configuration may name programs. Filters and drivers have names
 # that cannot be known and switched off: they run only if git reads the work tree or writes a patch.
 SETTINGS = ("core.fsmonitor=false", "protocol.allow=never", "log.showSignature=false")
 SETTINGS += ("safe.bareRepository=explicit",)
+# git reads neither a mailmap nor an order of files, nor attributes, which renames are found with.
+SETTINGS += ("log.mailmap=false", "diff.orderFile=/dev/null", "diff.renames=false")
+SETTINGS += ("log.follow=false", "log.showRoot=true")
 NO_PROGRAMS = tuple(word for setting in SETTINGS for word in ("-c", setting))
 MAX_BYTES = 128 * 2**20  # of the output of a command, and of a file in history
 MAX_MEMORY_BYTES = 2**30  # of a git process, on Linux
 TIMEOUT_S = 600
 CONFIGURATIONS = ("config", "config.worktree")
 MAX_POINTER_BYTES = 2**14  # of a file that names a folder
+MAX_CONFIGURATIONS = 100  # of a git folder, with included ones: each costs a process
+TAKEN_HEAD = re.compile(rb"ref: refs/|[0-9a-f]{40}")
 
 
 def _environment() -> dict[str, str]:
@@ -107,15 +113,19 @@ def too_large(what: str, n_bytes: int | None = None) -> IntegrityError:
 def require_readable(folder: Path) -> None:
     """Raises IntegrityError if the repository of a folder holds a pipe or a device that git would
     open, or includes one in its configuration: git would wait for it, or read without end. Files
-    that only alternates or links to folders lead to are not found; TIMEOUT_S bounds those.
+    that only alternates or links to folders lead to are not found; TIMEOUT_S bounds those. Places
+    above the repository are not looked at.
     """
     try:
         for place in (folder.resolve(), *folder.resolve().parents):
             for name in ("HEAD", "commondir", ".git"):  # git takes any folder for a bare repository
                 _require_no_pipe(place / name)
-            for git in _git_folders(place):
+            folders = [*_git_folders(place)]
+            for git in folders:
                 _require_no_pipes_below(git)
                 _require_plain_configuration([git / name for name in CONFIGURATIONS])
+            if _stops_at(folders):
+                break
     except OSError as e:
         raise IntegrityError(
             f"the git repository of {folder} is not read: {e}",
@@ -128,11 +138,30 @@ def _git_folders(place: Path) -> Iterator[Path]:
     """The git folder of a work tree, and the one that holds its objects, if that is another."""
     git = place / ".git"
     if git.is_file():
-        git = place / read_text(git, MAX_POINTER_BYTES).removeprefix("gitdir:").strip()
+        git = _pointed(git)
     if git.is_dir():
         yield git
         if (git / "commondir").is_file():
-            yield git / read_text(git / "commondir", MAX_POINTER_BYTES).strip()
+            yield _pointed(git / "commondir")
+
+
+def _pointed(file: Path) -> Path:
+    """The folder that a `.git` or `commondir` file names, with the bytes that git takes of it."""
+    name = read_bytes(file, MAX_POINTER_BYTES).removeprefix(b"gitdir: ").rstrip(b"\r\n")
+    if b"\0" in name:
+        raise FileRefused(file, "names a folder with a NUL byte")
+    return file.parent / os.fsdecode(name)
+
+
+def _stops_at(folders: list[Path]) -> bool:
+    """Whether git surely takes the git folder of a place, so that it looks at no place above: git
+    requires a HEAD, and objects and refs where it keeps them.
+    """
+    if not folders or (head := folders[0] / "HEAD").is_symlink() or not head.is_file():
+        return False
+    kept = (folders[-1] / "objects", folders[-1] / "refs")
+    named = TAKEN_HEAD.match(read_bytes(head, MAX_POINTER_BYTES))
+    return named is not None and all(os.access(path, os.X_OK) for path in kept)
 
 
 def _require_no_pipes_below(folder: Path) -> None:
@@ -164,23 +193,31 @@ def _require_no_pipe(path: Path) -> None:
 
 def _require_plain_configuration(waiting: list[Path]) -> None:
     """Raises FileRefused for a pipe or a device among files of configuration and what they
-    include.
+    include, and for more than MAX_CONFIGURATIONS of them.
     """
     seen = set()
     while waiting:
         path = waiting.pop()
         _require_no_pipe(path)
         if path.is_file() and (real := path.resolve()) not in seen:
+            if len(seen) == MAX_CONFIGURATIONS:
+                why = f"is beyond the {MAX_CONFIGURATIONS} files of configuration that are allowed"
+                raise FileRefused(path, why)
             seen.add(real)
             waiting += _included(path)
 
 
 def _included(path: Path) -> list[Path]:
-    """The files that a file of git's configuration includes, also under a condition."""
+    """The files that a file of git's configuration includes, also under a condition. Raises
+    FileRefused for one that is named by where git is installed.
+    """
     if b"[include" not in read_bytes(path).lower():
         return []
     # Run in the root folder, outside the repository: git would read its configuration first.
     words = ("config", "--file", str(path), "--no-includes", "-z", "--get-regexp", "^include")
     listed = os.fsdecode(run_git(Path(path.anchor), *words) or b"")
     values = [value for _, _, value in (row.partition("\n") for row in listed.split("\0"))]
-    return [path.parent / os.path.expanduser(value) for value in values if value]
+    values = [value for value in values if value]
+    if any(value.startswith("%(prefix)") for value in values):
+        raise FileRefused(path, "includes a file of the installation of git")
+    return [path.parent / os.path.expanduser(value) for value in values]

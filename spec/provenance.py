@@ -8,7 +8,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from stackproof.spec import ROOT
+from stackproof.spec import IN_CHECKOUT, ROOT
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.git import run_git
 from stackproof.spec.records import Code, Scalar
@@ -20,20 +20,21 @@ PACKAGES = "stackproof torch triton numpy safetensors tokenizers pydantic".split
 
 
 def code_state() -> Code:
-    """Commit of the checkout that this package runs from, and whether it is clean; `unknown` for an
-    installed wheel.
+    """Commit of the checkout that this package runs from; `unknown` if git does not read it, and
+    for an installed wheel. `dirty` is false only for the code of a wheel or for a checkout that git
+    found clean.
     """
     lock, git = ROOT / "constraints.txt", partial(run_git, ROOT)
     lock_sha256 = sha256_file(lock) if lock.is_file() else None
     if git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
-        return Code(commit="unknown", dirty=False, lock_sha256=lock_sha256)
-    status = git("status", "--porcelain", "--untracked-files=all", "--", *CODE_PATHS) or b""
-    commit = (git("rev-parse", "HEAD") or b"unknown").decode().strip()
-    changes = (git("diff", "HEAD", "--", *CODE_PATHS) or b"") + status if status.strip() else None
+        return Code(commit="unknown", dirty=IN_CHECKOUT, lock_sha256=lock_sha256)
+    status = git("status", "--porcelain", "--untracked-files=all", "--", *CODE_PATHS)
+    commit = git("rev-parse", "HEAD")
+    diff = git("diff", "HEAD", "--", *CODE_PATHS) if status else None
     return Code(
-        commit=commit,
-        dirty=changes is not None,
-        diff_sha256=None if changes is None else sha256_bytes(changes),
+        commit=(commit or b"unknown").decode().strip(),
+        dirty=status != b"" or commit is None,
+        diff_sha256=None if status is None or diff is None else sha256_bytes(diff + status),
         lock_sha256=lock_sha256,
     )
 

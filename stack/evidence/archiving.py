@@ -12,15 +12,15 @@ from stackproof.spec.archive import BLOCK, FILE, METADATA, Archive, Archived, Hi
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.files import append_durably, holds, open_regular, require_own, text_lines
+from stackproof.spec.files import append_durably, holds, open_regular, require_own
 from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
 from stackproof.spec.registry import read_registry
 
 LARGE_SERIES_BYTES = 256 * 1024
-RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
-CITED = re.compile(RECORD_ID.encode())
+RECORD_ID = r"[a-z]{1,32}-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
+CITED, MAX_CITED_BYTES = re.compile(RECORD_ID.encode()), 32 + 17 + 9
 
 
 @dataclass(frozen=True)
@@ -260,30 +260,31 @@ def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
     files = [(path, facts.split()[1]) for facts, _, path in rows if facts.startswith("100")]
     for start in range(0, len(files), BLOCK):
         some = files[start : start + BLOCK]
-        for (path, blob), data in zip(some, history.read([blob for _, blob in some])):
-            if data is None:
+        blobs = [blob for _, blob in some]
+        for (path, blob), texts in zip(some, history.search(blobs, CITED, MAX_CITED_BYTES)):
+            if texts is None:
                 raise IntegrityError(
                     f"{path} cannot be searched for records: this clone lacks its content",
                     value=blob,
                     next_step="git fetch --refetch, in a clone without a filter",
                 )
-            for cited in {match[0].decode() for match in CITED.finditer(data)}:
-                for name in (name for name in records if name.startswith(cited)):
+            for cited in texts:
+                for name in (name for name in records if name.startswith(cited.decode())):
                     found.setdefault(name, path)
     return found
 
 
 def last_commits(history: History) -> dict[str, str]:
     """The last commit that changed each record's folder."""
-    out = history.git("log", "--format=%n%H", "--name-only", "--relative", "--", ".") or b""
+    out = history.git("log", "-z", "--format=/%H", "--name-only", "--relative", "--", ".") or b""
     found: dict[str, str] = {}
     commit = ""
-    for line in text_lines(out.decode()):
-        folder, slash, _ = line.partition("/")
-        if slash:
+    for row in os.fsdecode(out).split("\0"):
+        folder, slash, rest = row.removeprefix("\n").partition("/")
+        if slash and folder:
             found.setdefault(folder, commit)
-        elif len(line) == 40:
-            commit = line
+        elif slash:
+            commit = rest
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 from stackproof.evidence import archiving
 from stackproof.evidence.archiving import citations, kept_records
 from stackproof.evidence.ledgering import verify
+from stackproof.spec import archive
 from stackproof.spec.archive import History
 from stackproof.spec.coverage import coverage
 from stackproof.spec.errors import IntegrityError, NoHistory
@@ -193,6 +194,18 @@ def test_a_file_of_the_tree_cites_a_record_by_id_or_prefix(repo):
     assert named(repo, 12) not in found, "a record, the ledger and the archive cite nothing"
 
 
+@pytest.mark.parametrize("n_bytes", range(50, 160, 7))
+def test_a_file_above_every_limit_is_searched_in_blocks(n_bytes, repo, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_BYTES", 40)
+    monkeypatch.setattr(archive, "BLOCK_BYTES", n_bytes)
+    cited, other = named(repo, 10), named(repo, 11)
+    write(repo, "docs/large.md", "a" * 100 + f" {cited} " + "-" * 100)
+    write(repo, "docs/small.md", other)
+    git(repo, "add", "-A")
+    found = citations(repo / "evidence", [cited, other])
+    assert found == {cited: "docs/large.md", other: "docs/small.md"}
+
+
 def test_a_file_whose_content_the_clone_lacks_is_no_file_without_citations(repo):
     """As in a clone with a filter, which holds the names and fetches contents later."""
     write(repo, "docs/one.md", f"See {named(repo, 10)}.\n")
@@ -346,13 +359,35 @@ def _sign(root) -> None:
 
 
 READS_FILES = ["status", "diff", "show HEAD", "grep a", "grep --cached a", "ls-files -m"]
-READS_FILES += ["log -p -1", "cat-file --filters HEAD:README.md"]
+READS_FILES += ["log -p -1", "log --follow README.md", "cat-file --filters HEAD:README.md"]
 
 
 @pytest.mark.parametrize("command", READS_FILES)
 def test_a_git_command_that_reads_files_is_not_for_a_foreign_folder(repo, command):
     with pytest.raises(ValueError, match="may start a program"):
         History(repo).git(*command.split())
+
+
+def test_the_last_commit_of_a_folder_also_changes_what_left_it(tmp_path):
+    """Under any names of files, and any settings of the repository."""
+    git(tmp_path, "init", "-q")
+    for key, value in {"core.quotePath": "false", "log.showRoot": "false"}.items():
+        git(tmp_path, "config", key, value)
+    write(tmp_path, "evidence/first/f", "1")
+    write(tmp_path, "evidence/moved/f", "2")
+    write(tmp_path, f"evidence/{'a' * 40}", "no commit")
+    names = (os.fsdecode(b"caf\xe9"), "two\nlines", 'a "quoted" \u00e9')
+    for name in names:
+        write(tmp_path, f"evidence/{name}/{name}", "3")
+    small_repo.commit_all(tmp_path)
+    first = git(tmp_path, "rev-parse", "HEAD")
+    expected = dict.fromkeys(("first", *names), first)
+    assert archiving.last_commits(History(tmp_path / "evidence")) == expected | {"moved": first}
+    git(tmp_path, "mv", "evidence/moved", "evidence/new")
+    small_repo.commit_all(tmp_path)
+    second = git(tmp_path, "rev-parse", "HEAD")
+    expected |= {"moved": second, "new": second}
+    assert archiving.last_commits(History(tmp_path / "evidence")) == expected
 
 
 def test_evidence_that_does_not_verify_is_not_archived(repo):

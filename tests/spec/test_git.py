@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stackproof.evidence import ledgering
+from stackproof.evidence import archiving, ledgering
 from stackproof.spec import archive
 from stackproof.spec import git as bounded
 from stackproof.spec.archive import Archive, History
@@ -60,6 +60,31 @@ def test_a_pipe_in_the_place_of_a_file_of_git_is_refused(name, root):
         list(History(root).read(["HEAD:./f"]))
 
 
+ASIDE = {name: "" for name in (".mailmap", ".gitattributes", ".gitmodules")}
+ASIDE |= {
+    key: f"[{key.partition('.')[0]}]\n\t{key.partition('.')[2]} = {{root}}/{key}\n"
+    for key in ("mailmap.file", "diff.orderFile", "core.attributesFile")
+}
+
+
+@pytest.mark.parametrize("follow", ["true", "false"])
+@pytest.mark.parametrize("name", ASIDE)
+def test_what_git_could_read_beside_history_is_not_opened(name, follow, root, monkeypatch):
+    """With a file that moved, which git finds renames for, and a submodule."""
+    head = git(root, "rev-parse", "HEAD")
+    (root / "g").mkdir()
+    git(root, "mv", "f", "g/f")
+    (root / "g/f").write_text("content and")
+    git(root, "add", ".")
+    git(root, "update-index", "--add", "--cacheinfo", f"160000,{head},sub")
+    git(root, "commit", "-qm", "two")
+    put_pipe(root / name)
+    include(root, ASIDE[name].format(root=root) + f"[log]\n\tfollow = {follow}\n")
+    monkeypatch.setattr(bounded, "TIMEOUT_S", 60)
+    last = git(root, "rev-parse", "HEAD")
+    assert archiving.last_commits(History(root)) == {"g": last}
+
+
 @pytest.mark.parametrize("how", INCLUDES)
 def test_a_configuration_that_includes_a_pipe_is_refused(how, root):
     put_pipe(root / "pipe")
@@ -104,6 +129,85 @@ def test_what_an_honest_repository_holds_is_no_pipe(root, tmp_path, monkeypatch)
         history = History(folder)
         assert history.complete and len(history.commits) == 1
         assert [*history.read(["HEAD:./f"])] == [b"content"]
+
+
+@pytest.mark.parametrize("name", [".git", "commondir"])
+def test_a_file_that_names_a_folder_is_read_as_git_reads_it(name, root, tmp_path):
+    """git takes all bytes up to the end of the line, and none after a NUL byte."""
+    other = tmp_path / "other"
+    git(root, "worktree", "add", "-q", str(other))
+    file = other / ".git" if name == ".git" else root / ".git/worktrees/other/commondir"
+    named = file.read_bytes().rstrip(b"\n")
+    odd = tmp_path / os.fsdecode(b"caf\xe9 ")
+    odd.symlink_to(root, target_is_directory=True)
+    inside = os.fsencode(odd / ".git")
+    for good in (b"\n", b"\r\n", b""):
+        moved = b"gitdir: " + inside + b"/worktrees/other" if name == ".git" else inside + b"/."
+        file.write_bytes(moved + good)
+        assert [*History(other).read(["HEAD:./f"])] == [b"content"]
+    file.write_bytes(named + b"\0more\n")
+    with pytest.raises(IntegrityError, match=rf"{name} names a folder with a NUL byte"):
+        History(other).git("rev-parse", "HEAD")
+
+
+def test_evidence_with_a_nul_byte_in_the_name_of_a_folder_of_git_does_not_verify(tmp_path):
+    archived.build(tmp_path)
+    (tmp_path / ".git/commondir").write_bytes(b"a\0b")
+    problems = ledgering.verify(tmp_path / "evidence")
+    assert problems and all("commondir names a folder with a NUL byte" in p for p in problems)
+
+
+@pytest.fixture
+def inner(root):
+    """A repository in a folder of one whose configuration is a pipe."""
+    inner = root / "inner"
+    inner.mkdir()
+    git(inner, "init", "-q")
+    git(inner, "commit", "-qm", "inner", "--allow-empty")
+    put_pipe(root / ".git/config")
+    return inner
+
+
+@pytest.mark.parametrize("how", ["branch", "detached", "work tree"])
+def test_a_repository_in_one_with_a_pipe_is_read(how, inner):
+    folder = inner
+    if how == "detached":
+        git(inner, "checkout", "-q", "--detach")
+    elif how == "work tree":
+        folder = inner.parent / "tree"
+        git(inner, "worktree", "add", "-q", str(folder))
+    assert History(folder).git("rev-parse", "HEAD").decode().strip() == git(
+        inner, "rev-parse", "HEAD"
+    )
+
+
+@pytest.mark.parametrize("broken", ["HEAD", "objects", "refs"])
+def test_a_pipe_above_a_folder_that_git_does_not_take_is_refused(broken, inner, monkeypatch):
+    (inner / ".git" / broken).rename(inner / ".git/other")
+    if broken == "HEAD":
+        (inner / ".git/HEAD").write_text("no ref")
+    with pytest.raises(IntegrityError, match="config is a pipe or a device"):
+        History(inner).git("rev-parse", "HEAD")
+    monkeypatch.setattr(bounded, "TIMEOUT_S", 0.1)
+    with pytest.raises(IntegrityError, match="did not end"):
+        bounded.run_git(inner, "rev-parse", "HEAD")
+
+
+def test_included_files_are_bounded(root, monkeypatch):
+    monkeypatch.setattr(bounded, "MAX_CONFIGURATIONS", 3)
+    for name in ("one", "two", "three"):
+        (root / ".git" / name).write_text("[user]\n\tname = somebody\n")
+    include(root, "[include]\n\tpath = one\n\tpath = two\n\tpath = one\n\tpath = gone\n")
+    assert History(root).git("rev-parse", "HEAD")
+    include(root, "\tpath = three\n")
+    with pytest.raises(IntegrityError, match=r"is beyond the 3 files of configuration"):
+        History(root).git("rev-parse", "HEAD")
+
+
+def test_a_file_that_is_included_by_where_git_is_installed_is_refused(root):
+    include(root, '[include]\n\tpath = "%(prefix)/etc/more"\n')
+    with pytest.raises(IntegrityError, match="config includes a file of the installation of git"):
+        History(root).git("rev-parse", "HEAD")
 
 
 def test_a_git_that_waits_is_ended(root, monkeypatch):
