@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from pydantic_core import from_json
 
 from stackproof.contracts.events import Evaluated, Event, Sampled, Started, StepTaken
@@ -15,7 +15,7 @@ from stackproof.contracts.gate import RuntimeCheck, Verdict, limits_of, resolve
 from stackproof.spec.errors import ConfigError, DataError, IntegrityError
 from stackproof.spec.files import lines_of
 from stackproof.spec.gates import load_spec
-from stackproof.spec.series import Count, Line, Number
+from stackproof.spec.series import Count, Figure, Line
 from stackproof.spec.tables import validated
 
 MAX_LOG_BYTES, MAX_LINE_BYTES = 2**29, 2**20  # a log of a million steps has about 2**28
@@ -34,8 +34,6 @@ REPLAYABLE = {
     "evaluation.divergence": "val_loss_nats",
     "evaluation.overfit-onset": "val_loss_nats",
 }
-
-Figure = Annotated[Number, AfterValidator(float)]
 
 
 class LogLine(Line):

@@ -18,7 +18,7 @@ from stackproof.museum.plant import load_museum
 from stackproof.replay import bundle as bundles
 from stackproof.replay.bundle import ReproRecorder
 from stackproof.replay.replay import replay
-from stackproof.spec.canonical import sha256_bytes
+from stackproof.spec.canonical import sha256_bytes, to_jsonable
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.train import loop
 from stackproof.train.loop import train
@@ -300,7 +300,10 @@ WATCHED = ("gates", "optim.movement")
         (("n_held_out",), 10**400, "n_held_out"),
         (("measured",), {"found_frac": "half"}, "measured"),
         (("measured",), {"found_frac": 10**400}, "measured"),
-        (("peak_flops",), 10**400, "peak_flops"),
+        *(
+            (("peak_flops",), v, "peak_flops")
+            for v in (10**400, "9" * 41, "1e20", "Infinity", "-5")
+        ),
         (("steps", 0, "batches", 0, "epoch"), "1", "steps.0.batches.0.epoch"),
         (("record",), "train", "record"),
         (("files", "a\0b"), {"sha256": "0" * 64, "bytes": 1}, "files"),
@@ -316,6 +319,14 @@ def test_a_mistyped_value_is_refused_with_its_field(sound, tmp_path, place, valu
     with pytest.raises(IntegrityError, match=field) as caught:
         replay(copied(sound, tmp_path, change))
     assert "repro.json" in caught.value.what and "copy the whole" in caught.value.next_step
+
+
+def test_a_figure_beyond_the_whole_numbers_of_json_is_read_back_as_it_was(sound, tmp_path):
+    """As the operations of one step of a large model, which canonical JSON writes as text."""
+    figures = {"flops_per_step": 2e16, "peak_flops": 3e15, "limits": {"a": -5e17}}
+    copy = copied(sound, tmp_path, lambda document: document.update(to_jsonable(figures)))
+    held = repro.read_bundle(copy)
+    assert {name: getattr(held, name) for name in figures} == figures
 
 
 def test_the_vocabulary_is_that_of_the_tokenizer(sound, tmp_path):
