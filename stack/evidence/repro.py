@@ -9,6 +9,7 @@ points.jsonl         activation statistics of every point on the rows of the fai
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,13 @@ class Bundle(Strict):
         for name in FROM_CORPUS:
             float(measured.get(name) or 0.0)
         return measured
+
+    @field_validator("steps")
+    @classmethod
+    def _each_once(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        if any(b.step <= a.step for a, b in pairwise(steps)):
+            raise ValueError("the steps do not ascend")
+        return steps
 
     @model_validator(mode="after")
     def _state_of_the_gate(self) -> "Bundle":
