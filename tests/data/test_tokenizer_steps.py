@@ -54,6 +54,10 @@ def piece(name="[S]"):
     return {"SpecialToken": {"id": name, "type_id": 0}}
 
 
+def unigram(piece):
+    return {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], [piece, -1.0], ["a", -2.0]]}
+
+
 def read(folder, model=None, **parts):
     made = {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []} | (model or {})
     path = folder / "tokenizer.json"
@@ -179,6 +183,14 @@ HOSTILE = {
         {"model": {"continuing_subword_prefix": "a" * 65}},
         "continuing_subword_prefix of its model has more than 64",
     ),
+    "long pieces of a model": (
+        {"model": unigram("a" * 129)},
+        "a piece of its model has 129 characters; at most 128",
+    ),
+    "long pieces of a model without a type": (
+        {"model": unigram("a" * 129) | {"type": None}},
+        "a piece of its model has 129 characters",
+    ),
     "long words of a model": (
         {"model": {"type": "WordPiece", "unk_token": "a", "max_input_chars_per_word": 10**9}},
         "max_input_chars_per_word of its model is above 1000",
@@ -191,6 +203,11 @@ def test_steps_that_exceed_a_bound_are_refused_by_it(name, tmp_path):
     parts, why = HOSTILE[name]
     with pytest.raises(DataError, match=why):
         read(tmp_path, **parts)
+
+
+@pytest.mark.parametrize("piece", ["▁" * 64, "a" * 128])
+def test_the_pieces_of_published_unigram_models_are_taken(piece, tmp_path):
+    assert read(tmp_path, unigram(piece)).encode(piece).tokens == [piece]
 
 
 def test_a_run_of_replacements_makes_no_text_longer_than_its_bound():
