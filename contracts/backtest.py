@@ -4,18 +4,19 @@ have saved.
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import from_json
 
+from stackproof.contracts.coherence import WORDLIKE
 from stackproof.contracts.events import Evaluated, Event, Sampled, Started, StepTaken
 from stackproof.contracts.gate import RuntimeCheck, Verdict, limits_of, resolve
 from stackproof.spec.errors import ConfigError, DataError, IntegrityError
 from stackproof.spec.files import lines_of
 from stackproof.spec.gates import load_spec
-from stackproof.spec.series import Count, Line, Number
+from stackproof.spec.series import Count, Figure, Line
 from stackproof.spec.tables import validated
 
 MAX_LOG_BYTES, MAX_LINE_BYTES = 2**29, 2**20  # a log of a million steps has about 2**28
@@ -35,21 +36,43 @@ REPLAYABLE = {
     "evaluation.overfit-onset": "val_loss_nats",
 }
 
-Figure = Annotated[Number, AfterValidator(float)]
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _finite(speed: float) -> float | None:
+    if speed < 0:
+        raise ValueError("a speed is not negative")
+    return speed if math.isfinite(speed) else None
+
+
+def _judged(text: str) -> str:
+    return text[:MAX_TEXT_CHARS]
+
+
+def _known(language: str) -> str:
+    return language if language in WORDLIKE else "any"
+
+
+Whole = Annotated[Count, BeforeValidator(_whole)]
 
 
 class LogLine(Line):
-    """What gates read of a line of samples.jsonl or metrics.jsonl; null is as good as absent."""
+    """What gates read of a line of samples.jsonl or metrics.jsonl, of any trainer. Null is as good
+    as absent, and so is a speed that is not finite. A count may be written as a float. Of a text,
+    the first MAX_TEXT_CHARS characters are judged; a language other than en and code is any.
+    """
 
-    step: Count | None = None
-    text: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] | None = None
-    language: Literal["en", "code", "any"] | None = None
+    step: Whole | None = None
+    text: Annotated[str, AfterValidator(_judged)] | None = None
+    language: Annotated[str, AfterValidator(_known)] | None = None
     loss_nats: Figure | None = None
     val_loss_nats: Figure | None = None
     ema_loss_nats: Figure | None = None
     grad_norm: Figure | None = None
-    tokens_seen: Count | None = None
-    tokens_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    tokens_seen: Whole | None = None
+    tokens_per_s: Annotated[Figure, AfterValidator(_finite)] | None = None
 
 
 def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> dict:

@@ -1,18 +1,28 @@
 """The lines of the series beside a record, as models: what readers of them may rely on."""
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stackproof.spec.canonical import MAX_SAFE_INTEGER, parse_lines
 from stackproof.spec.tables import validated
 
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 # Canonical JSON writes what is not finite, and whole numbers beyond 2^53, as text.
-AsText = Annotated[str, Field(pattern=r"^(NaN|-?Infinity|-?[0-9]{1,40})$")]
+AS_TEXT = r"^(NaN|-?Infinity|-?[0-9]{1,40})$"
+AsText = Annotated[str, Field(pattern=AS_TEXT)]
 Number = float | AsText  # a float of pydantic takes whole numbers up to the largest float
+
+
+def _as_float(value: Any) -> Any:
+    is_text = isinstance(value, str) and re.fullmatch(AS_TEXT, value)
+    return float(value) if is_text else value
+
+
+Figure = Annotated[float, BeforeValidator(_as_float)]  # a Number, as the float that it was
 
 
 class Line(BaseModel):

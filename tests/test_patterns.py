@@ -4,7 +4,15 @@ import pytest
 from pydantic import ValidationError
 
 from stackproof.data.tokenizer import GPT2_WORDS
-from stackproof.evaluate.suite import SUITES, Regex, fault, load_suite
+from stackproof.evaluate.suite import (
+    SUITES,
+    ContainsFact,
+    FlagExists,
+    Regex,
+    Syllables,
+    fault,
+    load_suite,
+)
 from stackproof.patterns import MAX_ANSWER_CHARS, MAX_CHARS, MAX_SIZE, found, linear, slow
 
 PUBLISHED = {
@@ -111,3 +119,16 @@ def test_an_answer_beyond_the_limit_fails():
     assert fault(check, "a" * (MAX_ANSWER_CHARS + 1)) == (
         "the answer has 16385 characters, more than 16384"
     )
+
+
+@pytest.mark.parametrize(
+    ("check", "answer"),
+    [
+        (ContainsFact(needs=(("a",),)), "a"),
+        (Syllables(lines=(1,)), "one"),
+        (FlagExists(command="ls", flags=("-l",)), "ls -l"),
+    ],
+)
+def test_an_answer_beyond_the_limit_of_patterns_is_judged_by_the_other_checks(check, answer):
+    assert fault(check, answer + " " * MAX_ANSWER_CHARS) == ""
+    assert fault(check, " " * MAX_ANSWER_CHARS + "otherwise") != ""

@@ -16,8 +16,10 @@ from stackproof.spec.files import read_bytes
 # 0.5 million lists.
 MAX_BYTES, MAX_QUOTES, MAX_BRACKETS = 64 * 2**20, 8_000_000, 2_000_000
 MAX_SPARSE = 100  # largest id of a vocabulary as a multiple of its size
-# Marks that a model adds to the characters of a word, and words that it takes apart.
-MAX_MARK, MAX_WORD = 64, 1000
+# Marks that a model adds to the characters of a word, and words that it takes apart; pieces of a
+# Unigram model, which compares each place of a text with the longest. The published ones have 16,
+# and runs of spaces up to 64.
+MAX_MARK, MAX_WORD, MAX_PIECE = 64, 1000, 128
 PROBE = "A plain text, for a start."
 SHOWN_CHARS = 300
 
@@ -106,3 +108,8 @@ def _require_bounded_model(model: Any) -> None:
             raise ValueError(f"{key} of its model has more than {MAX_MARK} characters")
     if (model.get("max_input_chars_per_word") or 0) > MAX_WORD:
         raise ValueError(f"max_input_chars_per_word of its model is above {MAX_WORD}")
+    pieces = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
+    if (longest := max((len(piece) for piece, _ in pieces), default=0)) > MAX_PIECE:
+        raise ValueError(
+            f"a piece of its model has {longest} characters; at most {MAX_PIECE} are taken"
+        )

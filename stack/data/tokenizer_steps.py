@@ -8,7 +8,9 @@ reads: there a step without a type is valid too, and an unlisted key has no effe
 import base64
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 from unicodedata import normalize
 
@@ -91,7 +93,7 @@ def require_bounded(document: Mapping[str, Any]) -> None:
     steps = {p: list(_steps(p, document[p])) for p in PARTS if document.get(p) is not None}
     if (n_steps := sum(map(len, steps.values()))) > MAX_STEPS:
         raise ValueError(f"it has {n_steps} steps; at most {MAX_STEPS} are run")
-    growth = {p: math.prod(map(_growth, steps.get(p, ()))) for p in PARTS}
+    growth = {p: _growth_of_all(steps.get(p, ())) for p in PARTS}
     if max(growth["normalizer"] * growth["pre_tokenizer"], growth["decoder"]) > MAX_GROWTH:
         raise ValueError(f"its steps make a text more than {MAX_GROWTH} times as long")
     if (n_ids := sum(map(_ids, steps.get("post_processor", ())))) > MAX_TEMPLATE_IDS:
@@ -127,14 +129,45 @@ def _require_pattern(pattern: Mapping[str, str]) -> None:
         raise ValueError(f"the pattern {text[:80]!r} could take for ever: {why}")
 
 
+def _growth_of_all(steps: Sequence[Mapping[str, Any]]) -> float:
+    """How much longer steps make a text, at most: the product over single steps and over runs of
+    replaced texts.
+    """
+    runs = groupby(steps, _replaces_text)
+    return math.prod(
+        _growth_of_replaced(list(run)) if replaces else math.prod(map(_growth, run))
+        for replaces, run in runs
+    )
+
+
+def _replaces_text(step: Mapping[str, Any]) -> bool:
+    return step["type"] == "Replace" and bool(step["pattern"].get("String"))
+
+
+def _growth_of_replaced(steps: Sequence[Mapping[str, Any]]) -> float:
+    """How much longer a run of replaced texts makes a text, at most.
+
+    `becomes` holds the most characters that a character may become by the steps that follow, where
+    each one of a replaced text has an equal share of its content. A step cannot add to the sum over
+    a text, so this holds for matches over borders of contents too.
+    """
+    becomes: dict[str, float] = {}
+    growth = 1.0
+    for step in reversed(steps):
+        text, content = step["pattern"]["String"], step["content"]
+        share = sum(n * becomes.get(c, _chars(c)) for c, n in Counter(content).items()) / len(text)
+        becomes |= {c: max(share, becomes.get(c, _chars(c))) for c in set(text)}
+        growth = max(growth, share)
+    return growth
+
+
 def _growth(step: Mapping[str, Any]) -> float:
     """How much longer a step makes a text, at most."""
     match step:
         case {"type": "Replace", "pattern": pattern, "content": str(content)}:
-            regex, text = pattern.get("Regex"), pattern.get("String")
-            if text or (regex and CONSUMES.fullmatch(regex)):
-                return max(1.0, _chars(content) / len(text or "."))
-            return 1.0 + _chars(content)
+            regex = pattern.get("Regex")
+            consumes = regex and CONSUMES.fullmatch(regex)
+            return max(1.0, _chars(content)) if consumes else 1.0 + _chars(content)
         case {"type": "Prepend", "prepend": str(text)}:
             return 1.0 + _chars(text)
         case {"type": "Precompiled", "precompiled_charsmap": str(packed)}:

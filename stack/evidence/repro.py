@@ -9,6 +9,7 @@ points.jsonl         activation statistics of every point on the rows of the fai
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from stackproof.contracts.keeper import GateDocument
 from stackproof.spec.canonical import MAX_SAFE_INTEGER, read_json, sha256_file
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.records import HEX64, Code, RecordId, Scalar
-from stackproof.spec.series import Count
+from stackproof.spec.series import Count, Figure
 from stackproof.spec.tables import validated
 
 SCHEMA = "stackproof/repro/1"
@@ -34,7 +35,7 @@ FROM_CORPUS = ("found_frac", "found_in_training_frac")  # measurements that a re
 COPY_AGAIN = "copy the whole folder again"
 
 Integer = Annotated[int, Field(ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)]
-Figure = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[Figure, Field(allow_inf_nan=False)]
 Measured = Integer | float | bool | str | None  # a float takes whole numbers that it can hold
 Integers = Annotated[tuple[Integer, ...], Field(strict=False)]  # a list in JSON
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
@@ -91,8 +92,8 @@ class Source(Strict):
     name: str
     first: Count
     n_windows: Count
-    cap: Figure
-    floor: Figure
+    cap: Finite
+    floor: Finite
 
 
 class Plan(Strict):
@@ -101,8 +102,8 @@ class Plan(Strict):
     """
 
     model_config = ConfigDict(extra="allow")
-    peak_lr: Figure
-    peak_lrs: dict[str, Figure]
+    peak_lr: Finite
+    peak_lrs: dict[str, Finite]
     schedule: dict[str, Any]
     warmup_steps: Count
     max_steps: Count
@@ -116,7 +117,7 @@ class Plan(Strict):
     drawn: Integers
     warmup_rows: Count
     warmup_sources: Texts
-    random_loss_nats: Figure
+    random_loss_nats: Finite
     n_eval_batches: Count
     intervals: dict[str, Annotated[tuple[Count, str], Field(strict=False)]]
 
@@ -135,7 +136,7 @@ class Bundle(Strict):
     step: Count
     message: str
     measured: dict[str, Measured]
-    limits: dict[str, Figure]
+    limits: dict[str, Finite]
     nonfinite: dict[str, Texts] = Field(
         {}, description="the first parameters and gradients with a NaN or infinity"
     )
@@ -146,8 +147,8 @@ class Bundle(Strict):
     device: Literal["cpu", "cuda"]
     threads: int = Field(ge=1, le=MAX_THREADS)
     vocab_size: int = Field(ge=1, le=MAX_VOCAB)
-    peak_flops: Figure = Field(gt=0)
-    flops_per_step: Figure = Field(ge=0)
+    peak_flops: Finite = Field(gt=0)
+    flops_per_step: Finite = Field(ge=0)
     base: Base
     continued: bool = Field(description="whether the base is a resumed state, not a fresh one")
     plan: Plan
@@ -167,6 +168,13 @@ class Bundle(Strict):
         for name in FROM_CORPUS:
             float(measured.get(name) or 0.0)
         return measured
+
+    @field_validator("steps")
+    @classmethod
+    def _each_once(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        if any(b.step <= a.step for a, b in pairwise(steps)):
+            raise ValueError("the steps do not ascend")
+        return steps
 
     @model_validator(mode="after")
     def _state_of_the_gate(self) -> "Bundle":

@@ -37,6 +37,8 @@ POSITIONS = re.compile(r"position|context|ctx|seq|window|token|index", re.IGNORE
 SIZES = re.compile(r"size|length|dim|hidden|head|inner|embd|ffn|vocab|rank|channels", re.IGNORECASE)
 NUMBERS = re.compile(r"^(num|n)_|depth|count", re.IGNORECASE)  # of parts that are built one by one
 UNBOUNDED = re.compile(r"theta|base$|(_ids?|_freq|seed)$")
+# Numbers that people note beside the sizes; transformers reads none of them.
+NOTES = re.compile(r"((num|n|total)_)?param(eter)?s|((num|n)_)?train(ing)?_tokens|created(_at)?")
 FEW, MANY, SMALL, LARGEST = 2**10, 2**16, 2**20, 2**24
 # Each number and length in it, because the reader multiplies all three.
 KINDS_OF_LAYERS, MAX_KIND_OF_LAYERS = "attention_types", 2**7
@@ -124,7 +126,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 def _limit(name: str, n_tensors: int, n_weights: int) -> int | None:
     """The largest number that a key may have; None for one that sets no size."""
-    if UNBOUNDED.search(name):
+    if UNBOUNDED.search(name) or NOTES.fullmatch(name):
         return None
     if name == KINDS_OF_LAYERS:
         return MAX_KIND_OF_LAYERS

@@ -44,6 +44,8 @@ from stackproof.train.state import TrainState, state_around
 from stackproof.train.trainer import CallbackList, RunOutput, Trainer
 
 PARTS = ("input_ids", "labels", "document_ids")
+# Of one sample. Every other number of a bundle's configuration is bounded by its rows or by memory.
+MAX_SAMPLE_TOKENS = 2**14
 
 
 class RecordedRows:
@@ -272,7 +274,7 @@ def _open(
             next_step=repro.COPY_AGAIN,
         )
     needed = predict_bytes(cfg, bundle.vocab_size)["peak"]
-    require_free(needed, f"the replay of {folder}")
+    require_free(needed, f"the replay of {folder}", device)
     only = (bundle.gate,)
     keeper = Gatekeeper(
         load_spec(),
@@ -284,6 +286,14 @@ def _open(
     if bundle.gate not in keeper.states:
         raise IntegrityError(
             f"gate {bundle.gate} does not apply to runs of this configuration", value=bundle.record
+        )
+    samples = Sampled in keeper.states[bundle.gate].watcher.events
+    if samples and cfg.sample.max_new_tokens > MAX_SAMPLE_TOKENS:
+        raise IntegrityError(
+            f"{folder / repro.DOCUMENT}: config.sample.max_new_tokens is above what a replay draws",
+            value=cfg.sample.max_new_tokens,
+            allowed=f"at most {MAX_SAMPLE_TOKENS}",
+            next_step=repro.COPY_AGAIN,
         )
     measured = [float(bundle.measured.get(k) or 0.0) for k in repro.FROM_CORPUS]
     callbacks = [GateEvents(RecordedText(*measured)), SdcCheck()]
@@ -347,7 +357,7 @@ def _batch(
         wrong = f"are {forms}"
     elif ids.shape[1] > cfg.model.max_seq_len:
         wrong = f"have {ids.shape[1]} tokens, the model takes {cfg.model.max_seq_len}"
-    elif not (_within(ids, 0, vocab_size) and _within(labels, IGNORE_INDEX, vocab_size)):
+    elif not (_within(ids, vocab_size) and _within(labels[labels != IGNORE_INDEX], vocab_size)):
         wrong = f"hold an id outside the vocabulary of {vocab_size}"
     elif {len(meta.sample_ids), len(meta.sources), len(meta.epochs)} - {0, len(ids)}:
         wrong = f"are {len(ids)}, the document describes another number"
@@ -360,8 +370,8 @@ def _batch(
     )
 
 
-def _within(ids: Tensor, low: int, end: int) -> bool:
-    return int(ids.min()) >= low and int(ids.max()) < end
+def _within(ids: Tensor, vocab_size: int) -> bool:
+    return bool(((ids >= 0) & (ids < vocab_size)).all())
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -121,9 +121,11 @@ def model_bytes(m: ModelConfig, vocab_size: int) -> int:
     return FLOAT * parameter_count(m.model_dump(), vocab_size) + tables
 
 
-def require_free(n_bytes: int, what: str) -> None:
-    """Raises EnvironmentUnfit if this much host memory is not free, before it is taken."""
-    free = host_bytes()
+def require_free(n_bytes: int, what: str, device: "torch.device | None" = None) -> None:
+    """Raises EnvironmentUnfit if this much memory of the device, by default of the host, is not
+    free, before it is taken.
+    """
+    free = available_bytes(device) if device else host_bytes()
     if free is not None and n_bytes > free:
         raise EnvironmentUnfit(
             f"{what} does not fit into memory",

@@ -3,10 +3,11 @@ stopping there would have saved.
 """
 
 import json
+from itertools import product
 
 import pytest
 
-from stackproof.contracts.backtest import REPLAYABLE, replay
+from stackproof.contracts.backtest import MAX_TEXT_CHARS, REPLAYABLE, replay
 from stackproof.spec.errors import ConfigError, DataError
 
 COLLAPSED = [
@@ -118,6 +119,34 @@ def test_one_word_everywhere_is_seen_in_a_log(tmp_path):
 def test_a_loss_that_is_not_finite_is_read_as_a_run_and_as_python_write_it(tmp_path, loss):
     lines = [{"step": n, "loss_nats": loss if n == 3 else 2} for n in range(1, 6)]
     assert replay("runtime.finite", log_of(tmp_path, lines))["first_fire_step"] == 3
+
+
+def test_lines_of_other_trainers_are_taken(tmp_path):
+    """Counts as floats, a language without a list of words, and a speed that is not finite."""
+    lines = [
+        {
+            "step": float(n),
+            "text": "wieder " * 9,
+            "language": "de",
+            "loss_nats": 3,
+            "tokens_seen": 1e6 * n,
+        }
+        | {"tokens_per_s": [0.0, float("nan"), "Infinity", float("inf")][n % 4]}
+        for n in range(1, 8)
+    ]
+    log = log_of(tmp_path, lines)
+    found = replay("sampling.coherence", log)
+    assert (found["first_fire_step"], found["last_step"], found["saved_s"]) == (5, 7, None)
+    assert replay("runtime.loss-not-constant", log)["first_fire_step"] is not None
+    assert replay("runtime.step-time", log)["records"] == 1
+
+
+def test_the_beginning_of_a_long_text_is_judged(tmp_path):
+    """Repeats after a judged beginning count as little as a long text takes time."""
+    varied = " ".join(f"{a}{b}{c}" for a, b, c in product(*["abcdefghijklmnopqrstuvwxyz"] * 3))
+    cut, whole = ([{"text": varied[:n] + " la" * 9000}] * 7 for n in (MAX_TEXT_CHARS, 50))
+    assert replay("sampling.loops", log_of(tmp_path, cut))["fires"] == 0
+    assert replay("sampling.loops", log_of(tmp_path, whole))["fires"] > 0
 
 
 def test_null_counts_as_absent_and_a_line_without_a_step_has_its_index(tmp_path):

@@ -1,12 +1,15 @@
 """What the steps of a foreign tokenizer.json may do to a text, and the published ones that pass."""
 
 import base64
+import itertools
 import json
+import random
 import struct
 
 import pytest
 
 from stackproof.data.tokenizer_file import library_tokenizer
+from stackproof.data.tokenizer_steps import _growth_of_replaced
 from stackproof.spec.errors import DataError
 
 A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -20,6 +23,13 @@ def charsmap(text):
     """A table of replacements, of which `text` is the only one; no character has it."""
     packed = struct.pack("<I", 1024) + bytes(1024) + text.encode() + b"\0"
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(packed).decode()}
+
+
+def replacements(*pairs):
+    return [
+        {"type": "Replace", "pattern": {"String": text}, "content": content}
+        for text, content in (pair.split(" ") for pair in pairs)
+    ]
 
 
 def normalizers(*steps):
@@ -42,6 +52,10 @@ def template(single, tokens):
 
 def piece(name="[S]"):
     return {"SpecialToken": {"id": name, "type_id": 0}}
+
+
+def unigram(piece):
+    return {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], [piece, -1.0], ["a", -2.0]]}
 
 
 def read(folder, model=None, **parts):
@@ -88,6 +102,14 @@ PUBLISHED = {
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
     },
+    "German letters": normalizers(
+        *replacements("ä ae", "ö oe", "ü ue", "Ä Ae", "Ö Oe", "Ü Ue", "ß ss", "ẞ SS")
+    ),
+    "ligatures": normalizers(
+        {"type": "Lowercase"},
+        *replacements("ﬀ ff", "ﬁ fi", "ﬂ fl", "ﬃ ffi", "ﬄ ffl", "ﬅ st", "æ ae", "œ oe"),
+        {"type": "NFC"},
+    ),
     "a template of three": template([piece(), A, piece(), piece()], special()),
 }
 
@@ -122,6 +144,14 @@ HOSTILE = {
         normalizers(*[SPACES | {"pattern": {"String": ""}}] * 7),
         "64 times as long",
     ),
+    "replacements of replacements": (
+        normalizers(*replacements("a bb", "b cc", "c dd", "d ee", "e ff", "f gg", "g hh")),
+        "64 times as long",
+    ),
+    "a decoder of replacements of replacements": (
+        {"decoder": {"type": "Sequence", "decoders": replacements("a bbbbbbbb", "b aaaaaaaaa")}},
+        "64 times as long",
+    ),
     "a long Unicode form": (
         normalizers(*[SPACES | {"content": "ﷺ"}, {"type": "NFKC"}] * 2),
         "64 times as long",
@@ -153,6 +183,14 @@ HOSTILE = {
         {"model": {"continuing_subword_prefix": "a" * 65}},
         "continuing_subword_prefix of its model has more than 64",
     ),
+    "long pieces of a model": (
+        {"model": unigram("a" * 129)},
+        "a piece of its model has 129 characters; at most 128",
+    ),
+    "long pieces of a model without a type": (
+        {"model": unigram("a" * 129) | {"type": None}},
+        "a piece of its model has 129 characters",
+    ),
     "long words of a model": (
         {"model": {"type": "WordPiece", "unk_token": "a", "max_input_chars_per_word": 10**9}},
         "max_input_chars_per_word of its model is above 1000",
@@ -165,6 +203,31 @@ def test_steps_that_exceed_a_bound_are_refused_by_it(name, tmp_path):
     parts, why = HOSTILE[name]
     with pytest.raises(DataError, match=why):
         read(tmp_path, **parts)
+
+
+@pytest.mark.parametrize("piece", ["▁" * 64, "a" * 128])
+def test_the_pieces_of_published_unigram_models_are_taken(piece, tmp_path):
+    assert read(tmp_path, unigram(piece)).encode(piece).tokens == [piece]
+
+
+def test_a_run_of_replacements_makes_no_text_longer_than_its_bound():
+    """All texts of at most five of three characters, by generated runs."""
+    texts = ["".join(t) for n in range(1, 6) for t in itertools.product("abc", repeat=n)]
+    draw = random.Random(1)
+    some = lambda least, most: "".join(draw.choices("abc", k=draw.randint(least, most)))  # noqa: E731
+    n_exact = 0
+    for _ in range(200):
+        pairs = [(some(1, 2), some(0, 3)) for _ in range(draw.randint(1, 4))]
+        most = 1.0
+        for text in texts:
+            made = text
+            for pattern, content in pairs:
+                made = made.replace(pattern, content)
+            most = max(most, len(made) / len(text))
+        bound = _growth_of_replaced(replacements(*(f"{p} {c}" for p, c in pairs)))
+        assert most <= bound + 1e-9, pairs
+        n_exact += bound <= most + 1e-9
+    assert n_exact > 50
 
 
 def test_long_added_tokens_that_a_step_makes_longer_are_refused(tmp_path):

@@ -262,9 +262,9 @@ FACT = {"kind": "contains-fact", "needs": [["Paris"]]}
             "at most 256 characters",
         ),
         (
-            ("domain", 1, "prompts", 0, "answer"),
-            "Paris" + " " * 16_379,
-            "Paris" + " " * 16_380,
+            ("domain", 0, "prompts", 0, "answer"),
+            "four" + " " * 16_380,
+            "four" + " " * 16_381,
             "16385 characters, more than 16384",
         ),
     ],

@@ -173,6 +173,12 @@ PUBLISHED = {
     "another name of the base": ({"rotary_emb_base": 10**7, "n_positions": 8192}, 200, 10**9),
     "kinds of layers": ({"attention_types": 16, "window_size": 256}, 388, 27 * 10**8),
     "many classes": ({"num_labels": 21_843}, 200, 10**8),
+    "notes": (
+        dict.fromkeys(("num_params", "n_params", "total_parameters"), 124_439_808)
+        | {"num_training_tokens": 2 * 10**12, "created": 1_700_000_000},
+        150,
+        124 * 10**6,
+    ),
 }
 
 
@@ -183,7 +189,15 @@ def test_sizes_of_published_models_are_taken(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["num_hidden_layers", "n_layer", "num_experts", "n_routed_experts", "llama.block_count"]
+    "key",
+    [
+        "num_hidden_layers",
+        "n_layer",
+        "num_experts",
+        "n_routed_experts",
+        "llama.block_count",
+        "num_params_layers",
+    ],
 )
 def test_a_count_beyond_the_tensors_is_refused(key, tmp_path):
     with pytest.raises(CheckpointError, match="larger than its weights allow"):

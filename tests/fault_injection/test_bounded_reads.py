@@ -125,10 +125,16 @@ def test_a_header_of_tensors_above_the_limit_is_refused(tmp_path):
         (b"[1]", "line 2: Input should be a valid dictionary"),
         (b'{"text": "\xff"}', "line 2: invalid unicode"),
         (b'{"text": "\\ud800"}', "line 2: .*hex escape"),
-        (b'{"text": "a b ' + b"!" * 2**14 + b'"}', "line 2: field text: .* at most 16384 char"),
         (b'{"text": 5}', "line 2: field text: Input should be a valid string"),
-        (b'{"text": "a", "language": [1]}', "line 2: field language: Input should be 'en', 'code'"),
+        (
+            b'{"text": "a", "language": [1]}',
+            "line 2: field language: Input should be a valid string",
+        ),
         (b'{"text": "a", "step": "x"}', "line 2: field step: Input should be a valid integer"),
+        (b'{"text": "a", "step": 1.5}', "line 2: field step: Input should be a valid integer"),
+        (b'{"text": "a", "step": NaN}', "line 2: field step: Input should be a valid integer"),
+        (b'{"text": "a", "step": 1e16}', "line 2: field step: Input should be less than or equal"),
+        (b'{"text": "a", "tokens_per_s": -1}', "line 2: field tokens_per_s: .* not negative"),
         (b'{"text": "a", "step": [1]}', "line 2: field step: Input should be a valid integer"),
     ],
 )

@@ -16,11 +16,12 @@ from stackproof.evidence import repro
 from stackproof.museum.collection import museum_config, write_texts
 from stackproof.museum.plant import load_museum
 from stackproof.replay import bundle as bundles
+from stackproof.replay import replay as replaying
 from stackproof.replay.bundle import ReproRecorder
 from stackproof.replay.replay import replay
-from stackproof.spec.canonical import sha256_bytes
-from stackproof.spec.errors import DataError, GateFailed, IntegrityError
-from stackproof.train import loop
+from stackproof.spec.canonical import sha256_bytes, to_jsonable
+from stackproof.spec.errors import DataError, EnvironmentUnfit, GateFailed, IntegrityError
+from stackproof.train import loop, memory
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from tests.processes import Command
@@ -300,7 +301,10 @@ WATCHED = ("gates", "optim.movement")
         (("n_held_out",), 10**400, "n_held_out"),
         (("measured",), {"found_frac": "half"}, "measured"),
         (("measured",), {"found_frac": 10**400}, "measured"),
-        (("peak_flops",), 10**400, "peak_flops"),
+        *(
+            (("peak_flops",), v, "peak_flops")
+            for v in (10**400, "9" * 41, "1e20", "Infinity", "-5")
+        ),
         (("steps", 0, "batches", 0, "epoch"), "1", "steps.0.batches.0.epoch"),
         (("record",), "train", "record"),
         (("files", "a\0b"), {"sha256": "0" * 64, "bytes": 1}, "files"),
@@ -318,12 +322,52 @@ def test_a_mistyped_value_is_refused_with_its_field(sound, tmp_path, place, valu
     assert "repro.json" in caught.value.what and "copy the whole" in caught.value.next_step
 
 
+def test_a_figure_beyond_the_whole_numbers_of_json_is_read_back_as_it_was(sound, tmp_path):
+    """As the operations of one step of a large model, which canonical JSON writes as text."""
+    figures = {"flops_per_step": 2e16, "peak_flops": 3e15, "limits": {"a": -5e17}}
+    copy = copied(sound, tmp_path, lambda document: document.update(to_jsonable(figures)))
+    held = repro.read_bundle(copy)
+    assert {name: getattr(held, name) for name in figures} == figures
+
+
+def test_a_step_is_replayed_once(sound, tmp_path):
+    def change(document):
+        document["steps"] *= 2
+
+    with pytest.raises(IntegrityError, match=r"field steps: .*the steps do not ascend"):
+        replay(copied(sound, tmp_path, change))
+
+
 def test_the_vocabulary_is_that_of_the_tokenizer(sound, tmp_path):
     def change(document):
         document["vocab_size"] = 2**31 - 1
 
     with pytest.raises(IntegrityError, match="field vocab_size is not that of"):
         replay(copied(sound, tmp_path, change))
+
+
+def test_a_sample_that_takes_for_ever_is_refused_and_one_that_is_not_drawn_does_no_harm(
+    cfg, sound, tmp_path, monkeypatch
+):
+    def change(document):
+        document["config"]["sample"]["max_new_tokens"] = 10**9
+
+    sampled = broken(cfg, "sampling.monitor-blind", "sampling.coherence", tmp_path / "sampled")
+    drawn = copied(sampled, tmp_path / "drawn", change)
+    with pytest.raises(IntegrityError, match="max_new_tokens is above what a replay draws"):
+        replay(drawn)
+    assert replay(copied(sound, tmp_path, change))[1].verdict.passed
+    monkeypatch.setattr(replaying, "MAX_SAMPLE_TOKENS", cfg.sample.max_new_tokens)
+    assert replay(sampled)[1].verdict.passed
+
+
+def test_memory_is_that_of_the_device_of_the_replay(sound, monkeypatch):
+    monkeypatch.setattr(memory, "host_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40)
+    assert replay(sound)[1].verdict.passed
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    with pytest.raises(EnvironmentUnfit, match=r"the replay of .* does not fit into memory"):
+        replay(sound)
 
 
 FIRST = "step-00000001.0.input_ids"
@@ -349,6 +393,16 @@ def test_rows_that_no_run_draws_are_refused(sound, tmp_path, kind):
     safetensors.torch.save_file(tensors, tmp_path / "x")
     data = (tmp_path / "x").read_bytes()
     refused(sound, tmp_path, data, f"step-00000001.0 of {repro.TENSORS} .*{why}")
+
+
+@pytest.mark.parametrize("label", [-1, -99, -101])
+def test_labels_between_ignored_and_an_id_are_refused(sound, tmp_path, label):
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(sound / repro.TENSORS)
+    tensors[FIRST.replace("input_ids", "labels")][0, 0] = label
+    data = safetensors.torch.save(tensors)
+    refused(sound, tmp_path, data, f"step-00000001.0 of {repro.TENSORS} .*outside the vocabulary")
 
 
 def test_tensors_of_another_format_are_refused(sound, tmp_path):
