@@ -42,6 +42,7 @@ from tests.fault_injection.nine_steps import (
     waived,
 )
 from tests.fault_injection.runs import assert_same_end
+from tests.fault_injection.scale import STRESS
 
 pytestmark = pytest.mark.usefixtures("few_gates")
 
@@ -49,10 +50,11 @@ pytestmark = pytest.mark.usefixtures("few_gates")
 # --- one end, whatever came between ---------------------------------------------------------------
 
 
-STEPPED = [("on_step_end", step) for step in range(1, STEPS + 1)]
-SAVED = [
+EACH_STEP = [("on_step_end", step) for step in range(1, STEPS + 1)]
+EACH_SAVE = [
     (hook, step) for hook in ("on_save", "on_saved") for step in range(EVERY, STEPS + 1, EVERY)
 ]
+SOME = EACH_STEP[::4] + EACH_SAVE[::2]
 
 
 def begin_child(cfg, run, parent, *callbacks, continued):
@@ -151,7 +153,7 @@ def test_a_child_states_only_files_of_its_own(tmp_path, path, found):
         require_recorded(tmp_path / "run", [stated])
 
 
-@pytest.mark.parametrize(("after", "step"), STEPPED + SAVED)
+@pytest.mark.parametrize(("after", "step"), EACH_STEP + EACH_SAVE if STRESS else SOME)
 def test_a_kill_after_any_step_and_save_ends_as_a_straight_run(
     cfg, straight, tmp_path, step, after
 ):

@@ -15,7 +15,7 @@ from stackproof.museum.plant import Plant, load_museum, swap, touch
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.failures import load_catalogue
 
-PARTS = 8
+PARTS = 4
 
 
 @pytest.mark.slow
