@@ -347,6 +347,7 @@ def _batch(
     rows = {part: t for part in PARTS if (t := tensors.get(f"{name}.{part}")) is not None}
     forms = {part: f"{str(t.dtype)[6:]} {tuple(t.shape)}" for part, t in rows.items()}
     ids, labels = rows.get("input_ids"), rows.get("labels")
+    n_most = max(cfg.train.micro_batch_size, cfg.eval.batch_size)
     if (
         ids is None
         or labels is None
@@ -355,6 +356,8 @@ def _batch(
         or set(forms.values()) != {f"int32 {tuple(ids.shape)}"}
     ):
         wrong = f"are {forms}"
+    elif len(ids) > n_most:
+        wrong = f"are {len(ids)}, the configuration draws at most {n_most}"
     elif ids.shape[1] > cfg.model.max_seq_len:
         wrong = f"have {ids.shape[1]} tokens, the model takes {cfg.model.max_seq_len}"
     elif not (_within(ids, vocab_size) and _within(labels[labels != IGNORE_INDEX], vocab_size)):

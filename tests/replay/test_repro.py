@@ -395,6 +395,17 @@ def test_rows_that_no_run_draws_are_refused(sound, tmp_path, kind):
     refused(sound, tmp_path, data, f"step-00000001.0 of {repro.TENSORS} .*{why}")
 
 
+def test_more_rows_than_the_configuration_draws_are_refused(sound, tmp_path):
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(sound / repro.TENSORS)
+    for name in [n for n in tensors if n.startswith("step-00000001.0.")]:
+        tensors[name] = tensors[name].repeat(20, 1)
+    safetensors.torch.save_file(tensors, tmp_path / "x")
+    data = (tmp_path / "x").read_bytes()
+    refused(sound, tmp_path, data, "the configuration draws at most")
+
+
 @pytest.mark.parametrize("label", [-1, -99, -101])
 def test_labels_between_ignored_and_an_id_are_refused(sound, tmp_path, label):
     import safetensors.torch
