@@ -293,7 +293,7 @@ def _open(
             f"{folder / repro.DOCUMENT}: config.sample.max_new_tokens is above what a replay draws",
             value=cfg.sample.max_new_tokens,
             allowed=f"at most {MAX_SAMPLE_TOKENS}",
-            next_step=repro.COPY_AGAIN,
+            next_step="repeat the run with fewer sample.max_new_tokens",
         )
     measured = [float(bundle.measured.get(k) or 0.0) for k in repro.FROM_CORPUS]
     callbacks = [GateEvents(RecordedText(*measured)), SdcCheck()]

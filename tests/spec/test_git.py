@@ -122,7 +122,7 @@ def test_what_an_honest_repository_holds_is_no_pipe(root, tmp_path, monkeypatch)
     (root / ".git/hooks").mkdir(exist_ok=True)
     (root / ".git/hooks/pre-push").symlink_to(os.devnull)
     (root / ".git/linked").symlink_to("gone")
-    (tmp_path / "more").write_text("[user]\n\tname = somebody\n")
+    (tmp_path / "more").write_text("[user]\n\tname = A User\n")
     include(root, f"[include]\n\tpath = {tmp_path}/more\n\tpath = gone\n")
     git(root, "worktree", "add", "-q", str(tmp_path / "other"))
     for folder in (root, tmp_path / "other"):
@@ -196,7 +196,7 @@ def test_a_pipe_above_a_folder_that_git_does_not_take_is_refused(broken, inner, 
 def test_included_files_are_bounded(root, monkeypatch):
     monkeypatch.setattr(bounded, "MAX_CONFIGURATIONS", 3)
     for name in ("one", "two", "three"):
-        (root / ".git" / name).write_text("[user]\n\tname = somebody\n")
+        (root / ".git" / name).write_text("[user]\n\tname = A User\n")
     include(root, "[include]\n\tpath = one\n\tpath = two\n\tpath = one\n\tpath = gone\n")
     assert History(root).git("rev-parse", "HEAD")
     include(root, "\tpath = three\n")

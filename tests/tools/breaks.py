@@ -165,8 +165,8 @@ def remove_gates(root: Path) -> None:
 def audited(root: Path, breadth: int, passes: int) -> None:
     """An audit at two steps; at the last, one of two domains passes, with two prompts."""
     seen = [(8, "a", True), (8, "b", True), (9, "a", True), (9, "a", True), (9, "b", False)]
-    told = {"prompt": "p", "text": "t"}
-    lines = [told | {"step": step, "domain": domain, "passed": ok} for step, domain, ok in seen]
+    line = {"prompt": "p", "text": "t"}
+    lines = [line | {"step": step, "domain": domain, "passed": ok} for step, domain, ok in seen]
     metrics = {"breadth": small_repo.metric(breadth), "passes": small_repo.metric(passes)}
     commit, parents = git(root, "rev-parse", "HEAD"), [folder(root, "train").name]
     small_repo.record(
