@@ -100,6 +100,12 @@ class EnvironmentUnfit(StackproofError):
     exit_code = 7
 
 
+class RankLost(EnvironmentUnfit):
+    """Another process of the run ended or does not answer. With the exit code of a rank that stated
+    its error.
+    """
+
+
 class Stopped(StackproofError):
     """A signal stopped the run, after a complete checkpoint was written."""
 

@@ -22,8 +22,8 @@ NAMES = {"spec": "stackproof.spec", "contracts": "stackproof.contracts", "stack"
 # Bottom to top. A package may import itself and everything before it. Modules directly in stack/
 # stand with config; __init__.py and __main__.py, which offer what the others hold, stand with cli.
 LAYERS = (
-    "spec contracts kernels config evidence data model evaluate trace train replay export "
-    "recipes museum cli"
+    "spec contracts kernels config evidence data distributed model evaluate trace train "
+    "replay export recipes museum cli"
 )
 ORDER = [f"stackproof.{layer}" for layer in LAYERS.split()]
 # The trainer calls what checks a run before step 1, and that is made of the trainer's own parts.

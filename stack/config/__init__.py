@@ -68,6 +68,7 @@ from stackproof.config.run import (
     EvalConfig,
     GatesConfig,
     NeverStop,
+    ParallelConfig,
     Patience,
     RunConfig,
     SampleConfig,

@@ -63,6 +63,34 @@ class TrainConfig(Frozen):
         return value
 
 
+class ParallelConfig(Frozen):
+    """The mesh of a run on several processes: ranks = replicate × shard × tensor."""
+
+    replicate: int = Field(
+        1, ge=1, description="data parallelism: copies of the model, each on shard × tensor ranks"
+    )
+    shard: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description=(
+            "data parallelism with sharded weights, gradients and optimizer state (FSDP2): ranks "
+            "that hold one copy of the model; auto takes all ranks that are left"
+        ),
+    )
+    tensor: int = Field(
+        1,
+        ge=1,
+        description="tensor parallelism: ranks that share each matrix, sequence and vocabulary",
+    )
+    timeout_s: int = Field(
+        600, ge=1, description="seconds that a collective operation may take before the run ends"
+    )
+    compare_every: int = Field(
+        100,
+        ge=1,
+        description="steps between two comparisons of weights and optimizer state of all replicas",
+    )
+
+
 class EvalConfig(Frozen):
     every: int = Field(ge=1, description="steps between two evaluations on held-out data")
     batches: int = Field(
@@ -158,6 +186,7 @@ class RunConfig(Frozen):
     )
     model: ModelConfig
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
     optim: Annotated[Optim, Field(discriminator="kind")]
     schedule: Annotated[Schedule, Field(discriminator="kind")]
     eval: EvalConfig
@@ -171,9 +200,9 @@ class RunConfig(Frozen):
     def tokens_per_micro_step(self) -> int:
         return self.train.micro_batch_size * self.model.max_seq_len
 
-    def accumulation(self, world_size: int = 1) -> int:
-        """Micro-steps of one optimizer step on each rank."""
-        return self.train.tokens_per_step // (self.tokens_per_micro_step * world_size)
+    def accumulation(self, n_data_ranks: int = 1) -> int:
+        """Micro-steps of one optimizer step on each of the ranks that draw other rows."""
+        return self.train.tokens_per_step // (self.tokens_per_micro_step * n_data_ranks)
 
     @model_validator(mode="after")
     def _consistent(self):

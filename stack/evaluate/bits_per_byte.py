@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stackproof.contracts.conditions import ensure, require
 from stackproof.data.data_loader import model_inputs
 from stackproof.data.packing import IGNORE_INDEX
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import bits_per_byte
 
@@ -111,16 +112,17 @@ def evaluate_batches(
     *,
     device: torch.device | str = "cpu",
     autocast: Autocast = nullcontext,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Evaluation:
     """Loss of `model` over batches with `input_ids` and `labels` (B, T) int64, label −100 not
     scored.
 
     `token_bytes[id]` is the number of UTF-8 bytes of an id. `stderr_nats` is the standard error of
-    the mean over batches. Modes of modules and torch's random state are unchanged. Raises DataError
-    if a batch has no valid label.
+    the mean over batches. The data ranks share the batches. Modes of modules and torch's random
+    state are unchanged. Raises DataError if a batch has no valid label.
     """
     with evaluating(model):
-        sums = [batch_sums(model, b, device, autocast) for b in batches]
+        sums = ranks.dealt(batches, lambda b: batch_sums(model, b, device, autocast))
         training = tuple(name for name, m in model.named_modules() if m.training)
     if not all(n for _, n in sums):
         raise DataError(

@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stackproof.spec.canonical import sha256_json
@@ -117,7 +116,8 @@ def _written_out(name: str) -> Kernel:
 
 
 def _table(*operations: Operation) -> Mapping[str, Operation]:
-    return MappingProxyType({op.name: op for op in operations})
+    # A plain dict: torch.compile rejects a read-only view of one where modules have hooks.
+    return {op.name: op for op in operations}
 
 
 _CHUNKS = ("attention.py", "chunked_attention.py", "custom_op.py")

@@ -4,7 +4,7 @@ R tokens of a micro-batch in row-major order, D d_model, E experts, k choices pe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,13 @@ class MixtureOfExperts(nn.Module):
 def totals(loads: Sequence[Sequence[ExpertLoad]]) -> list[Tensor]:
     """Choices per expert (E,) of each layer, over all micro-batches of a step."""
     return [torch.stack([load.load_E for load in layer]).sum(0) for layer in zip(*loads)]
+
+
+def add_over_ranks(loads: Sequence[Sequence[ExpertLoad]], add: Callable[[Tensor], Tensor]) -> None:
+    """Replace the choices per expert by their sums over the data ranks, which `add` computes."""
+    counts = [load.load_E for layers in loads for load in layers]
+    for count_E, sum_E in zip(counts, add(torch.stack(counts)) if counts else ()):
+        count_E.copy_(sum_E)
 
 
 @torch.no_grad()

@@ -61,7 +61,8 @@ class RunLog(Callback):
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         names = [s.name for s in trainer.state.data_loader.sampler.sources]
         if len(names) > 1:
-            rows = Counter(names[s] for b in trainer.batches for s in b.sources)
+            drawn = trainer.state.rows_of_all_ranks(trainer.batches)
+            rows = Counter(names[source] for _, source, _ in drawn)
             trainer.output.dir.log(
                 "curriculum.jsonl", step=report.step, event="rows", rows=dict(sorted(rows.items()))
             )
@@ -125,23 +126,25 @@ class GateEvents(Callback):
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
         judged = [s for g, s in trainer.keeper.states.items() if g in self.loss.gates]
         known = FIRST_STEP in trainer.verified and all(s.checks for s in judged)
-        self.loss.done = known or not judged
+        self.loss.done = trainer.state.ranks.from_main(known or not judged)
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
 
     def on_step_start(self, trainer: Trainer) -> None:
         self.cursor_before = trainer.state.data_loader.cursor
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        windows, sources, epochs = zip(*trainer.state.rows_of_all_ranks(batches))
+        (n_tokens,) = trainer.state.ranks.total(sum(b.input_ids.numel() for b in batches))
         trainer.keeper.observe(
             BatchDrawn(
                 step=trainer.state.step + 1,
                 cursor_before=self.cursor_before,
                 cursor_after=trainer.state.data_loader.cursor,
-                sample_ids=tuple(i for b in batches for i in b.sample_ids),
-                epoch=batches[-1].epoch,
-                n_tokens=sum(b.input_ids.numel() for b in batches),
-                sources=tuple(s for b in batches for s in b.sources),
-                epochs=tuple(e for b in batches for e in b.epochs),
+                sample_ids=windows,
+                epoch=max(epochs),
+                n_tokens=n_tokens,
+                sources=sources,
+                epochs=epochs,
             )
         )
         self.loss.watch(trainer.state, batches)
@@ -149,6 +152,7 @@ class GateEvents(Callback):
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         observe, step = trainer.keeper.observe, report.step
         evaluating = tuple(n for n, m in trainer.state.model.named_modules() if not m.training)
+        evaluating = trainer.state.ranks.names_of_all(evaluating)
         observe(ModuleModes(step, "training", wrong=evaluating))
         observe(
             StepTaken(
@@ -208,7 +212,7 @@ class GateEvents(Callback):
                 prefix_tokens=found.prefix_tokens,
                 matched_tokens=found.matched_tokens,
                 n_held_out=found.n_held_out,
-                held_out=found.held_out,
+                held_out=state.ranks.ahead(found.held_out),
             )
         )
 
@@ -364,7 +368,8 @@ class SdcCheck(Callback):
     def _compare(self, trainer: Trainer, compute: Callable[[], dict[str, int]]) -> None:
         started = time.perf_counter()
         found = compute()
-        changed, self.expected = differing(self.expected, found), None
+        own, self.expected = differing(self.expected, found), None
+        changed = trainer.state.ranks.names_of_all(own)
         trainer.keeper.charge(RECOMPUTED_STEP, self.seconds + time.perf_counter() - started)
         trainer.keeper.observe(
             Recomputed(step=trainer.state.step, n_compared=len(found), differing=changed)
@@ -381,7 +386,7 @@ def gradient_checksums(state: TrainState, batches: Sequence[Batch]) -> dict[str,
     scaler = state.scaler.state_dict()
     with torch.random.fork_rng(devices=devices):
         for _ in range(steps.MAX_OVERFLOW_RETRIES):
-            loss_nats, _ = steps.accumulate(state, batches)
+            loss_nats, *_ = steps.accumulate(state, batches)
             grads = opt.gradients(state.model)
             norm = opt.global_norm(grads)
             if not steps.overflowed(state, loss_nats, float(norm)):

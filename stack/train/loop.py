@@ -27,9 +27,9 @@ from stackproof.train.trainer import RestartPoint, Sample, Trainer, close
 AGAIN = "stack train --resume DIR, or the same command again if DIR has no run.json"
 
 
-def train(opened: AbstractContextManager[Trainer]) -> Record:
+def train(opened: AbstractContextManager[Trainer]) -> Record | None:
     """Train to the last step, an early stop or a signal. `opened` is one of stackproof.train.start.
-    Returns the record.
+    Returns the record; None on the ranks that write none.
 
     Raises GateFailed if a gate halts the run, Stopped after a signal,
     StreamExhausted if the corpus ends and may not wrap.
@@ -62,6 +62,9 @@ def train(opened: AbstractContextManager[Trainer]) -> Record:
                 sample(trainer)
             trainer.callbacks.on_step_end(trainer, trainer.report)
 
+            # A signal to one rank is a signal to all.
+            requests.agree(state.ranks)
+
             # Save before a request to stop is honoured, so that no step is lost.
             new_best = evaluated and state.best.get("step") == state.step
             asked = requests.checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
@@ -79,7 +82,7 @@ def train(opened: AbstractContextManager[Trainer]) -> Record:
             status = "early_stopped"
             reason = f"no significant gain for {state.stopper.wait} evaluations"
         trainer.callbacks.on_train_end(trainer, status)
-        return close(trainer, status, reason, 0)
+        return close(trainer, status, reason, 0) if trainer.output.ranks.is_main else None
 
 
 @contextmanager
@@ -138,9 +141,8 @@ def evaluate(trainer: Trainer) -> bool:
         if val.loss_nats < state.best.get("val_loss_nats", float("inf")):
             state.best = {"step": state.step, "val_loss_nats": val.loss_nats}
         options = {"device": state.device, "autocast": state.autocast}
-        report.memorization = memorization(
-            state.model, trainer.batches, trainer.held_out, **options
-        )
+        read = state.ranks.from_main(trainer.batches)
+        report.memorization = memorization(state.model, read, trainer.held_out, **options)
         trainer.callbacks.on_evaluation(trainer, report, decision)
         state.last_val_nats = val.loss_nats
     return decision.stop
@@ -154,7 +156,12 @@ def held_out_loss(trainer: Trainer) -> Evaluation:
 def _loss(trainer: Trainer, batches: list[Batch]) -> Evaluation:
     state, sizes = trainer.state, trainer.dataset.tokenizer.token_bytes
     return evaluate_batches(
-        state.model, batches, sizes, device=state.device, autocast=state.autocast
+        state.model,
+        batches,
+        sizes,
+        device=state.device,
+        autocast=state.autocast,
+        ranks=state.ranks,
     )
 
 

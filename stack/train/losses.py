@@ -17,6 +17,7 @@ from stackproof.contracts.conditions import ensure, require
 from stackproof.contracts.events import LossMeasured
 from stackproof.data.data_loader import Batch
 from stackproof.data.packing import IGNORE_INDEX
+from stackproof.distributed.tensors import is_divided, whole
 from stackproof.kernels import dispatch
 from stackproof.model.forward_context import ExpertLoad
 from stackproof.train.state import AUTOCAST, TrainState
@@ -29,8 +30,14 @@ from stackproof.train.state import AUTOCAST, TrainState
 @ensure(lambda result: result.ndim == 0, "the sum is one number")
 def linear_cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
     """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX, where p =
-    softmax(x·headᵀ). Returned in float32, shape ().
+    softmax(x·headᵀ). Returned in float32, shape (). The head may be divided along the vocabulary.
     """
+    if is_divided(head_VD):
+        from stackproof.kernels import vocabulary_parallel
+
+        return vocabulary_parallel.linear_cross_entropy(
+            x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX
+        )
     nats, _ = dispatch.linear_cross_entropy(
         x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX
     )
@@ -108,7 +115,7 @@ class LossOfFirstStep:
             ids_BT,
             labels_BT == IGNORE_INDEX,
             next_BT=next_BT,
-            head=state.model.head_weight.detach(),
+            head=whole(state.model.head_weight.detach()),
             scale=state.scaler.get_scale(),
         )
         self.unread.append(unread)
@@ -129,13 +136,17 @@ class LossOfFirstStep:
             return None
         n = len(self.batches)
         off = abs(len(self.unread) - n * n_rounds)  # passes that are missing or too many
-        readings, changed = resolve(self.unread[-n:], self.changed[-n:])
+        own, changed = resolve(self.unread[-n:], self.changed[-n:])
+        n_labels, n_changed = state.ranks.total(
+            sum(count_valid(b.labels) for b in self.batches),
+            int(sum(changed)) + off * len(self.batches[0].input_ids),
+        )
         event = loss_measured(
             state.step,
-            readings,
-            n_labels=sum(count_valid(b.labels) for b in self.batches),
+            [reading for readings in state.ranks.of_data_ranks(own) for reading in readings],
+            n_labels=n_labels,
             reported_nats=reported_nats,
-            n_changed_rows=int(sum(changed)) + off * len(self.batches[0].input_ids),
+            n_changed_rows=n_changed,
         )
         self.batches, self.unread, self.changed = (), [], []
         self.seconds += time.perf_counter() - began

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from stackproof.config import optim as declared
 from stackproof.config.optim import Optim
 from stackproof.contracts.conditions import ensure, require
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.distributed.tensors import local_part, part_like, whole
 
 # --- which parameter is in which group ------------------------------------------------------------
 
@@ -150,12 +152,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp(gradients, means, group["momentum"]) if group["nesterov"] else means
         )
         dtype = getattr(torch, group["dtype"])
-        turned_NAB = orthogonalise(torch.stack(tuple(ahead)), steps=group["ns_steps"], dtype=dtype)
+        # Every rank turns whole matrices, and keeps its part of each.
+        matrices = torch.stack([whole(matrix) for matrix in ahead])
+        turned_NAB = orthogonalise(matrices, steps=group["ns_steps"], dtype=dtype)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * shape_factor(*parameters[0].shape, group["lr_scale"])
-        torch._foreach_add_(
-            parameters, list(turned_NAB.to(parameters[0].dtype).unbind()), alpha=-lr
-        )
+        turned = [part_like(p, t) for p, t in zip(parameters, turned_NAB.to(parameters[0].dtype))]
+        torch._foreach_add_(parameters, turned, alpha=-lr)
 
 
 # --- the table of optimizers ----------------------------------------------------------------------
@@ -276,8 +279,10 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 @ensure(lambda result: result.ndim == 0, "the norm is one number")
 def global_norm(grads: list[Tensor]) -> Tensor:
-    """L2 norm over all tensors together, float32, shape (), on their device."""
-    return torch.nn.utils.get_total_norm(grads)
+    """L2 norm over all tensors together, and over all parts of divided ones, float32, shape (), on
+    their device.
+    """
+    return whole(torch.nn.utils.get_total_norm(grads))
 
 
 @require(lambda max_norm: max_norm > 0, "the clip norm is positive")
@@ -285,11 +290,13 @@ def clip_gradients(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their global norm is at most `max_norm`;
     a smaller one stays as it is.
     """
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    parts = [local_part(g) for g in grads]
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 class ParameterProbe:
-    """Compares a few entries of every parameter before and after an update.
+    """Compares a few entries of every parameter before and after an update: of a divided one, of
+    the part of each rank.
 
     The entries are strided through each tensor: rows that a batch did not touch
     cannot hide that others moved.
@@ -297,11 +304,11 @@ class ParameterProbe:
 
     ENTRIES = 64
 
-    def __init__(self, model: nn.Module):
-        self._views = []
+    def __init__(self, model: nn.Module, ranks: Ranks = ONE_PROCESS):
+        self._views, self._ranks = [], ranks
         for p in model.parameters():
             if p.requires_grad:
-                flat = p.detach().view(-1)
+                flat = local_part(p.detach()).view(-1)
                 self._views.append(flat[:: max(1, flat.numel() // self.ENTRIES)])
         self._before = torch.cat(self._views)
         sizes = torch.tensor([v.numel() for v in self._views])
@@ -310,13 +317,14 @@ class ParameterProbe:
         )
 
     def changed_frac(self) -> Tensor:
-        """Share of tensors (0-1) with a probed entry that differs from the last call, shape (),
-        float64, on their device.
+        """Share of tensors (0-1) with a probed entry that differs from the last call, on any rank,
+        shape (), float64, on their device.
         """
         now = torch.cat(self._views)
         n_changed = torch.zeros(len(self._views), dtype=torch.float64, device=now.device)
         n_changed.index_add_(0, self._tensor_of_entry, (now != self._before).double())
         self._before = now
+        n_changed = self._ranks.maximum(n_changed)
         # Divide by a tensor: a GPU multiplies with the inverse of a Python number,
         # and all would not be exactly 1.
         return (n_changed > 0).sum() / torch.full_like(n_changed[0], len(n_changed))

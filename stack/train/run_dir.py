@@ -58,7 +58,8 @@ SERIES = (
 MANIFEST = "manifest.json"
 STEPPED = SERIES[:5]  # cut back when a run continues from an earlier step
 MAX_SERIES_BYTES = 2**32
-FOLDERS = ("repro", "archive", "tensorboard")
+RANKS = "ranks"
+FOLDERS = ("repro", "archive", "tensorboard", RANKS)
 SEAL = "sha256"  # of run.json without this key
 
 
@@ -104,8 +105,9 @@ class Log:
 class RunDir:
     """Paths and append-only logs of one run. One process writes to it at a time."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, rank: int = 0):
+        """The directory of a run; the other ranks of a run log into one of their own below it."""
+        self.path = path if rank == 0 else path / RANKS / f"{rank:05d}"
         self.checkpoints = path / "checkpoints"
         self.sha256, self.sealed = "", False  # of run.json, as it was written or read
         self._ended = True  # so far as is known

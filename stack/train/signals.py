@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from stackproof.distributed.ranks import Ranks
+
 STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
 
 
@@ -33,6 +35,11 @@ class Requests:
     def defer(self, on_checkpoint: Callable[[], None]) -> None:
         """Let signals wait for the end of a step from now on; SIGUSR1 is acknowledged at once."""
         self.deferred, self.on_checkpoint = True, on_checkpoint
+
+    def agree(self, ranks: Ranks) -> None:
+        """Take over the requests that any rank has received."""
+        stop, checkpoint = ranks.highest(self.stop or 0, self.checkpoint)
+        self.stop, self.checkpoint = stop or None, bool(checkpoint)
 
     def _on_stop(self, number: int, frame) -> None:
         # A scheduler repeats SIGTERM until the process ends; only a person means a second Ctrl-C.

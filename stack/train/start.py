@@ -17,6 +17,7 @@ from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
+from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
@@ -61,7 +62,7 @@ from stackproof.train.restart import (
 )
 from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.signals import uninterrupted
-from stackproof.train.state import AUTOCAST, build_state
+from stackproof.train.state import AUTOCAST, build_state, divide
 from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
 
 CLAIM = (
@@ -85,6 +86,7 @@ def fresh(
     run_dir: Path,
     callbacks: Sequence[Callback] = (),
     *,
+    ranks: Ranks = ONE_PROCESS,
     parent: Path | None = None,
     continued: bool = False,
     only: Sequence[str] | None = None,
@@ -96,7 +98,8 @@ def fresh(
     With `continued` only the curriculum may change: the child takes over the parent's history and
     archives its samples. `only` installs just these gates, to prove them one by one; no command
     offers it. `recorded_in` is the environment of a record whose kernels are used, to repeat it.
-    An exception inside the context closes the record of the run and propagates.
+    `ranks` are the processes of the run, each of which calls this. An exception inside the context
+    closes the record of the run and propagates.
     """
     # The parent is verified before anything is created: a damaged one leaves no half-made child.
     loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
@@ -105,11 +108,13 @@ def fresh(
     if continued:
         _refuse_continuing(cfg, overrides, loaded)
     # Lock the directory for the whole run: two processes must never write to it.
-    directory = RunDir(run_dir)
-    directory.create()
-    with file_lock(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
+    directory = RunDir(run_dir, rank=ranks.rank)
+    with ranks.main_first():
+        directory.create()
+    device = resolve_device(cfg.device)
+    with file_lock(directory.path, "run"), kernels_of(cfg, device, recorded_in):
         directory.open()
-        trainer = setup(cfg, overrides, directory, callbacks, only=only)
+        trainer = setup(cfg, overrides, directory, callbacks, ranks=ranks, only=only)
         # From here on an exception closes the record, so that a failed run is evidence as well.
         with recorded(trainer):
             if loaded is None:
@@ -117,6 +122,7 @@ def fresh(
             else:
                 trainer.output.inherited_s = loaded.state["wall_s"]
             run_preflight(trainer, None)
+            take_part(trainer)
             # Written after the gates and before step 1: only a run that passed them can be resumed.
             write_atomically(
                 directory.path / "tokenizer.json", trainer.dataset.tokenizer.to_bytes()
@@ -150,10 +156,12 @@ def resume(
     changed: RunConfig,
     callbacks: Sequence[Callback] = (),
     *,
+    ranks: Ranks = ONE_PROCESS,
     at: int | None = None,
 ) -> Iterator[Trainer]:
     """A run continued at its latest checkpoint, or at that of step `at`; at the seed if a kill came
-    before its first checkpoint. `changed` is its configuration after `--set`.
+    before its first checkpoint. `changed` is its configuration after `--set`; the number of `ranks`
+    may be another one than before.
 
     Raises ConfigError if anything but the keys of BESIDE_TRAINING changes, CheckpointError if
     nothing can be loaded, or if checkpoint, run.json and logs are not of one run.
@@ -165,15 +173,18 @@ def resume(
     _refuse_changes(directory, document, changed, sets)
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
-    with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
+    own = directory if ranks.is_main else RunDir(run_dir, rank=ranks.rank)
+    own.path.mkdir(parents=True, exist_ok=True)
+    with file_lock(own.path, "run"), kernels_of(changed, device, environment_then):
         loaded = latest_checkpoint(directory, at)
         if loaded is None:
             refuse_child_at_seed(directory, document)
         marks = marks_of(directory, document, loaded)
-        red = red_verdicts(directory, changed)
-        directory.open()
+        red = red_verdicts(directory, changed) if ranks.is_main else {}
+        own.open()
         former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
-        trainer = setup(changed, [*former, *sets], directory, callbacks, document=document)
+        overrides = [*former, *sets]
+        trainer = setup(changed, overrides, own, callbacks, ranks=ranks, document=document)
         _refuse_other_data(trainer, document)
         step, record = loaded.state["step"] if loaded else 0, trainer.output.record
         trainer.output.inherited_s = document["inherited_s"]
@@ -185,7 +196,7 @@ def resume(
         with recorded(trainer):
             others = state_processes(record, document, trainer.processes)
             if loaded is None:
-                directory.restore_logs({})
+                own.restore_logs({})
             # The gates run again, as the code or the machine may have changed since.
             try:
                 run_preflight(trainer, document["n_eval_batches"])
@@ -196,13 +207,14 @@ def resume(
                     if loaded is not None:
                         trainer.log_red_preflight()
                 raise
+            take_part(trainer)
             cut = _return_to(trainer, loaded, marks, red)
             if loaded is not None:
                 _continue(trainer, loaded, resumed=True)
             for text in others:
                 trainer.callbacks.on_message(text)
             now = iso(utc_now())
-            directory.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
+            own.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
             yield trainer
 
 
@@ -252,11 +264,12 @@ def setup(
     directory: RunDir,
     callbacks: Sequence[Callback] = (),
     *,
+    ranks: Ranks = ONE_PROCESS,
     document: dict | None = None,
     only: Sequence[str] | None = None,
 ) -> Trainer:
-    """Open data, record and gates and build the training state.
-    `document` is the run.json of a run that is resumed.
+    """Open data, record and gates and build the training state, whole on every rank.
+    `document` is the run.json of a run that is resumed. Rank 0 has the gates.
     """
     # Settings of the process come before the first tensor, which they apply to.
     spec, watching = load_spec(), CallbackList(callbacks)
@@ -282,7 +295,8 @@ def setup(
     if document:
         record.continue_record(document["record"], document["started_at"])
         record.command = document["command"]
-    dataset = prepare(cfg.data, on_progress=watching.on_data)
+    with ranks.main_first():
+        dataset = prepare(cfg.data, on_progress=watching.on_data)
 
     # Memory is required as soon as the vocabulary is known, before the model takes it.
     vocab_size = dataset.tokenizer.vocab_size
@@ -294,6 +308,8 @@ def setup(
     if document:  # the kernels are those of the record, and so is how they were chosen
         then = document["environment"]
         chosen |= {k: then[k] for k in chosen if k.endswith("_origin") and k in then}
+    mesh = {f"mesh_{name}": size for name, size in ranks.sizes.as_dict().items()}
+    chosen |= {"world_size": ranks.sizes.world_size, **mesh} if ranks.sizes.world_size > 1 else {}
     record.environment = environment(str(device), allocator=allocator, **chosen)
     record.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":
@@ -309,7 +325,7 @@ def setup(
         spec,
         kind="train",
         waivers=cfg.gates.waive,
-        only=only,
+        only=only if ranks.is_main else (),
         config=cfg.to_dict(),
         on_verdict=lambda gate_id, step, verdict: trainer.log_verdict(gate_id, step, verdict),
     )
@@ -318,31 +334,34 @@ def setup(
     trainer = Trainer(
         state=build_state(cfg, dataset, device),
         dataset=dataset,
-        output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint)),
+        output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint), ranks),
         keeper=keeper,
         callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, SdcCheck()]),
         peak_flops=probe_peak_flops(device),
-        flops_per_step=flops_per_step(cfg, vocab_size),
+        flops_per_step=flops_per_step(cfg, vocab_size) / ranks.sizes.world_size,
     )
     return trainer
 
 
 def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
-    """Check all preflight gates and draw the held-out batches: as many as the stop rule needs,
-    or `n_eval_batches`.
+    """Check all preflight gates, on rank 0, and draw the held-out batches: as many as the stop rule
+    needs, or `n_eval_batches`.
 
     Raises DataError if the held-out split is too short, and GateFailed for the first red gate that
     halts, after all gates were run.
     """
     cfg, dataset, device = trainer.cfg, trainer.dataset, trainer.state.device
     trainer.callbacks.on_phase("preflight")
-    started = time.perf_counter()
-    # The gates draw random numbers, which must not shift those of the run.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        settings = {"state": trainer.state, "n_eval_batches": n_eval_batches}
-        subject = subject_of(cfg, dataset, device, **settings)
-        n = subject.stopping.n_eval_batches
-        trainer.keeper.preflight(subject, trainer.callbacks.on_preflight)
+    started, ranks = time.perf_counter(), trainer.output.ranks
+    with ranks.main_first():
+        if ranks.is_main:
+            # The gates draw random numbers, which must not shift those of the run.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                settings = {"state": trainer.state, "n_eval_batches": n_eval_batches}
+                subject = subject_of(cfg, dataset, device, **settings)
+                n_eval_batches = subject.stopping.n_eval_batches
+                trainer.keeper.preflight(subject, trainer.callbacks.on_preflight)
+    n = ranks.from_main(n_eval_batches)
     trainer.output.record.metric(
         "preflight_s", round(time.perf_counter() - started, 3), "s", better="lower"
     )
@@ -362,6 +381,13 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
                     "curriculum.kind=static"
                 ),
             )
+
+
+def take_part(trainer: Trainer) -> None:
+    """Divide the state that the preflight gates have judged among the ranks of the run."""
+    match trainer.output.ranks:
+        case ProcessGroup() as ranks:
+            divide(trainer.state, ranks)
 
 
 @contextmanager
@@ -391,7 +417,8 @@ def _return_to(
     directory, cut = trainer.output.dir, 0
     if loaded is not None:
         step = loaded.state["step"]
-        cut = directory.rewind(step) if marks is None else directory.restore_logs(marks)
+        stated = marks is not None and trainer.output.ranks.is_main
+        cut = directory.restore_logs(marks) if stated else directory.rewind(step)
         # The gates see the resume after their own state, with which they judge it.
         _restore(trainer, loaded, KEPT_MOMENTS)
         with restoring(loaded):

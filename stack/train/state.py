@@ -4,8 +4,9 @@ and checksums of it.
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from stackproof.config import RunConfig
 from stackproof.data import curriculum
 from stackproof.data.data_loader import Batch, DataLoader
 from stackproof.data.prepare import Dataset
+from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
+from stackproof.distributed.tensors import local_part
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stackproof.model.build import build_model, compile_hidden_states
 from stackproof.model.foreign import plain_name
@@ -39,7 +42,8 @@ class TrainState:
 
     `features` is the forward of the model up to its head, compiled if declared; `loads` holds the
     expert loads of each micro-batch of the last step; `best` holds step and loss of the best
-    evaluation.
+    evaluation. `ranks` are the processes of the run, of which each holds its part of model and
+    optimizer.
     """
 
     cfg: RunConfig
@@ -51,6 +55,7 @@ class TrainState:
     probe: opt.ParameterProbe
     device: torch.device
     features: Any
+    ranks: Ranks = field(default_factory=OneProcess)
     loads: list = field(default_factory=list)
     step: int = 0
     tokens_seen: int = 0
@@ -66,7 +71,26 @@ class TrainState:
 
     def next_batches(self) -> list[Batch]:
         """The micro-batches of the next step, from the data loader."""
-        return [self.data_loader.next_batch() for _ in range(self.cfg.accumulation())]
+        n_micro_steps = self.cfg.accumulation(self.ranks.sizes.n_data_ranks)
+        return [self.data_loader.next_batch() for _ in range(n_micro_steps)]
+
+    def rows_of_all_ranks(self, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
+        """Window, source and epoch of every row of a step, in the order of the sampler: micro-step
+        by micro-step, within it rank by rank. `batches` are those of this rank.
+        """
+        own = [
+            number
+            for batch in batches
+            for row in zip_longest(batch.sample_ids, batch.sources, batch.epochs, fillvalue=0)
+            for number in row
+        ]
+        ranks, n = self.ranks.rows(own), len(own) // len(batches)
+        return [
+            tuple(numbers[i : i + 3])
+            for first in range(0, len(own), n)
+            for numbers in ranks
+            for i in range(first, first + n, 3)
+        ]
 
     def update_ema(self, loss_nats: float) -> None:
         """Exponential mean of the training loss (decay 0.98) and its minimum so far."""
@@ -109,6 +133,21 @@ def state_around(
     )
 
 
+def divide(state: TrainState, ranks: ProcessGroup) -> None:
+    """Divide a fresh state, which every rank has built alike, among the ranks of a run: model,
+    optimizer and rows.
+    """
+    from stackproof.model.parallelize import parallelize
+
+    parallelize(state.model, ranks.mesh, compiled=state.cfg.train.compile)
+    state.optimizer = opt.make_optimizer(state.model, state.cfg.optim)
+    state.probe = opt.ParameterProbe(state.model, ranks)
+    state.features = state.model.hidden_states
+    loader = state.data_loader
+    loader.rank, loader.world_size = ranks.data_rank, ranks.sizes.n_data_ranks
+    state.ranks = ranks
+
+
 def make_data_loader(cfg: RunConfig, dataset: Dataset, *, cursor: int = 0) -> DataLoader:
     """The data loader of the training split, at a position."""
     seed = stream_seed(cfg.seed, "order")
@@ -146,8 +185,8 @@ def named_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor as they are in memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    """The bytes of a tensor as they are in the memory of this rank."""
+    return local_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def crc32_by_name(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
 
     # fp16 gradients may overflow under a finite loss: lower the loss scale and compute them again.
     for retries in range(MAX_OVERFLOW_RETRIES):
-        loss_nats, n_valid = accumulate(state, batches)
+        loss_nats, n_valid, n_tokens = accumulate(state, batches)
         grads = opt.gradients(state.model)
         norm = opt.global_norm(grads)
         grad_norm = float(norm)
@@ -117,7 +117,6 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
         opt.global_norm(grads), state.probe.changed_frac(), *shares
     )
     # Count last, since `step` counts finished updates.
-    n_tokens = sum(b.input_ids.numel() for b in batches)
     state.step = step
     state.tokens_seen += n_tokens
     state.update_ema(loss_nats)
@@ -132,7 +131,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
         changed_tensor_frac=changed,
         overflow_retries=retries,
         expert_shares=tuple(expert_shares),
-        sample_ids=tuple(i for b in batches for i in b.sample_ids),
+        sample_ids=tuple(window for window, _, _ in state.rows_of_all_ranks(batches)),
         epoch=batches[-1].epoch,
         n_tokens=n_tokens,
         n_valid_tokens=n_valid,
@@ -140,25 +139,36 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     )
 
 
-@require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")
-def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Gradients of the mean loss over all valid labels, left unscaled in `.grad`;
-    expert loads are left in `state.loads`.
+class Accumulated(NamedTuple):
+    """Mean loss, nats, and the counts of valid labels and of tokens, over all data ranks."""
 
-    Returns (mean loss in nats, number of valid labels). Raises DataError if no label is valid.
+    loss_nats: float
+    n_valid: int
+    n_tokens: int
+
+
+@require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")
+def accumulate(state: TrainState, batches: Sequence[Batch]) -> Accumulated:
+    """Gradients of the mean loss over all valid labels of all data ranks, left unscaled in `.grad`;
+    expert loads are left in `state.loads`. `batches` are those of this rank.
+
+    Raises DataError if no label is valid.
     """
-    n_valid = sum(losses.count_valid(b.labels) for b in batches)
+    n_valid, n_tokens = state.ranks.total(
+        sum(losses.count_valid(b.labels) for b in batches),
+        sum(b.input_ids.numel() for b in batches),
+    )
     if n_valid == 0:
         raise DataError(
             "no label of this step is valid",
             value="0 valid labels",
             next_step="check the label mask",
         )
-    n_tokens = sum(b.input_ids.numel() for b in batches)
     state.optimizer.zero_grad(set_to_none=True)
     state.loads.clear()
     total_nats = 0.0
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        state.ranks.reduce_gradients(state.model, now=i == len(batches) - 1)
         with state.autocast():
             x_BTD, report = state.features(*model_inputs(batch, state.device))
             labels_BT = batch.labels.to(state.device, non_blocking=True)
@@ -168,8 +178,9 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
         state.scaler.scale(nats / n_valid + balance / n_tokens).backward()
         total_nats = total_nats + nats.detach()
         state.loads.append(report.loads)
+    moe.add_over_ranks(state.loads, state.ranks.sum)
     state.scaler.unscale_(state.optimizer)
-    return float(total_nats) / n_valid, n_valid
+    return Accumulated(float(state.ranks.sum(total_nats)) / n_valid, n_valid, n_tokens)
 
 
 def overflowed(state: TrainState, loss_nats: float, grad_norm: float) -> bool:

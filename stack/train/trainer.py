@@ -17,6 +17,7 @@ from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.evaluate.baselines import (
     bigram_bits_per_byte,
     uniform_loss_nats,
@@ -172,7 +173,8 @@ class StepTimer:
 
 @dataclass
 class RunOutput:
-    """What a run writes: its directory with logs, its record, its checkpoints.
+    """What a process of a run writes: its directory with logs, and rank 0 the record and the
+    checkpoints.
 
     `inherited_s` are the seconds that its parents had trained before;
     `carried` are files taken over from a parent.
@@ -181,6 +183,7 @@ class RunOutput:
     dir: RunDir
     record: RecordBuilder
     writer: checkpoint.Writer
+    ranks: Ranks = ONE_PROCESS
     inherited_s: float = 0.0
     carried: list[Artefact] = field(default_factory=list)
 
@@ -233,7 +236,7 @@ class Trainer:
         yield
         started = time.perf_counter()
         after = state_checksums(self.state)
-        changed = differing(before, after)
+        changed = self.state.ranks.names_of_all(differing(before, after))
         self.keeper.charge("evaluation.leaves-no-trace", spent + time.perf_counter() - started)
         self.keeper.observe(
             StateCompared(self.state.step, section, n_compared=len(after), differing=changed)
@@ -281,10 +284,13 @@ def recorded(trainer: Trainer) -> Iterator[None]:
     The exception propagates; a GateFailed carries it as `record`.
     """
     try:
-        yield
+        with trainer.output.ranks.watched():
+            yield
     except BaseException as error:
         with uninterrupted():
             _finish_writing(trainer)
+            if not trainer.output.ranks.is_main:
+                raise
             try:
                 record = close(trainer, *_ending(trainer, error))
             except StackproofError as e:  # the first error is the one to report

@@ -1,0 +1,1 @@
+"""Several processes of one run: their launch, process group, mesh, and how they end together."""

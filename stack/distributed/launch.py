@@ -1,0 +1,57 @@
+"""Starting several processes of one command on this machine, by torch's elastic agent."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from stackproof.spec.errors import EXIT_CODES, RankLost
+
+# Set for the processes that the agent starts.
+THREADS = "OMP_NUM_THREADS"
+
+
+def is_worker() -> bool:
+    """Whether torchrun, or `launch`, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def restarts() -> int:
+    """How often the agent has restarted the processes of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch(arguments: Sequence[str], n_processes: int, *, max_restarts: int) -> int:
+    """Run `python -m stackproof ARGUMENTS` in several processes until all have ended. If one fails,
+    the agent ends the others and starts all again, up to `max_restarts` times. Returns the exit
+    code of rank 0, or that of the rank which failed first.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // n_processes)))
+    with tempfile.TemporaryDirectory(prefix="stackproof-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=n_processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
+        except ChildFailedError as e:
+            return exit_code({rank: failure.exitcode for rank, failure in e.failures.items()})
+        except SignalException as e:
+            return 75 if e.sigval.name == "SIGTERM" else 130
+    return 0
+
+
+def exit_code(codes: Mapping[int, int]) -> int:
+    """The exit code of a launch from those of its failed ranks; negative ones are signals."""
+    documented = [codes[rank] for rank in sorted(codes) if codes[rank] in EXIT_CODES]
+    return documented[0] if documented else RankLost.exit_code

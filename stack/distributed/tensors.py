@@ -1,0 +1,29 @@
+"""Tensors that are divided among ranks (DTensor), read without importing torch.distributed."""
+
+from torch import Tensor
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor assembled from the parts of all ranks: for a DTensor a collective operation."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def part_like(divided: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, which every rank holds, divided as another one is."""
+    if not is_divided(divided):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = divided.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=divided.placements)
