@@ -36,7 +36,7 @@ def cache_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     }
     errors = {}
     for name, sizes in ways.items():
-        cache, got, start = sampling.cache(len(ids)), [], 0
+        cache, got, start = sampling.cache(), [], 0
         for size in sizes:
             got.append(sampling.logits(model, ids[:, start : start + size], cache))
             start += size

@@ -125,7 +125,7 @@ class Sampling:
         """
 
     @capability
-    def cache(self, batch_size: int) -> object:
+    def cache(self) -> object:
         """An empty key-value cache of the run's model."""
 
     @capability

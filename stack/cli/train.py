@@ -1,6 +1,8 @@
 """`stack train`."""
 
 import math
+import sys
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +13,10 @@ from stackproof.cli.options import Json, Plugins, Sets, examples
 from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.config import trackers
+from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
+from stackproof.spec.records import Record
 
 app = Typer()
 EXAMPLES = examples(
@@ -71,6 +75,14 @@ def train(
     ] = None,
     plugin: Plugins = None,
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
+    nproc: Annotated[
+        int,
+        Option(min=1, help="Processes on this machine; parallel.* divides the run among them."),
+    ] = 1,
+    restarts: Annotated[
+        int,
+        Option(min=0, help="With --nproc: how often to start again after a process was lost."),
+    ] = 0,
     tracker: Annotated[
         list[str] | None, Option(help="Mirror metrics to a tracker: tensorboard. Repeatable.")
     ] = None,
@@ -79,7 +91,7 @@ def train(
         Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop."),
     ] = False,
     json: Json = False,
-) -> None:
+) -> int | None:
     """Train a model with its gates and write a record.
 
     Without arguments it trains a model of about a million parameters on the documentation of the
@@ -128,11 +140,8 @@ def train(
     cfg, overrides = _resolve(recipe, depth, data, resume, parent, sets=sets, device=device)
     if dry_run:
         return _dry_run(cfg, overrides, json)
-    from stackproof.cli.console import ProgressReporter
     from stackproof.data import plugins
-    from stackproof.replay.bundle import ReproRecorder
-    from stackproof.train import loop, start
-    from stackproof.train.callbacks import TRACKERS
+    from stackproof.distributed import launch
     from stackproof.train.run_dir import default_run_dir
 
     if resume and run_dir:
@@ -141,23 +150,61 @@ def train(
             value=str(run_dir),
             next_step="drop --run-dir, or use --fork",
         )
-    watching = (TRACKERS[name]() for name in tracker or ())
-    callbacks = [ProgressReporter(quiet=json), ReproRecorder(), *watching]
+    if launch.is_worker() and not (resume or run_dir):
+        raise UsageError(
+            "the processes of a run need one folder, and each would choose its own",
+            next_step="add --run-dir DIR, a folder that all of them share",
+        )
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
+    if nproc > 1 and not launch.is_worker():
+        mesh_sizes(cfg, nproc)
+        named = () if resume or run_dir else ("--run-dir", str(directory))
+        return launch.launch((*sys.argv[1:], *named), nproc, max_restarts=restarts)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
-        if resume:
-            given = (resume, overrides, cfg, callbacks)
-            done = start.completed(*given) if at is None else None
-            record = done or loop.train(start.resume(*given, at=at))
-        else:
-            lineage = {"parent": parent, "continued": bool(continue_from)}
-            record = loop.train(start.fresh(cfg, overrides, directory, callbacks, **lineage))
+        lineage = {"parent": parent, "continued": bool(continue_from)}
+        if launch.restarts() and (directory / "run.json").is_file():
+            resume, at = directory, None
+        record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
+    if record is None:
+        return
     document = {"run_dir": str(directory), "record": record.id}
     document |= {"status": record.status, "exit_code": record.exit_code}
     document["metrics"] = {name: m.value for name, m in record.metrics.items()}
     document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
     emit(document, json)
+
+
+def _run(
+    cfg: Any,
+    overrides: Any,
+    directory: Path,
+    resume: Path | None,
+    at: int | None,
+    tracker: Sequence[str],
+    quiet: bool,
+    lineage: dict[str, Any],
+) -> Record | None:
+    """Train as one of the processes of a run. Returns the record, on rank 0."""
+    from stackproof.cli.console import ProgressReporter
+    from stackproof.distributed.process_group import joined
+    from stackproof.replay.bundle import ReproRecorder
+    from stackproof.train import loop, start
+    from stackproof.train.callbacks import TRACKERS
+    from stackproof.train.device import resolve_device
+
+    with joined(cfg, resolve_device(cfg.device)) as ranks:
+        callbacks = []
+        if ranks.is_main:
+            watching = (TRACKERS[name]() for name in tracker)
+            callbacks = [ProgressReporter(quiet=quiet), ReproRecorder(), *watching]
+        if not resume:
+            return loop.train(
+                start.fresh(cfg, overrides, directory, callbacks, ranks=ranks, **lineage)
+            )
+        given = (resume, overrides, cfg, callbacks)
+        done = start.completed(*given, ranks=ranks) if at is None else None
+        return done or loop.train(start.resume(*given, ranks=ranks, at=at))
 
 
 def _resolve(

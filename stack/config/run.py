@@ -1,5 +1,6 @@
 """The other sections of the configuration, and the configuration of a run."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -200,9 +201,19 @@ class RunConfig(Frozen):
     def tokens_per_micro_step(self) -> int:
         return self.train.micro_batch_size * self.model.max_seq_len
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.train.tokens_per_step // self.model.max_seq_len
+
+    def micro_batch_rows(self, n_data_ranks: int = 1) -> int:
+        """Rows of a micro-batch on each of the ranks that draw other rows: train.micro_batch_size,
+        or a divisor of it where a rank has fewer rows or another multiple.
+        """
+        return math.gcd(self.rows_per_step // n_data_ranks, self.train.micro_batch_size)
+
     def accumulation(self, n_data_ranks: int = 1) -> int:
         """Micro-steps of one optimizer step on each of the ranks that draw other rows."""
-        return self.train.tokens_per_step // (self.tokens_per_micro_step * n_data_ranks)
+        return self.rows_per_step // (n_data_ranks * self.micro_batch_rows(n_data_ranks))
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -48,9 +48,9 @@ def of_a_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in COLLECTIVE_ERRORS)
 
 
-def find(store: dist.Store, rank: int, world_size: int) -> RankLost:
+def find(store: dist.Store, rank: int, world_size: int) -> RankLost | None:
     """The error of a rank whose collective operation failed: what another rank has announced, or
-    else the ranks that do not answer, with the place where each of them was.
+    else the ranks that do not answer, with the place where each of them was. None if all answer.
     """
     store.set(f"stackproof/alive/{rank}", b"1")
     until = time.monotonic() + SURVIVORS_S
@@ -62,7 +62,7 @@ def find(store: dist.Store, rank: int, world_size: int) -> RankLost:
         if time.monotonic() > until or not silent:
             break
         time.sleep(0.05)
-    return _silent(store, silent, last_operation())
+    return _silent(store, silent, last_operation()) if silent else None
 
 
 def lost(rank: int, document: dict[str, Any]) -> RankLost:
@@ -78,7 +78,7 @@ def _silent(store: dist.Store, ranks: Sequence[int], operation: str) -> RankLost
         known = store.check([place_of(rank)])
         places.append(f"rank {rank} at {store.get(place_of(rank)).decode() if known else 'start'}")
     return RankLost(
-        f"a collective operation did not return; without an answer: {', '.join(places) or 'none'}",
+        f"a collective operation did not return; without an answer: {', '.join(places)}",
         value=operation,
         allowed="an answer of every rank within parallel.timeout_s",
         next_step=(

@@ -70,18 +70,15 @@ def mesh_sizes(cfg: RunConfig, world_size: int) -> MeshSizes:
 
 
 def _require_rows(cfg: RunConfig, sizes: MeshSizes) -> None:
-    per_micro_step = cfg.tokens_per_micro_step * sizes.n_data_ranks
-    if cfg.train.tokens_per_step % per_micro_step:
-        n = cfg.train.tokens_per_step // cfg.tokens_per_micro_step
+    if cfg.rows_per_step % sizes.n_data_ranks:
         raise ConfigError(
-            "the micro-batches of a step cannot be dealt evenly to the data ranks",
+            "the rows of a step cannot be dealt evenly to the data ranks",
             value=(
-                f"{n} micro-batches (train.tokens_per_step / (train.micro_batch_size × "
-                f"model.max_seq_len)) to parallel.replicate × parallel.shard = "
-                f"{sizes.n_data_ranks} ranks"
+                f"{cfg.rows_per_step} rows (train.tokens_per_step / model.max_seq_len) to "
+                f"parallel.replicate × parallel.shard = {sizes.n_data_ranks} ranks"
             ),
-            allowed="a number of micro-batches that the ranks divide",
-            next_step="lower train.micro_batch_size, or change the mesh",
+            allowed="a number of rows that the ranks divide",
+            next_step="change --nproc, the mesh, or train.tokens_per_step",
         )
 
 

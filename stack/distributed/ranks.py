@@ -266,7 +266,9 @@ class ProcessGroup:
         try:
             yield
         except BaseException as error:
-            if failure.of_a_collective(error):
-                raise failure.find(self.store, self.rank, self.world_size) from error
+            if failure.of_a_collective(error) and (
+                lost := failure.find(self.store, self.rank, self.world_size)
+            ):
+                raise lost from error
             failure.announce(self.store, self.rank, error)
             raise

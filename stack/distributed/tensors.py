@@ -1,6 +1,9 @@
 """Tensors that are divided among ranks (DTensor), read without importing torch.distributed."""
 
-from torch import Tensor
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -27,3 +30,16 @@ def part_like(divided: Tensor, whole: Tensor) -> Tensor:
     mesh = divided.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=divided.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 keeps after a forward without a backward."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+def inference(model: nn.Module) -> AbstractContextManager:
+    """torch's inference mode; only without gradients for a divided model, since FSDP2 moves its
+    parameters, and inference mode forbids that.
+    """
+    return torch.no_grad() if hasattr(model, "reshard") else torch.inference_mode()

@@ -20,6 +20,7 @@ from stackproof.contracts.conditions import ensure, require
 from stackproof.data.data_loader import model_inputs
 from stackproof.data.packing import IGNORE_INDEX
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.distributed.tensors import reshard
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import bits_per_byte
 
@@ -74,6 +75,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        reshard(model)
 
 
 def token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

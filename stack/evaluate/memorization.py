@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stackproof.distributed.tensors import inference
 from stackproof.evaluate.bits_per_byte import evaluating
 
 PASSAGES, PASSAGE_TOKENS = 32, 64  # the first half of a passage is the prompt
@@ -30,7 +31,7 @@ def matched(
     of the passage, so one forward over the passage is sufficient.
     """
     given, found = ids_NW.shape[1] // 2, []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), inference(model):
         for rows in ids_NW.split(ROWS_AT_ONCE):
             with autocast():
                 x_RWD, _ = model.hidden_states(rows[:, :-1].to(device))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import ensure, require
+from stackproof.distributed.tensors import inference, is_divided
 from stackproof.evaluate.bits_per_byte import Autocast, evaluating, token_nats
 from stackproof.model.forward_context import KVCache
 
@@ -128,7 +129,7 @@ def generate(
     of the context, recomputed, with and without a cache. The mode of every module is restored.
     """
     tokens, start, cache = list(ids), 0, None
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), inference(model):
         reader = laid_out_for_rows(model, max_new_tokens)
         while len(tokens) - len(ids) < max_new_tokens:
             moved = window_start(len(tokens), start, model.cfg.max_seq_len)
@@ -155,7 +156,8 @@ def laid_out_for_rows(model: nn.Module, n_tokens: int) -> nn.Module:
     A product with a single row then reads its matrix sequentially, which is faster than one output
     after another.
     """
-    if model.embed.weight.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
+    table = model.embed.weight
+    if is_divided(table) or table.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
         return model
     matrices = (p for p in model.parameters() if p.ndim == 2)
     return copy.deepcopy(

@@ -14,13 +14,15 @@ from stackproof.spec.errors import UsageError
 
 
 class LayerCache:
-    """Preallocated keys and values of one layer.
+    """Keys and values of one layer, in memory that the first of them allocate for all: with tensor
+    parallelism a rank has some of the heads.
 
     A layer with hard capacity holds those of the tokens it read, their positions, and all scores.
     """
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype):
-        self.store = torch.zeros(2, *shape, device=device, dtype=dtype)
+    def __init__(self, room: int, device: torch.device | str, dtype: torch.dtype):
+        self.room, self.device, self.dtype = room, device, dtype
+        self.store: Tensor | None = None
         self.filled = 0
         self.score_BT: Tensor | None = None
         self.position_BS: Tensor | None = None
@@ -30,11 +32,15 @@ class LayerCache:
 
         Raises UsageError beyond the context length.
         """
-        stop, room = self.filled + k_BKTH.shape[2], self.store.shape[3]
-        if stop > room:
+        stop = self.filled + k_BKTH.shape[2]
+        if stop > self.room:
             raise UsageError(
-                "the cache is full", value=f"{stop} positions", allowed=f"max_seq_len = {room}"
+                "the cache is full", value=f"{stop} positions", allowed=f"max_seq_len = {self.room}"
             )
+        if self.store is None:
+            n_rows, n_heads, _, width = k_BKTH.shape
+            shape = (2, n_rows, n_heads, self.room, width)
+            self.store = torch.zeros(shape, device=self.device, dtype=self.dtype)
         self.store[0, :, :, self.filled : stop] = k_BKTH
         self.store[1, :, :, self.filled : stop] = v_BKTH
         self.filled = stop
@@ -48,13 +54,11 @@ class KVCache:
     def __init__(
         self,
         cfg: ModelConfig,
-        batch_size: int = 1,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        shape = (batch_size, cfg.n_kv_heads, cfg.max_seq_len, cfg.head_dim)
-        self.layers = [LayerCache(shape, device, dtype) for _ in range(cfg.n_layers)]
+        self.layers = [LayerCache(cfg.max_seq_len, device, dtype) for _ in range(cfg.n_layers)]
         self.length = 0
 
     def advance(self, n_tokens: int) -> None:
@@ -62,8 +66,8 @@ class KVCache:
         self.length += n_tokens
 
     def bytes(self) -> int:
-        """Memory of keys and values, bytes."""
-        return sum(c.store.numel() * c.store.element_size() for c in self.layers)
+        """Memory of keys and values, bytes; 0 before the first of them."""
+        return sum(c.store.nbytes for c in self.layers if c.store is not None)
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
         fully_shard(module, mesh=data_mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by the count of all ranks already.
+            # The loss is divided by the count of all ranks already: gradients are plain sums.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
 
 

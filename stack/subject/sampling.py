@@ -18,8 +18,8 @@ class RunSampling(RunParts, Sampling):
         with bits_per_byte.evaluating(model):
             return model(ids_BT.to(self.device), cache).cpu()
 
-    def cache(self, batch_size: int) -> KVCache:
-        return KVCache(self.cfg.model, batch_size, device=self.device)
+    def cache(self) -> KVCache:
+        return KVCache(self.cfg.model, device=self.device)
 
     def token_probs(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stackproof import tensorfile, tensorfolder
 from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
+from stackproof.distributed.tensors import local_part, part_like, whole
 from stackproof.model.foreign import plain_name
 from stackproof.spec.canonical import canonical_json, read_json, sha256_json
 from stackproof.spec.checksums import require_unchanged
@@ -79,15 +80,15 @@ def optimizer_slots(state: TrainState) -> dict[str, tuple[Tensor, str]]:
 
 
 def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """Every tensor of a checkpoint, live, by file and name."""
+    """Every tensor of a checkpoint, live, by file and name; divided ones are assembled."""
     held = state.optimizer.state
     moments = {
-        name: held[parameter][field].detach()
+        name: whole(held[parameter][field].detach())
         for name, (parameter, field) in optimizer_slots(state).items()
         if field in held.get(parameter, ())
     }
     return {
-        "model.safetensors": model_tensors(state.model),
+        "model.safetensors": {n: whole(t) for n, t in model_tensors(state.model).items()},
         "state.safetensors": moments | default_rng_state(),
     }
 
@@ -495,7 +496,7 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 value=tuple(given[name].shape),
                 allowed=tuple(parameter.shape),
             )
-        parameter.copy_(given[name])
+        local_part(parameter).copy_(local_part(part_like(parameter, given[name])))
 
 
 def restore(state: TrainState, loaded: Loaded) -> list[str]:
@@ -538,7 +539,9 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
             ),
         )
     for name, (parameter, field) in slots.items() if given else ():
-        state.optimizer.state[parameter][field] = tensors[name].to(parameter.device).clone()
+        tensor = tensors[name].to(parameter.device)
+        moment = part_like(parameter, tensor) if tensor.shape == parameter.shape else tensor
+        state.optimizer.state[parameter][field] = moment.clone()
 
 
 class SyncWriter:

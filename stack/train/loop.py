@@ -207,8 +207,11 @@ def save(trainer: Trainer) -> None:
     )
     with trainer.read_only("save"):
         snapshot = checkpoint.capture(state, document, copied=writer.copied)
-        write = partial(_write, trainer, snapshot, written_checkpoint(trainer, point.folder))
-        writer.start(write, partial(_written, trainer, point))
+        written = written_checkpoint(trainer, point.folder)
+        # Every rank takes part in assembling the state; rank 0 writes it.
+        if state.ranks.is_main:
+            write = partial(_write, trainer, snapshot, written)
+            writer.start(write, partial(_written, trainer, point))
         trainer.callbacks.on_save(trainer, point.folder)
 
 
@@ -256,9 +259,12 @@ def complete_save(trainer: Trainer, folder: Path) -> None:
     point = restart_point(trainer, folder)
     with trainer.read_only("save"):
         saved = written_checkpoint(trainer, folder, published=True)
-        trainer.keeper.artifact(Subject(saved=saved), step=trainer.state.step)
-        checkpoint.point(trainer.output.dir.checkpoints, "latest", folder)
+        if trainer.state.ranks.is_main:
+            trainer.keeper.artifact(Subject(saved=saved), step=trainer.state.step)
+            checkpoint.point(trainer.output.dir.checkpoints, "latest", folder)
         trainer.callbacks.on_save(trainer, folder)
+    if not trainer.state.ranks.is_main:
+        return
     # Later folders, if an older step was chosen, stay until the next save has succeeded.
     _written(trainer, point, folder, with_later=False)
 

@@ -219,7 +219,12 @@ def resume(
 
 
 def completed(
-    run_dir: Path, sets: Sequence[Override], changed: RunConfig, callbacks: Sequence[Callback] = ()
+    run_dir: Path,
+    sets: Sequence[Override],
+    changed: RunConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Record | None:
     """The record of a run that has completed, with its checkpoint verified; None if steps are left.
     Raises as `resume`.
@@ -230,6 +235,8 @@ def completed(
     directory = RunDir(run_dir)
     document = directory.read_run()
     _refuse_changes(directory, document, changed, sets)
+    if not ranks.is_main:
+        return record
     with file_lock(run_dir, "run"):
         marks_of(directory, document, latest_checkpoint(directory, None))
         if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums

@@ -18,7 +18,7 @@ from stackproof.data import curriculum
 from stackproof.data.data_loader import Batch, DataLoader
 from stackproof.data.prepare import Dataset
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
-from stackproof.distributed.tensors import local_part
+from stackproof.distributed.tensors import local_part, whole
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stackproof.model.build import build_model, compile_hidden_states
 from stackproof.model.foreign import plain_name
@@ -145,6 +145,7 @@ def divide(state: TrainState, ranks: ProcessGroup) -> None:
     state.features = state.model.hidden_states
     loader = state.data_loader
     loader.rank, loader.world_size = ranks.data_rank, ranks.sizes.n_data_ranks
+    loader.rows = state.cfg.micro_batch_rows(loader.world_size)
     state.ranks = ranks
 
 
@@ -195,8 +196,10 @@ def crc32_by_name(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def live_crc32(state: TrainState) -> dict[str, int]:
-    """CRC-32 of every tensor that a checkpoint must hold, by its name there."""
-    return crc32_by_name((n.removeprefix("weights."), t) for n, t in named_tensors(state))
+    """CRC-32 of every tensor that a checkpoint must hold, by its name there; divided ones are
+    assembled.
+    """
+    return crc32_by_name((n.removeprefix("weights."), whole(t)) for n, t in named_tensors(state))
 
 
 def gradient_crc32(model: nn.Module) -> dict[str, int]:
@@ -207,8 +210,8 @@ def gradient_crc32(model: nn.Module) -> dict[str, int]:
 
 
 def state_checksums(state: TrainState) -> dict[str, Any]:
-    """What a read-only section must leave unchanged: tensors and random state by CRC-32, modes,
-    data position, loss scale.
+    """What a read-only section must leave unchanged on this rank: tensors and random state by
+    CRC-32, modes, data position, loss scale.
     """
     modes = {f"mode.{n}": m.training for n, m in state.model.named_modules()}
     counters = {
@@ -216,7 +219,7 @@ def state_checksums(state: TrainState) -> dict[str, Any]:
         "scaler": state.scaler.state_dict(),
         "step": state.step,
     }
-    return live_crc32(state) | modes | counters
+    return crc32_by_name(named_tensors(state)) | modes | counters
 
 
 def digest(state: TrainState) -> dict[str, Any]:

@@ -111,8 +111,11 @@ def test_too_long_inputs_and_full_caches_are_refused():
 def test_cache_memory_is_the_share_of_key_value_heads():
     grouped = TINY.model_copy(update={"n_heads": 4, "n_kv_heads": 1})
     full = TINY.model_copy(update={"n_heads": 4, "n_kv_heads": 4})
+    caches = KVCache(full), KVCache(grouped)
+    for cfg, cache in zip((full, grouped), caches):
+        build_model(cfg, 30, seed=1)(torch.zeros(1, 3, dtype=torch.int64), cache)
     # k,v · layers · heads · S · H · bytes
-    assert KVCache(full).bytes() == 4 * KVCache(grouped).bytes() == 2 * 2 * 4 * 20 * 4 * 4
+    assert caches[0].bytes() == 4 * caches[1].bytes() == 2 * 2 * 4 * 20 * 4 * 4
 
 
 def test_every_parameter_gets_a_finite_gradient():

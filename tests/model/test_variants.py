@@ -116,7 +116,7 @@ def test_every_parameter_gets_a_gradient_and_is_counted(cfg):
 @given(combinations(), st.integers(1, 32), st.integers(0, 99))
 def test_a_cache_changes_nothing(cfg, first, seed):
     model, ids = wide(cfg, seed).eval(), draw_ids(2, 33, seed)
-    cache = KVCache(cfg, 2, dtype=torch.float64)
+    cache = KVCache(cfg, dtype=torch.float64)
     with torch.no_grad():
         parts = [model(ids[:, :first], cache)] + [
             model(ids[:, t : t + 1], cache) for t in range(first, 33)

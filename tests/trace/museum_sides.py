@@ -89,7 +89,7 @@ def documents(model):
 
 def prompt(model):
     """A cache that has read seven tokens."""
-    held = KVCache(model.cfg, 2)
+    held = KVCache(model.cfg)
     model(models.ids(tokens=7, seed=8), held)
     return {"cache": held}
 
