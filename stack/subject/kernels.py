@@ -103,7 +103,7 @@ class RunKernels(RunParts, Kernels):
         devices = [self.device] if kind == "cuda" else []
         with torch.random.fork_rng(devices=devices), building():
             torch.manual_seed(i)
-            loss_nats, _ = steps.accumulate(replace(state, scaler=scaler), [self._batches[i]])
+            loss_nats, *_ = steps.accumulate(replace(state, scaler=scaler), [self._batches[i]])
         parameters = state.model.named_parameters()
         return loss_nats, {n: p.grad.detach().clone() for n, p in parameters if p.grad is not None}
 

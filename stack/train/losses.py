@@ -32,15 +32,13 @@ def linear_cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) 
     """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX, where p =
     softmax(x·headᵀ). Returned in float32, shape (). The head may be divided along the vocabulary.
     """
+    rows = x_BTD.flatten(0, 1), head_VD, labels_BT.flatten()
     if is_divided(head_VD):
         from stackproof.kernels import vocabulary_parallel
 
-        return vocabulary_parallel.linear_cross_entropy(
-            x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX
-        )
-    nats, _ = dispatch.linear_cross_entropy(
-        x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX
-    )
+        nats = vocabulary_parallel.linear_cross_entropy(*rows, ignore_index=IGNORE_INDEX)
+    else:
+        nats, _ = dispatch.linear_cross_entropy(*rows, ignore_index=IGNORE_INDEX)
     return nats
 
 

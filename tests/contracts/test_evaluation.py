@@ -20,6 +20,7 @@ from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.model import overfit_batch
 from stackproof.contracts.stopping import PairedSpread
 from stackproof.contracts.subject import Evaluation, Stopping, Subject, Trainee, Training
+from stackproof.distributed.ranks import ONE_PROCESS
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import DataError
@@ -309,7 +310,8 @@ def test_a_rise_within_noise_is_no_onset(spec):
 def test_diverging_plant_more_than_doubles(spec, subject, dataset):
     tokenizer = dataset.tokenizer
     batch = overfit_batch(tokenizer.vocab_size, tokenizer.eos_id, 24)
-    state = SimpleNamespace(model=subject.model.module, autocast=nullcontext, device="cpu")
+    parts = {"autocast": nullcontext, "device": "cpu", "ranks": ONE_PROCESS}
+    state = SimpleNamespace(model=subject.model.module, **parts)
     held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch])
 
     def verdicts():
