@@ -25,6 +25,13 @@ STACK_EVENTS = (
     events.StateCompared,
     events.Saved,
     events.Finished,
+    events.RanksJoined,
+    events.StateDivided,
+    events.RowsDealt,
+    events.StepRepeated,
+    events.ReplicasCompared,
+    events.EvaluationRepeated,
+    events.RankSpeeds,
 )
 FOREIGN_EVENTS = (
     events.Started,

@@ -372,6 +372,99 @@ class Sampled:
     found_in_corpus: Callable[[], float] | None = None
 
 
+# --- a run on several ranks -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RanksJoined:
+    """The ranks of a run were compared before its first step. `n_started` processes were started by
+    the launcher, `n_ranks` are in the process group; `differing` names what of the `n_compared`
+    parts of code, configuration, data, kernels and machine is not the same on all of them.
+    """
+
+    step: int
+    n_ranks: int
+    n_started: int
+    n_compared: int
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StateDivided:
+    """The weights and buffers that the ranks hold, assembled, were compared with those before they
+    were divided.
+    """
+
+    step: int
+    n_compared: int
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsDealt:
+    """The rows that all data ranks have for a step, against those of its position in the order.
+    `n_lost` rows of the order are on no rank, `n_repeated` are on more than one or are not of the
+    step; `n_foreign` hold other tokens than their window; `n_unequal` ranks of a tensor group hold
+    other rows than its first.
+    """
+
+    step: int
+    n_rows: int
+    n_lost: int
+    n_repeated: int
+    n_foreign: int
+    n_unequal: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRepeated:
+    """A step of all ranks was computed again by one process, from the same weights and rows.
+
+    `errors` are relative: of `loss`, `grad_norm`, of the clipped `gradient` (the worst tensor,
+    `worst`) and of the `update` that the optimizer makes of the gradients of all ranks. `counts`
+    are (all ranks, one process) of valid labels, tokens and expert choices.
+    """
+
+    step: int
+    n_compared: int
+    errors: Mapping[str, float]
+    worst: str
+    counts: Mapping[str, tuple[int, int]]
+    unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasCompared:
+    """Parts of the state that more than one rank holds were compared: weights, buffers, moments,
+    random state, learning rates and counters.
+    """
+
+    step: int
+    n_compared: int
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRepeated:
+    """An evaluation or a sample of all ranks was computed again by one process. `n_texts` counts
+    different texts among the ranks.
+    """
+
+    step: int
+    what: Literal["evaluation", "sample"]
+    rel_error: float
+    n_texts: int = 1
+    unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpeeds:
+    """Operations per second of one product on each rank, measured at the same time."""
+
+    step: int
+    flops_per_s: tuple[float, ...]
+
+
 Event = (
     Started
     | Resumed
@@ -393,4 +486,11 @@ Event = (
     | MemorizationMeasured
     | Sampled
     | StateCompared
+    | RanksJoined
+    | StateDivided
+    | RowsDealt
+    | StepRepeated
+    | ReplicasCompared
+    | EvaluationRepeated
+    | RankSpeeds
 )

@@ -165,8 +165,8 @@ def begun(gate: Gate) -> GateState:
 
 
 class Gatekeeper:
-    """Holds every gate that applies to a kind of run and its resolved `config`, and passes each
-    event to the runtime gates that watch its type.
+    """Holds every gate that applies to a kind of run, its resolved `config` and its number of
+    processes, and passes each event to the runtime gates that watch its type.
 
     `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict that is
     not not_run, and of the runtime verdicts for each red one and each green one with a message;
@@ -182,6 +182,7 @@ class Gatekeeper:
         waivers: Iterable[Waiver] = (),
         only: Iterable[str] | None = None,
         config: Mapping[str, Any] | None = None,
+        n_ranks: int = 1,
         on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: (
             None
         ),
@@ -202,7 +203,7 @@ class Gatekeeper:
         self.states = {
             g.id: begun(g)
             for g in spec.required(kind)
-            if (wanted is None or g.id in wanted) and g.applies_to(config or {})
+            if (wanted is None or g.id in wanted) and g.applies_to(config or {}, n_ranks)
         }
 
     def preflight(

@@ -100,9 +100,10 @@ class Gate(Frozen):
     by its module below `stackproof`.
 
     A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by
-    dotted key, and sets the keys in `needs` to more than 0. In all others it is absent: neither a
-    pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under
-    which the museum proves it, where its own run would not show it, and selects one of a list.
+    dotted key, and sets the keys in `needs` to more than 0, on `min_ranks` processes or more. In
+    all others it is absent: neither a pass nor a gap. A list in `when` allows each of its values.
+    `museum` holds further values under which the museum proves it, where its own run would not show
+    it, and selects one of a list.
     `hint` is where a person looks first when it is red. Beside one of the gates in `yields_to` it
     is reported as a consequence.
     """
@@ -120,6 +121,7 @@ class Gate(Frozen):
     kinds: tuple[str, ...] = ("train",)
     when: dict[str, bool | int | float | str | tuple[str, ...]] = {}
     needs: tuple[str, ...] = ()
+    min_ranks: int = Field(1, ge=1)
     museum: dict[str, bool | int | float | str] = {}
     limits: dict[str, Limit] = {}
     rates: Rates | None = None
@@ -130,10 +132,12 @@ class Gate(Frozen):
     def subsystem(self) -> str:
         return self.id.split(".")[0]
 
-    def applies_to(self, config: Mapping[str, Any]) -> bool:
-        """Whether a resolved configuration is one the gate is for.
+    def applies_to(self, config: Mapping[str, Any], n_ranks: int = 1) -> bool:
+        """Whether a resolved configuration on this many processes is one the gate is for.
         A key of another variant is absent, so the gate is not for it.
         """
+        if n_ranks < self.min_ranks:
+            return False
         set_ = all((_at(config, key) or 0) > 0 for key in self.needs)
         return set_ and all(
             _at(config, key) in allowed for key, allowed in _choices(self.when).items()
@@ -175,6 +179,8 @@ def normative_fields(entry: Mapping[str, Any]) -> dict:
     conditions = {
         "needs": list(entry.get("needs", ())),
         "when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(when.items())},
+        # A gate of every run states no number of processes.
+        "min_ranks": entry.get("min_ranks", 1) if entry.get("min_ranks", 1) > 1 else None,
     }
     return fields | {k: v for k, v in conditions.items() if v}
 

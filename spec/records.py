@@ -225,8 +225,12 @@ def left_out(spec: Spec, record: Record) -> list[str]:
     Valid only for a record of this version of the spec.
     """
     held = {g.id for g in record.gates}
+    world_size = record.environment.get("world_size")
+    n_ranks = world_size if isinstance(world_size, int) else 1
     return [
-        g.id for g in spec.required(record.kind) if g.id not in held and g.applies_to(record.config)
+        g.id
+        for g in spec.required(record.kind)
+        if g.id not in held and g.applies_to(record.config, n_ranks)
     ]
 
 

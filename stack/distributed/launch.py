@@ -16,6 +16,11 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
 
 
+def n_started() -> int:
+    """How many processes the launcher has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def restarts() -> int:
     """How often the agent has restarted the processes of this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

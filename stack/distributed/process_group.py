@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from stackproof.config import RunConfig
+from stackproof.distributed.launch import n_started
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
 from stackproof.spec.errors import UsageError
@@ -25,7 +26,7 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     Raises ConfigError if the mesh does not fit them, UsageError if another launcher started several
     processes that do not know of one another, RankLost if a rank ends or does not answer.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = n_started()
     sizes = mesh_sizes(cfg, world_size)
     if world_size == 1:
         _refuse_strangers()

@@ -32,6 +32,17 @@ def part_like(divided: Tensor, whole: Tensor) -> Tensor:
     return everywhere.redistribute(placements=divided.placements)
 
 
+def place_of_part(tensor: Tensor) -> str:
+    """Where the part of this rank begins in the whole tensor; empty for a tensor that is whole."""
+    if not is_divided(tensor):
+        return ""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes = tensor.shape, tensor.device_mesh, tensor.placements
+    shape, offset = compute_local_shape_and_global_offset(*sizes)
+    return f"{list(offset)}+{list(shape)}"
+
+
 def reshard(model: nn.Module) -> None:
     """Free the whole parameters that FSDP2 keeps after a forward without a backward."""
     if hasattr(model, "reshard"):

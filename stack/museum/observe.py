@@ -25,15 +25,15 @@ class Clock(Callback):
     """Notes the step of a run in which the planted line first ran."""
 
     def __init__(self) -> None:
-        self.before, self.began = touches(), None
+        self.before, self.began, self.elsewhere = touches(), None, 0
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         if self.began is None and self.ran():
             self.began = report.step
 
     def ran(self) -> int:
-        """How often planted code ran since the clock was made."""
-        return touches() - self.before
+        """How often planted code ran since the clock was made, in this process and `elsewhere`."""
+        return touches() - self.before + self.elsewhere
 
     def lived(self, step: int) -> int:
         """Steps from the first in which the line ran to this one, both counted.

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,11 @@ from stackproof.data.prepare import prepare
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity, reading
 from stackproof.model.build import build_model
-from stackproof.museum import script
+from stackproof.museum import ranks, script
 from stackproof.museum.collection import exportable, museum_config, write_texts
 from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stackproof.museum.plant import Plant, Trainer, load_museum
+from stackproof.museum.ranks import RankPool, pool
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import canonical_lines, sha256_file, sha256_json
 from stackproof.spec.errors import GateFailed
@@ -115,8 +116,14 @@ class Prover:
         self.root, self.spec, self.catalogue = root, load_spec(), load_catalogue()
         self.cfg = museum_config(root)
         self._runs = 0
+        self._open = ExitStack()
+        self._ranks: RankPool | None = None
         self._fruits: dict[str, Any] = {}
         self._controls: dict[str, Control] = {}
+
+    def close(self) -> None:
+        """End the processes that proofs on several ranks have started."""
+        self._open.close()
 
     def control(self, gates: list[Gate]) -> Controls:
         """Every gate without a plant, in each trainer it is for. In our trainer one run serves all
@@ -124,7 +131,8 @@ class Prover:
         """
         use_cache(self.root / "cache")
         found: Controls = {}
-        if together := [g for g in gates if "train" in g.kinds and not (g.when or g.needs)]:
+        alone = [g for g in gates if "train" in g.kinds and g.min_ranks == 1]
+        if together := [g for g in alone if not (g.when or g.needs)]:
             with watching() as worst:
                 try:
                     record = train(
@@ -144,6 +152,7 @@ class Prover:
     def config(self, gate: Gate, plant: Plant | None = None) -> RunConfig:
         """The configuration under which a gate, or one of its plants, is proven."""
         settings = gate.when | gate.museum | (dict(plant.museum) if plant else {})
+        settings = ranks.SETTINGS | settings if gate.min_ranks > 1 else settings
         fixed = {key: (value, f"gate {gate.id}") for key, value in settings.items()}
         return load_config(self.cfg, fixed=fixed)[0]
 
@@ -244,6 +253,8 @@ class Prover:
         if trainer == "script":
             return script.verdict_of(gate.id)
         cfg = self.config(gate, plant)
+        if gate.min_ranks > 1:
+            return self._on_ranks(gate, cfg, plant, *callbacks)
         if gate.moment == "preflight":
             dataset, device = prepare(cfg.data), torch.device("cpu")
             with kernels_of(cfg, device):
@@ -256,6 +267,24 @@ class Prover:
             record = train(fresh(cfg, (), self.run_dir(), callbacks, only=(gate.id,)))
             result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
+
+    def _on_ranks(
+        self, gate: Gate, cfg: RunConfig, plant: Plant | None, *clocks: Clock
+    ) -> tuple[Verdict, int | None]:
+        """The gate's verdict in a run on several processes, each with the plant."""
+        if self._ranks is None:
+            self._ranks = self._open.enter_context(pool())
+        planted = (gate.id, plant and plant.id, self.root / "cache", self.run_dir())
+        answers = self._ranks.run(f"{ranks.__name__}:judge", cfg, *planted, n_ranks=gate.min_ranks)
+        judged = [answer.value for answer in answers if answer.value is not None]
+        for clock in clocks:
+            clock.elsewhere += sum(one.touches for one in judged)
+            clock.began = min((one.began for one in judged if one.began), default=None)
+        for one in judged:
+            if one.verdict is not None:
+                return one.verdict, one.step
+        errors = [answer.raised or answer.value.error for answer in answers]
+        raise RuntimeError(f"no rank has a verdict: {' / '.join(errors)}")
 
     def _export(self, gate: Gate) -> GateResult:
         """Verdict on an export of a small model; a red one raises."""
@@ -311,8 +340,7 @@ def prove(
     """
     gates, plants = selection(gate_ids), load_museum()
     kills = []
-    with workshop() as root:
-        prover = Prover(root)
+    with workshop() as root, closing(Prover(root)) as prover:
         controls = prover.control(gates)
         for gate in gates:
             for plant_id in gate.plants:

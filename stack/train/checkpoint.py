@@ -509,7 +509,7 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
     # In any order, but complete: a part that is left out starts again, and no loss curve shows it.
     document = loaded.state
     load_model(state.model, loaded.model)
-    _restore_optimizer(state, loaded.tensors)
+    restore_optimizer(state, loaded.tensors)
     set_default_rng_state(loaded.tensors)
     if state.scaler.is_enabled():
         state.scaler.load_state_dict(
@@ -524,7 +524,7 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
     return state.data_loader.sampler.load_state_dict(document["curriculum"])
 
 
-def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     slots = optimizer_slots(state)
     given = {n for n in tensors if n.startswith("optim.")}
     if given != slots.keys() and (given or state.step):

@@ -17,6 +17,7 @@ from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
+from stackproof.distributed.launch import n_started
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import file_lock
@@ -48,6 +49,7 @@ from stackproof.train.device import (
     resolve_device,
 )
 from stackproof.train.memory import keep_heap, lay_in_huge_pages, require_room
+from stackproof.train.rank_comparison import RankComparison, divide_compared
 from stackproof.train.restart import (
     former_processes,
     latest_checkpoint,
@@ -62,7 +64,7 @@ from stackproof.train.restart import (
 )
 from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.signals import uninterrupted
-from stackproof.train.state import AUTOCAST, build_state, divide
+from stackproof.train.state import AUTOCAST, build_state
 from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
 
 CLAIM = (
@@ -334,16 +336,18 @@ def setup(
         waivers=cfg.gates.waive,
         only=only if ranks.is_main else (),
         config=cfg.to_dict(),
+        n_ranks=max(ranks.sizes.world_size, n_started()),
         on_verdict=lambda gate_id, step, verdict: trainer.log_verdict(gate_id, step, verdict),
     )
     # Logs first, then the caller's callbacks, then the gates, which may end the run.
     gate_events = GateEvents(TrainingSplit(dataset, cfg.model.max_seq_len))
+    watching_too = SdcCheck(), RankComparison()
     trainer = Trainer(
         state=build_state(cfg, dataset, device),
         dataset=dataset,
         output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint), ranks),
         keeper=keeper,
-        callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, SdcCheck()]),
+        callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, *watching_too]),
         peak_flops=probe_peak_flops(device),
         flops_per_step=flops_per_step(cfg, vocab_size) / ranks.sizes.world_size,
     )
@@ -394,7 +398,7 @@ def take_part(trainer: Trainer) -> None:
     """Divide the state that the preflight gates have judged among the ranks of the run."""
     match trainer.output.ranks:
         case ProcessGroup() as ranks:
-            divide(trainer.state, ranks)
+            divide_compared(trainer, ranks)
 
 
 @contextmanager

@@ -1,0 +1,188 @@
+"""A pool of processes, started once, that take part in short runs on several ranks: for proofs and
+tests. Each run has a process group of its own.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from stackproof.config import RunConfig
+from stackproof.contracts.gate import Verdict
+from stackproof.spec.errors import GateFailed, StackproofError
+
+TIMEOUT_S = 300.0
+# Of the museum's run, where it is divided: dropout is for one process, and fewer steps suffice.
+SETTINGS = {
+    "model.dropout": 0.0,
+    "train.max_steps": 12,
+    "sample.every": 12,
+    "eval.every": 6,
+    "checkpoint.every": 12,
+    "parallel.compare_every": 4,
+}
+PRELOADED = ("stackproof.model.parallelize", "stackproof.train.start", "stackproof.museum.prove")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a job has returned on one rank, or the traceback of what it raised."""
+
+    value: Any = None
+    raised: str = ""
+
+
+class RankPool:
+    """Processes that wait for jobs. A job is a function, named "module:function", that every rank
+    calls with the same arguments, with the variables set that torchrun sets.
+    """
+
+    def __init__(self) -> None:
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._connections.append(ours)
+        self._processes.append(process)
+
+    def run(self, job: str, *arguments: Any, n_ranks: int = 2) -> list[Answer]:
+        """The answers of the ranks, in order. The first job of so many ranks starts them. Raises
+        TimeoutError, and ends the pool, if one does not answer.
+        """
+        while len(self._processes) < n_ranks:
+            self._start()
+        # As the agent of torchrun has it: the store outlives the ranks.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank, connection in enumerate(self._connections[:n_ranks]):
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": n_ranks,
+                "LOCAL_WORLD_SIZE": n_ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": True,
+            }
+            named = {name: str(value) for name, value in variables.items()}
+            connection.send((named, job, arguments))
+        answers = []
+        for rank, connection in enumerate(self._connections[:n_ranks]):
+            if not connection.poll(TIMEOUT_S):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not end {job}{arguments} in {TIMEOUT_S:g} s")
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                answers.append(Answer(raised="the process ended"))
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+
+
+@contextmanager
+def pool() -> Iterator[RankPool]:
+    """A pool until the block ends."""
+    ranks = RankPool()
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def _work(connection: Connection) -> None:
+    """Import what jobs need, then fork a process for each: its sockets close with it, and nothing
+    of a plant is left.
+    """
+    os.setsid()  # so that what is forked can be ended with it
+    for module in PRELOADED:
+        import_module(module)
+    import_module("torch").set_num_threads(1)
+    while True:
+        try:
+            variables, job, arguments = connection.recv()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            os.environ |= variables
+            connection.send(_answer(job, arguments))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            connection.send(Answer(raised=f"the process ended with {code}"))
+
+
+def _answer(job: str, arguments: tuple) -> Answer:
+    module, name = job.split(":")
+    try:
+        return Answer(getattr(import_module(module), name)(*arguments))
+    except BaseException:
+        return Answer(raised=traceback.format_exc())
+
+
+# --- a run of one gate ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one rank has seen of a gate: its verdict, on the rank that has the gates, the step of
+    the first red one, the error of a rank that has lost the run, how often planted code ran, and
+    the step in which it first did.
+    """
+
+    verdict: Verdict | None
+    step: int | None
+    error: str
+    touches: int
+    began: int | None
+
+
+def judge(cfg: RunConfig, gate_id: str, plant_id: str | None, cache: Path, run_dir: Path) -> Judged:
+    """One gate in a short run, on one of its ranks, with a plant in the code of this process."""
+    import torch
+
+    from stackproof.distributed.process_group import joined
+    from stackproof.museum.observe import Clock
+    from stackproof.museum.plant import load_museum
+    from stackproof.train.loop import train
+    from stackproof.train.start import fresh
+
+    os.environ["STACKPROOF_CACHE"] = str(cache)
+    clock, verdict, step, error = Clock(), None, None, ""
+    with ExitStack() as stack:
+        stack.enter_context(load_museum()[plant_id].apply() if plant_id else nullcontext())
+        try:
+            with joined(cfg, torch.device("cpu")) as ranks:
+                record = train(fresh(cfg, (), run_dir, (clock,), ranks=ranks, only=(gate_id,)))
+        except GateFailed as e:
+            if e.gate_id != gate_id:
+                raise
+            verdict, record = e.verdict, getattr(e, "record", None)
+        except StackproofError as e:
+            error, record = f"{type(e).__name__}: {e.what}", None
+    if record is not None:
+        result = next((g for g in record.gates if g.id == gate_id), None)
+        if result is not None:
+            verdict = Verdict(result.verdict, result.message, result.measured)
+            step = result.first_failure_step
+    return Judged(verdict, step, error, clock.ran(), clock.began)
