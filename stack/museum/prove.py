@@ -274,17 +274,19 @@ class Prover:
         """The gate's verdict in a run on several processes, each with the plant."""
         if self._ranks is None:
             self._ranks = self._open.enter_context(pool())
-        planted = (gate.id, plant and plant.id, self.root / "cache", self.run_dir())
-        answers = self._ranks.run(f"{ranks.__name__}:judge", cfg, *planted, n_ranks=gate.min_ranks)
+        planted = plant and plant.id, self.root / "cache", self.run_dir()
+        job = f"{ranks.__name__}:judge", cfg, (gate.id,), *planted
+        answers = self._ranks.run(*job, n_ranks=gate.min_ranks)
         judged = [answer.value for answer in answers if answer.value is not None]
         for clock in clocks:
             clock.elsewhere += sum(one.touches for one in judged)
             clock.began = min((one.began for one in judged if one.began), default=None)
         for one in judged:
-            if one.verdict is not None:
-                return one.verdict, one.step
+            if gate.id in one.verdicts:
+                return one.verdicts[gate.id]
         errors = [answer.raised or answer.value.error for answer in answers]
-        raise RuntimeError(f"no rank has a verdict: {' / '.join(errors)}")
+        reasons = [error.strip().splitlines()[-1] for error in errors]
+        raise RuntimeError(f"no rank has a verdict: {' / '.join(reasons)}")
 
     def _export(self, gate: Gate) -> GateResult:
         """Verdict on an export of a small model; a red one raises."""

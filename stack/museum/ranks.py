@@ -6,21 +6,22 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from stackproof.config import RunConfig
 from stackproof.contracts.gate import Verdict
-from stackproof.spec.errors import GateFailed, StackproofError
+from stackproof.spec.errors import StackproofError
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 180.0
 # Of the museum's run, where it is divided: dropout is for one process, and fewer steps suffice.
 SETTINGS = {
     "model.dropout": 0.0,
@@ -115,7 +116,7 @@ def _work(connection: Connection) -> None:
     os.setsid()  # so that what is forked can be ended with it
     for module in PRELOADED:
         import_module(module)
-    import_module("torch").set_num_threads(1)
+    torch.set_num_threads(1)
     while True:
         try:
             variables, job, arguments = connection.recv()
@@ -140,27 +141,25 @@ def _answer(job: str, arguments: tuple) -> Answer:
         return Answer(raised=traceback.format_exc())
 
 
-# --- a run of one gate ----------------------------------------------------------------------------
+# --- a run of some gates --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What one rank has seen of a gate: its verdict, on the rank that has the gates, the step of
-    the first red one, the error of a rank that has lost the run, how often planted code ran, and
-    the step in which it first did.
+    """What one rank has seen: the verdicts of its gates, with the step of the first red one, the
+    error that ended the run, how often planted code ran, and the step in which it first did.
     """
 
-    verdict: Verdict | None
-    step: int | None
+    verdicts: Mapping[str, tuple[Verdict, int | None]]
     error: str
     touches: int
     began: int | None
 
 
-def judge(cfg: RunConfig, gate_id: str, plant_id: str | None, cache: Path, run_dir: Path) -> Judged:
-    """One gate in a short run, on one of its ranks, with a plant in the code of this process."""
-    import torch
-
+def judge(
+    cfg: RunConfig, gate_ids: Sequence[str], plant_id: str | None, cache: Path, run_dir: Path
+) -> Judged:
+    """Some gates in a short run, on one of its ranks, with a plant in the code of this process."""
     from stackproof.distributed.process_group import joined
     from stackproof.museum.observe import Clock
     from stackproof.museum.plant import load_museum
@@ -168,21 +167,16 @@ def judge(cfg: RunConfig, gate_id: str, plant_id: str | None, cache: Path, run_d
     from stackproof.train.start import fresh
 
     os.environ["STACKPROOF_CACHE"] = str(cache)
-    clock, verdict, step, error = Clock(), None, None, ""
-    with ExitStack() as stack:
-        stack.enter_context(load_museum()[plant_id].apply() if plant_id else nullcontext())
+    clock, record, error = Clock(), None, ""
+    with load_museum()[plant_id].apply() if plant_id else nullcontext():
         try:
             with joined(cfg, torch.device("cpu")) as ranks:
-                record = train(fresh(cfg, (), run_dir, (clock,), ranks=ranks, only=(gate_id,)))
-        except GateFailed as e:
-            if e.gate_id != gate_id:
-                raise
-            verdict, record = e.verdict, getattr(e, "record", None)
+                run = fresh(cfg, (), run_dir, (clock,), ranks=ranks, only=tuple(gate_ids))
+                record = train(run)
         except StackproofError as e:
-            error, record = f"{type(e).__name__}: {e.what}", None
-    if record is not None:
-        result = next((g for g in record.gates if g.id == gate_id), None)
-        if result is not None:
-            verdict = Verdict(result.verdict, result.message, result.measured)
-            step = result.first_failure_step
-    return Judged(verdict, step, error, clock.ran(), clock.began)
+            error, record = f"{type(e).__name__}: {e.what}", getattr(e, "record", None)
+    verdicts = {
+        g.id: (Verdict(g.verdict, g.message, g.measured), g.first_failure_step)
+        for g in (record.gates if record else ())
+    }
+    return Judged(verdicts, error, clock.ran(), clock.began)

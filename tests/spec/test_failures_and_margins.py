@@ -17,7 +17,7 @@ def test_the_catalogue_holds_every_documented_failure(spec):
     catalogue = load_catalogue()
     assert len(catalogue.failures) == 103
     awaiting = catalogue.awaiting()
-    assert all(f.awaiting for f in awaiting) and {"SF-X01", "SF-PT4"} <= {f.id for f in awaiting}
+    assert all(f.awaiting for f in awaiting) and "SF-PT4" in {f.id for f in awaiting}
     for failure in catalogue.failures.values():
         assert (
             failure in awaiting or failure.rules or failure.tests or answering_gates(spec, failure)
