@@ -1,6 +1,8 @@
 """Gates of a run on several ranks: that it is the run of one process, only divided."""
 
 import statistics
+from collections import deque
+from types import SimpleNamespace
 from typing import ClassVar
 
 from stackproof.contracts.events import (
@@ -99,7 +101,7 @@ class OneProcessStep(RuntimeCheck):
 
     events = (StepRepeated, Finished)
 
-    def __init__(self, limits):
+    def __init__(self, limits: SimpleNamespace):
         super().__init__(limits)
         self.unknown = ""
 
@@ -174,17 +176,30 @@ class EvaluationOfOneProcess(RuntimeCheck):
 
 @decides("distributed.stragglers")
 class Stragglers(RuntimeCheck):
-    """No rank computes much slower than the others, which wait for it in every step."""
+    """No rank computes much slower than the others, which wait for it in every step. The best of a
+    rank's last `LOOKS` measurements counts, since other work may disturb one of them.
+    """
 
     events = (RankSpeeds,)
+    LOOKS = 3
+    kept = ("recent",)
+
+    def __init__(self, limits: SimpleNamespace):
+        super().__init__(limits)
+        self.recent: deque[tuple[float, ...]] = deque(maxlen=self.LOOKS)
 
     def observe(self, event: Event) -> Verdict:
-        slowest = min(range(len(event.flops_per_s)), key=lambda r: event.flops_per_s[r])
-        others = [f for rank, f in enumerate(event.flops_per_s) if rank != slowest]
-        ratio = event.flops_per_s[slowest] / statistics.median(others) if others else 1.0
+        speeds = event.flops_per_s
+        others = [speeds[:rank] + speeds[rank + 1 :] or speeds for rank in range(len(speeds))]
+        self.recent.append(tuple(s / statistics.median(o) for s, o in zip(speeds, others)))
+        # On another number of ranks the measurements of before do not compare.
+        looks = [look for look in self.recent if len(look) == len(speeds)]
+        best = [max(ratios) for ratios in zip(*looks)]
+        slowest = min(range(len(best)), key=best.__getitem__)
         return decide(
-            ratio >= self.limits.speed_frac_min,
-            f"step {event.step}: rank {slowest} computes at {ratio:.0%} of the speed of the others",
-            speed_frac=ratio,
+            len(looks) < self.LOOKS or best[slowest] >= self.limits.speed_frac_min,
+            f"step {event.step}: in {len(looks)} measurements rank {slowest} computed at most at "
+            f"{best[slowest]:.0%} of the median speed of the others",
+            speed_frac=best[slowest],
             slowest_rank=slowest,
         )

@@ -30,7 +30,7 @@ def announce(store: dist.Store, rank: int, error: BaseException) -> None:
     document = {"what": what[:2000], "exit_code": getattr(error, "exit_code", 1)}
     try:
         store.set(_end_of(rank), json.dumps(document))
-    except RuntimeError:  # the store is gone with its host: nobody is left to read it
+    except RuntimeError:  # the store is gone with its host, and all ranks with it
         return
 
 

@@ -24,7 +24,7 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     """The ranks of this run until the block ends: those that torchrun has started, or one process.
 
     Raises ConfigError if the mesh does not fit them, UsageError if another launcher started several
-    processes that do not know of one another, RankLost if a rank ends or does not answer.
+    processes without connecting them, RankLost if a rank ends or does not answer.
     """
     world_size = n_started()
     sizes = mesh_sizes(cfg, world_size)

@@ -1,4 +1,4 @@
-"""The processes of a run as the trainer sees them: one process, or a process group with a mesh.
+"""The processes of a run: one process, or a process group with a mesh.
 
 A rank is a process. The ranks of one tensor group hold parts of each matrix and read the same rows;
 data ranks read different rows.

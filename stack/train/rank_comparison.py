@@ -230,7 +230,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
 
 
 def rows_dealt(trainer: Trainer, dealt: Sequence[Sequence[Batch]]) -> RowsDealt:
-    """The rows of all ranks, in order of rank, held against the order of the data."""
+    """The rows of all ranks, in order of rank, compared with the order of the data."""
     state, tensor = trainer.state, trainer.state.ranks.sizes.tensor
     batches = [batch for own in dealt[::tensor] for batch in own]
     loader, stop = state.data_loader, state.data_loader.cursor

@@ -125,8 +125,8 @@ def test_a_loss_that_is_reported_too_high_halts_the_run(cfg, tmp_path, monkeypat
     honest = steps.accumulate
 
     def louder(state, batches):
-        nats, n_valid = honest(state, batches)
-        return 1.0001 * nats, n_valid
+        found = honest(state, batches)
+        return found._replace(loss_nats=1.0001 * found.loss_nats)
 
     monkeypatch.setattr(steps, "accumulate", louder)
     with pytest.raises(GateFailed, match="the reported loss is") as caught:

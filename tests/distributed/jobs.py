@@ -133,7 +133,7 @@ def tensor_counts(mesh: dict) -> list[int]:
 
 
 def lose_a_rank(how: str) -> tuple[str, int, str]:
-    """What a rank sees when the last one ends: error, exit code, and what it names."""
+    """The error of a rank when the last one ends, its exit code, and its text."""
     cfg = configuration({}, {"parallel.timeout_s": 5})
     try:
         with joined(cfg, CPU) as ranks:

@@ -31,7 +31,7 @@ def whole_run(ranks, cfg, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped_run(ranks, cfg, cache, tmp_path_factory):
-    """A run on two ranks, of which one was told to end after a step."""
+    """A run on two ranks, of which one got a SIGTERM after a step."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     assert run(ranks, cfg, folder, cache, STOPPED_AT) == ["Stopped 75", "Stopped 75"]
     return folder

@@ -92,7 +92,7 @@ def test_the_state_of_a_failure_is_that_of_all_its_plants(bare):
         "an older fingerprint is no kill"
     )
     assert state(first, second.model_copy(update={"control": "fail"})) == "planted"
-    assert proof.failure_state(catalogue, catalogue.failures["SF-X01"], {}) == "awaiting"
+    assert proof.failure_state(catalogue, catalogue.failures["SF-PT4"], {}) == "awaiting"
     assert (
         proof.failure_state(catalogue, catalogue.failures["SF-R05"], {})
         == "held by rules and tests"

@@ -201,7 +201,12 @@ def learn(state, n=2):
     ids = models.ids(rows=4, tokens=18, seed=9)
     batches = [
         SimpleNamespace(
-            input_ids=x[:, :-1], labels=x[:, 1:].contiguous(), sample_ids=(0, 1), epoch=0
+            input_ids=x[:, :-1],
+            labels=x[:, 1:].contiguous(),
+            sample_ids=(0, 1),
+            epoch=0,
+            sources=(0, 0),
+            epochs=(0, 0),
         )
         for x in ids.split(2)
     ]
