@@ -205,9 +205,9 @@ class ProcessGroup:
 
     def rows(self, numbers: Sequence[int]) -> list[list[int]]:
         own = torch.tensor(numbers, dtype=torch.int64)
-        found = torch.empty(self.world_size * len(own), dtype=torch.int64)
-        dist.all_gather_into_tensor(found, own, group=self.control)
-        return found.view(self.world_size, -1)[:: self.sizes.tensor].tolist()
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(found, own, group=self.control)
+        return [row.tolist() for row in found[:: self.sizes.tensor]]
 
     def dealt(self, items: Sequence[Item], compute: Callable[[Item], Any]) -> list[Any]:
         n = self.sizes.n_data_ranks

@@ -40,7 +40,6 @@ from stackproof.subject.assemble import subject_of
 from stackproof.train.device import kernels_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
-from stackproof.train.trainer import Callback
 
 CLAIM = "Each gate named here turned red on its plant and was green on the same stack without it."
 NOT_COVERED = (
@@ -245,7 +244,7 @@ class Prover:
         return self._run(gate, "stack")[0]
 
     def _run(
-        self, gate: Gate, trainer: Trainer, plant: Plant | None = None, *callbacks: Callback
+        self, gate: Gate, trainer: Trainer, plant: Plant | None = None, clock: Clock | None = None
     ) -> tuple[Verdict, int | None]:
         """The gate's verdict in one trainer, under the configuration of a plant, and the step at
         which it turned red in a run.
@@ -254,7 +253,7 @@ class Prover:
             return script.verdict_of(gate.id)
         cfg = self.config(gate, plant)
         if gate.min_ranks > 1:
-            return self._on_ranks(gate, cfg, plant, *callbacks)
+            return self._on_ranks(gate, cfg, plant, clock)
         if gate.moment == "preflight":
             dataset, device = prepare(cfg.data), torch.device("cpu")
             with kernels_of(cfg, device):
@@ -264,21 +263,22 @@ class Prover:
             if "import" in gate.kinds and result.verdict == "pass":
                 result = self._import(gate)
         else:
-            record = train(fresh(cfg, (), self.run_dir(), callbacks, only=(gate.id,)))
+            watching = (clock,) if clock else ()
+            record = train(fresh(cfg, (), self.run_dir(), watching, only=(gate.id,)))
             result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
 
     def _on_ranks(
-        self, gate: Gate, cfg: RunConfig, plant: Plant | None, *clocks: Clock
+        self, gate: Gate, cfg: RunConfig, plant: Plant | None, clock: Clock | None
     ) -> tuple[Verdict, int | None]:
-        """The gate's verdict in a run on several processes, each with the plant."""
+        """The gate's verdict in a run on several processes. With a clock each applies the plant."""
         if self._ranks is None:
             self._ranks = self._open.enter_context(pool())
-        planted = plant and plant.id, self.root / "cache", self.run_dir()
+        planted = plant.id if clock else None, self.root / "cache", self.run_dir()
         job = f"{ranks.__name__}:judge", cfg, (gate.id,), *planted
         answers = self._ranks.run(*job, n_ranks=gate.min_ranks)
         judged = [answer.value for answer in answers if answer.value is not None]
-        for clock in clocks:
+        if clock:
             clock.elsewhere += sum(one.touches for one in judged)
             clock.began = min((one.began for one in judged if one.began), default=None)
         for one in judged:
