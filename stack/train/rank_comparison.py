@@ -8,9 +8,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from stackproof.contracts.events import (
     StepRepeated,
 )
 from stackproof.data.data_loader import Batch
+from stackproof.data.sampler import Sampler
 from stackproof.distributed.launch import n_started
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.distributed.tensors import place_of_part, whole
@@ -86,6 +89,7 @@ class RankComparison(Callback):
         self.wanted: tuple[str, ...] = ()  # gates, as rank 0 has them
         self.reference: Reference | None = None
         self.repeated: set[str] = set()  # why this step is
+        self.order: tuple[Sampler, int] | None = None  # and the position, before a step is drawn
         self.compared: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
@@ -102,16 +106,24 @@ class RankComparison(Callback):
         )
         self._replicas(trainer)
 
+    def on_step_start(self, trainer: Trainer) -> None:
+        due = (trainer.state.step + 1) % trainer.cfg.parallel.compare_every == 0
+        if self.wanted and (due or FIRST not in self.compared):
+            # As it is before the draw, since a bandit keeps only its latest decision.
+            loader = trainer.state.data_loader
+            self.order = deepcopy(loader.sampler), loader.cursor
+
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         if not self.wanted:
             return
-        step, every = trainer.state.step + 1, trainer.cfg.parallel.compare_every
         with self._charged(trainer, STEP):
             self.repeated = self._kinds_of_step(trainer, batches)
-            if not self.repeated and step % every:
+            if not self.repeated and self.order is None:
                 return
             dealt = trainer.state.ranks.gathered(batches)
-            trainer.keeper.observe(rows_dealt(trainer, dealt))
+            if self.order is not None:
+                trainer.keeper.observe(rows_dealt(trainer, dealt, *self.order))
+                self.order = None
             if self.repeated and STEP in self.wanted:
                 of_data_ranks = dealt[:: trainer.state.ranks.sizes.tensor]
                 self.reference = reference_of(trainer, lambda alone: alone.take(of_data_ranks))
@@ -229,17 +241,23 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def rows_dealt(trainer: Trainer, dealt: Sequence[Sequence[Batch]]) -> RowsDealt:
-    """The rows of all ranks, in order of rank, compared with the order of the data."""
+def rows_dealt(
+    trainer: Trainer, dealt: Sequence[Sequence[Batch]], sampler: Sampler, cursor: int
+) -> RowsDealt:
+    """The rows of all ranks, in order of rank, compared with those that a sampler draws from a
+    position.
+    """
     state, tensor = trainer.state, trainer.state.ranks.sizes.tensor
     batches = [batch for own in dealt[::tensor] for batch in own]
-    loader, stop = state.data_loader, state.data_loader.cursor
-    wanted = loader.sampler.at(torch.arange(stop - trainer.cfg.rows_per_step, stop).numpy())
-    due = Counter(wanted.windows.tolist())
+    loader, due = state.data_loader, Counter()
+    n_rows = trainer.cfg.rows_per_step // trainer.cfg.accumulation(state.ranks.sizes.n_data_ranks)
+    for first in range(cursor, cursor + trainer.cfg.rows_per_step, n_rows):
+        sampler.decide(first, first + n_rows)
+        due.update(sampler.at(np.arange(first, first + n_rows)).windows.tolist())
     given = Counter(window for batch in batches for window in batch.sample_ids)
     foreign = unequal = 0
     for batch in batches:
-        rows = loader.stream.rows(torch.tensor(batch.sample_ids).numpy(), loader.seq_len)
+        rows = loader.stream.rows(np.array(batch.sample_ids), loader.seq_len)
         same = (torch.from_numpy(rows.input_ids) == batch.input_ids).all(1)
         same &= (torch.from_numpy(rows.labels) == batch.labels).all(1)
         foreign += int((~same).sum())
