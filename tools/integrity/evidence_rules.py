@@ -129,7 +129,7 @@ def ppl(repo: Repo, record: Record) -> Messages:
 
 @rule(
     "TOKENS",
-    title="Tokens are steps × batch × length × accumulation × world",
+    title="Tokens are steps × batch × length × accumulation × data ranks",
     why="A token count that does not close hides what was trained.",
     hint="supersede the record with a true one",
     over=each_record,
@@ -141,10 +141,13 @@ def tokens(repo: Repo, record: Record) -> Messages:
         translated(record.config)["model"]["max_seq_len"],
         translated(record.config)["train"],
     )
-    batch, world = train["micro_batch_size"], int(record.environment.get("world_size") or 1)
-    accumulation = train["tokens_per_step"] // (batch * length * world)
+    # Ranks of a tensor group read the same rows. Records of one process state no mesh.
+    mesh = [int(record.environment.get(f"mesh_{name}") or 1) for name in ("replicate", "shard")]
+    n_data_ranks, rows = math.prod(mesh), train["tokens_per_step"] // length
+    batch = math.gcd(rows // n_data_ranks, train["micro_batch_size"])
+    accumulation = rows // (n_data_ranks * batch)
     steps, seen = int(number(record, "steps")), number(record, "tokens_seen")
-    expected = formulas.tokens_seen(steps, batch, length, accumulation, world)
+    expected = formulas.tokens_seen(steps, batch, length, accumulation, n_data_ranks)
     if seen != expected:
         yield f"tokens_seen = {seen:.0f}, the arithmetic gives {expected}"
 
