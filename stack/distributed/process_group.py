@@ -1,6 +1,8 @@
 """Opening and closing the process group of a run, from the environment that torchrun sets."""
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +34,7 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
         _refuse_strangers()
         yield ONE_PROCESS
         return
+    _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
     store, rank, _ = next(dist.rendezvous("env://"))
@@ -49,6 +52,14 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
             ranks.highest(0)
     finally:
         dist.destroy_process_group()
+
+
+def _leave_out_known_warnings() -> None:
+    """Of each rank: that a norm or a save reduces over two mesh dimensions one after the other, which
+    costs little, and that an output of the model must not be changed in place, which it is not.
+    """
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _refuse_strangers() -> None:

@@ -107,6 +107,7 @@ def ended_by_the_system() -> Iterator[None]:
 
 def take_step(trainer: Trainer) -> None:
     """Draw the batches of one step and update the weights. The timer runs from before the draw."""
+    trainer.state.ranks.at(trainer.state.step + 1, "train step")
     trainer.callbacks.on_step_start(trainer)
     trainer.timer.start()
     trainer.batches = draw(trainer)
@@ -135,6 +136,7 @@ def evaluate(trainer: Trainer) -> bool:
     Returns whether the stop rule ends the run.
     """
     state, report = trainer.state, trainer.report
+    state.ranks.at(state.step, "evaluation")
     with trainer.read_only("evaluation"):
         trainer.evaluation = report.evaluation = val = held_out_loss(trainer)
         decision = state.stopper.update(val.batch_nats)
@@ -168,6 +170,7 @@ def _loss(trainer: Trainer, batches: list[Batch]) -> Evaluation:
 def sample(trainer: Trainer) -> None:
     """Draw a text from the model and score it."""
     state, cfg, tokenizer = trainer.state, trainer.cfg.sample, trainer.dataset.tokenizer
+    state.ranks.at(state.step, "sample")
     prompt_ids = [tokenizer.eos_id, *tokenizer.encode(cfg.prompt).ids]
     with trainer.read_only("sample"):
         ids = generate(
@@ -193,6 +196,7 @@ def save(trainer: Trainer) -> None:
     """Hand a checkpoint of this step to the writer, once the previous one is on disk."""
     state, tokenizer = trainer.state, trainer.dataset.tokenizer
     root, writer = trainer.output.dir.checkpoints, trainer.output.writer
+    state.ranks.at(state.step, "save")
     # One write at a time, and a failed one ends the run before the next save.
     writer.wait()
     # Capture all that the checkpoint states before a background write lets training continue.
