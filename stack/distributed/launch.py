@@ -44,6 +44,7 @@ def launch(arguments: Sequence[str], n_processes: int, *, max_restarts: int) -> 
             nproc_per_node=n_processes,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            run_id="stackproof",
             max_restarts=max_restarts,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )

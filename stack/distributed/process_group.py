@@ -55,8 +55,8 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
 
 
 def _leave_out_known_warnings() -> None:
-    """Of each rank: that a norm or a save reduces over two mesh dimensions one after the other, which
-    costs little, and that an output of the model must not be changed in place, which it is not.
+    """That a norm or a save reduces over two mesh dimensions one after the other, which costs
+    little, and that an output of the model must not be changed in place, which it is not.
     """
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
