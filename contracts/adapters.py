@@ -25,6 +25,8 @@ STACK_EVENTS = (
     events.StateCompared,
     events.Saved,
     events.Finished,
+)
+RANK_EVENTS = (
     events.RanksJoined,
     events.StateDivided,
     events.RowsDealt,
@@ -51,13 +53,14 @@ FOREIGN_EVENTS = (
 @dataclass(frozen=True)
 class Adapter:
     """One way of running: how a person starts it, the kind of its runs, the events that it emits,
-    and the moments at which it calls gates.
+    those that it emits on several ranks as well, and the moments at which it calls gates.
     """
 
     name: str
     verb: str
     kind: str
     events: tuple[type, ...] = ()
+    rank_events: tuple[type, ...] = ()
     moments: tuple[Moment, ...] = ("preflight", "runtime", "artifact")
 
     def gates(self, spec: Spec) -> list[Gate]:
@@ -66,16 +69,17 @@ class Adapter:
 
     def missing(self, watched: tuple[type, ...]) -> list[str]:
         """Names of watched events that it does not emit."""
-        return [e.__name__ for e in watched if e not in self.events]
+        return [e.__name__ for e in watched if e not in (*self.events, *self.rank_events)]
 
 
 ADAPTERS = (
-    Adapter("train", "stack train", "train", STACK_EVENTS),
+    Adapter("train", "stack train", "train", STACK_EVENTS, RANK_EVENTS),
     Adapter(
         "resume",
         "stack train --resume, --fork, --continue-from",
         "train",
         (events.Resumed, *STACK_EVENTS),
+        RANK_EVENTS,
     ),
     Adapter("export", "stack export hf", "export"),
     Adapter("import", "stack import", "import"),

@@ -88,7 +88,7 @@ def _runners(as_json: bool) -> None:
                 "runner": adapter.name,
                 "verb": adapter.verb,
                 "kind": adapter.kind,
-                "announces": [event.__name__ for event in adapter.events],
+                "announces": [event.__name__ for event in (*adapter.events, *adapter.rank_events)],
                 "gates": [g.id for g in gates],
                 "counts": dict(Counter(g.moment for g in gates)),
                 "unfed": unfed(adapter, gates),
