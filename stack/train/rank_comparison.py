@@ -25,6 +25,8 @@ from stackproof.contracts.events import (
     StateDivided,
     StepRepeated,
 )
+from stackproof.contracts.gate import worst
+from stackproof.contracts.loss import CANCELLED_FRAC, gradient_errors
 from stackproof.data.data_loader import Batch
 from stackproof.data.sampler import Sampler
 from stackproof.distributed.launch import n_started
@@ -46,6 +48,7 @@ from stackproof.train.memory import available_bytes
 from stackproof.train.schedule import lr_at
 from stackproof.train.state import (
     TrainState,
+    counters,
     crc32_by_name,
     differing,
     divide,
@@ -58,8 +61,6 @@ from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 PREFIX = "distributed."
 FIRST, UNEVEN = "first step", "first uneven step"
 STEP, EVALUATION = "distributed.one-process-step", "distributed.evaluation"
-# A tensor whose gradient nearly cancels is compared with this share of the whole gradient.
-CANCELLED_FRAC = 5e-5
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # of a weight, by an update in another order
 BYTES_PER_PARAMETER = 24  # weights, gradients, two moments, and weights before and after
 # What may differ between the machines of one run.
@@ -277,21 +278,9 @@ def parts_held(state: TrainState) -> dict[str, Any]:
     """What this rank holds, by name and place in the whole tensor: CRC-32 of tensors, and numbers
     as they are.
     """
-    parts = {
-        f"{name}{place_of_part(tensor)}": crc
-        for name, tensor in named_tensors(state)
-        for crc in crc32_by_name([(name, tensor)]).values()
-    }
+    parts = crc32_by_name((f"{name}{place_of_part(t)}", t) for name, t in named_tensors(state))
     rates = {f"lr.{name}": lr for name, lr in opt.group_lrs(state.optimizer).items()}
-    numbers = "step tokens_seen ema_loss_nats min_ema_loss_nats last_val_nats best".split()
-    counters = {name: getattr(state, name) for name in numbers}
-    more = {
-        "cursor": state.data_loader.cursor,
-        "curriculum": state.data_loader.sampler.state_dict(),
-        "stopper": state.stopper.state_dict(),
-        "scaler": state.scaler.state_dict(),
-    }
-    return parts | rates | counters | more
+    return parts | rates | counters(state)
 
 
 def compare_parts(found: Sequence[dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
@@ -374,11 +363,12 @@ def step_repeated(
         return None
     if alone.unknown:
         return StepRepeated(report.step, 0, {}, "", {}, alone.unknown)
-    of_gradient = _errors(gradients, alone.gradients)
+    of_gradient = gradient_errors(gradients, alone.gradients, CANCELLED_FRAC)
     before = {n: t.clone() for n, t in checkpoint.model_tensors(alone.state.model).items()}
     alone_after = _updated(trainer, alone, gradients)
     of_update = {
-        n: _beyond_rounding(after[n], alone_after[n]) / _norm([alone_after[n] - before[n]], 1e-30)
+        n: _beyond_rounding(after[n], alone_after[n])
+        / max(_norm(alone_after[n] - before[n]), 1e-30)
         for n in alone_after
         if n in gradients
     }
@@ -394,7 +384,7 @@ def step_repeated(
             "loss": relative(report.loss_nats, loss_nats),
             "grad_norm": relative(report.grad_norm, alone.grad_norm),
             "gradient": max(of_gradient.values()),
-            "update": max(of_update.values()),
+            "update": worst(of_update.values()),
         },
         worst=max(of_gradient, key=of_gradient.__getitem__),
         counts={
@@ -417,20 +407,13 @@ def _updated(trainer: Trainer, alone: Reference, gradients: dict[str, Tensor]) -
     return checkpoint.model_tensors(state.model)
 
 
-def _errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Relative L2 distance of each tensor."""
-    floor = CANCELLED_FRAC * _norm(wanted.values())
-    return {n: _norm([found[n] - wanted[n]]) / max(_norm([wanted[n]]), floor) for n in wanted}
-
-
 def _beyond_rounding(found: Tensor, wanted: Tensor) -> float:
     """L2 distance of weights without what an update rounds."""
-    return max(0.0, _norm([found - wanted]) - ROUNDING * _norm([wanted]))
+    return max(0.0, _norm(found - wanted) - ROUNDING * _norm(wanted))
 
 
-def _norm(tensors: Any, least: float = 0.0) -> float:
-    norms = [t.detach().double().norm() for t in tensors]
-    return max(least, float(torch.stack(norms).norm()))
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().double().norm())
 
 
 def relative(found: float, wanted: float) -> float:

@@ -226,7 +226,6 @@ def digest(state: TrainState) -> dict[str, Any]:
     """Every part of a training state but its wall time: tensors as SHA-256, numbers as they are.
     Runs with equal digests continue equally.
     """
-    counters = "step tokens_seen ema_loss_nats min_ema_loss_nats last_val_nats best".split()
     hashes = {n: hashlib.sha256(tensor_bytes(t)).hexdigest() for n, t in named_tensors(state)}
     groups = {
         f"optim.{group['name']}.{key}": value
@@ -234,13 +233,19 @@ def digest(state: TrainState) -> dict[str, Any]:
         for key, value in group.items()
         if key not in ("params", "name")
     }
+    return hashes | groups | counters(state)
+
+
+def counters(state: TrainState) -> dict[str, Any]:
+    """What a training state holds beside tensors and learning rates, but its wall time."""
+    numbers = "step tokens_seen ema_loss_nats min_ema_loss_nats last_val_nats best".split()
     parts = {
         "cursor": state.data_loader.cursor,
         "curriculum": state.data_loader.sampler.state_dict(),
         "stopper": state.stopper.state_dict(),
         "scaler": state.scaler.state_dict(),
     }
-    return hashes | groups | parts | {name: getattr(state, name) for name in counters}
+    return parts | {name: getattr(state, name) for name in numbers}
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ PARTS = 4
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_plant_is_killed_by_its_gate_and_every_control_is_green(spec, part):
     """All of one process at each commit: a plant goes into code that changes without it or its
-    gate, and then a record of before says nothing. Of gates of several ranks,
+    gate, which makes older records stale. Of gates of several ranks,
     tests/distributed/test_gates.py proves one plant each, and `make prove` all.
     """
     gates = sorted(g.id for g in spec.gates.values() if g.min_ranks == 1)[part::PARTS]
