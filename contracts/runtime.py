@@ -122,7 +122,7 @@ def seed(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 def _beginning(training: Training, seed_offset: int) -> dict[str, Any]:
     """What a run begins with under its seed plus an offset: its weights, the numbers of its first
-    rows, and the random state that dropout masks are drawn from.
+    rows, the seed of its dropout masks, and torch's random state.
     """
     trainee = training.trainee(TraineeOptions(seed_offset=seed_offset))
     state = trainee.digest()
@@ -130,7 +130,8 @@ def _beginning(training: Training, seed_offset: int) -> dict[str, Any]:
     return {
         "weights": {name: part for name, part in state.items() if name.startswith("weights.")},
         "order": [number for batch in batches for number in batch.sample_ids],
-        "masks": state["rng.cpu"],
+        "masks": state["dropout"],
+        "random state": state["rng.cpu"],
     }
 
 

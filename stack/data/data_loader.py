@@ -23,7 +23,8 @@ class Batch:
     cursors count samples over all ranks.
 
     `document_ids` (R, T) if attention is masked between documents. `sources` and `epochs` are per
-    row; epochs count per source.
+    row; epochs count per source. `rows_before` counts the rows that lower ranks have in the same
+    micro-step.
     """
 
     input_ids: Tensor
@@ -35,6 +36,13 @@ class Batch:
     document_ids: Tensor | None = None
     sources: tuple[int, ...] = ()
     epochs: tuple[int, ...] = ()
+    rows_before: int = 0
+
+    @property
+    def rows(self) -> range:
+        """The number of each row in the order that all ranks draw from."""
+        first = self.cursor_before + self.rows_before
+        return range(first, first + len(self.input_ids))
 
     @property
     def n_tokens(self) -> int:
@@ -115,10 +123,11 @@ class DataLoader:
         counts = self.sampler.counts(after)
         if self.on_exhausted == "error" and (counts > self._n_windows).any():
             raise self._exhausted(before, after, int(np.argmax(counts - self._n_windows)))
-        draws = self.sampler.at(before + self.rank * self.rows + np.arange(self.rows))
+        rows_before = self.rank * self.rows
+        draws = self.sampler.at(before + rows_before + np.arange(self.rows))
         rows = self.stream.rows(draws.windows, self.seq_len)
         self.cursor = after
-        return as_batch(rows, draws, before, after)
+        return as_batch(rows, draws, before, after, rows_before)
 
     def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
         drawn, left = self.sampler.sources[source], 0
@@ -133,7 +142,9 @@ class DataLoader:
         )
 
 
-def as_batch(rows: Rows, draws: SampleIndices, before: int, after: int) -> Batch:
+def as_batch(
+    rows: Rows, draws: SampleIndices, before: int, after: int, rows_before: int = 0
+) -> Batch:
     """A batch of tensors from rows of a stream and their metadata."""
     ids = None if rows.document_ids is None else torch.from_numpy(rows.document_ids)
     return Batch(
@@ -146,6 +157,7 @@ def as_batch(rows: Rows, draws: SampleIndices, before: int, after: int) -> Batch
         ids,
         tuple(draws.sources.tolist()),
         tuple(draws.epochs.tolist()),
+        rows_before,
     )
 
 

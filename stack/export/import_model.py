@@ -19,14 +19,14 @@ from stackproof.spec.files import remedy, sync
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
 from stackproof.train import optimizer as opt
-from stackproof.train.rng import seed_dropout
+from stackproof.train.rng import seed_default_generators
 from stackproof.train.run_dir import RunDir
 from stackproof.train.state import TrainState
 
 
 def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
     """The state of a run at step 0, with data position 0."""
-    seed_dropout(cfg.seed)
+    seed_default_generators(cfg.seed)
     sampler = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
     return TrainState(
         cfg=cfg,

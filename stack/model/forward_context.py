@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stackproof.config import ModelConfig
+from stackproof.model.dropout import Places
 from stackproof.spec.errors import UsageError
 
 
@@ -92,6 +93,7 @@ class ForwardContext:
     visible keys of each query, where they were computed beforehand (None: all keys before it,
     within document and window). `rotary` holds cosine and sine of the positions. `row_tokens` is
     the length of a whole row; `inside_BT` marks the tokens that are not padding (None: all).
+    `places` are those that dropout masks depend on (None: nothing is dropped).
     """
 
     position_BT: Tensor
@@ -101,6 +103,7 @@ class ForwardContext:
     rotary: tuple[Tensor, Tensor] | None
     row_tokens: int
     inside_BT: Tensor | None = None
+    places: Places | None = None
     cache: KVCache | None = None
     loads: list[ExpertLoad] = field(default_factory=list)
     kept_fracs: list[Tensor] = field(default_factory=list)

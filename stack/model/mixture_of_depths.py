@@ -113,6 +113,7 @@ class HardCapacity(nn.Module):
             mask_B1TS=mask_BRS[:, None],
             rotary=rotary,
             inside_BT=inside_BR,
+            places=context.places and context.places.at(index_BR),
         )
 
 

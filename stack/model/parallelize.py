@@ -78,6 +78,7 @@ def divide_matrices(model: Transformer, mesh: DeviceMesh) -> None:
         for branch, last in ((block.attention, block.attention.out), (block.ffn, block.ffn.down)):
             branch.register_forward_pre_hook(group.gather_input)
             last.forward = partial(group.row_parallel, last)
+        block.dropout.register_forward_pre_hook(group.slice_places)
     model.final_norm.register_forward_hook(group.gather_output)
     model.logits = partial(group.logits, model)
 
@@ -135,6 +136,15 @@ class TensorGroup:
         """
         x_BTD, *others = inputs
         return self._gathered(x_BTD, Partial()), *others
+
+    def slice_places(self, dropout: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before dropout: the places of this rank's slice of the sequence."""
+        x_BTD, branch, places = inputs
+        if places is None:
+            return inputs
+        share = -(-self.row_tokens // self.mesh.size())
+        first = min(self.mesh.get_local_rank() * share, self.row_tokens)
+        return x_BTD, branch, places.between(first, first + x_BTD.shape[SEQUENCE])
 
     def row_parallel(self, linear: nn.Linear, x_BTD: Tensor) -> Tensor:
         """The sum of all ranks' products, of which each keeps its slice of the sequence."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from stackproof.config import AuxiliaryLoss, BiasBalance, MixtureOfExperts, ModelConfig
 from stackproof.kernels import dispatch
 from stackproof.model import moe
+from stackproof.model.dropout import ATTENTION, FEED_FORWARD, Dropout, Places, drawn_rows
 from stackproof.model.forward_context import ExpertLoad, ForwardContext, KVCache, Report
 from stackproof.model.init import Embedding, Linear
 from stackproof.model.variants import (
@@ -32,12 +33,14 @@ class Block(nn.Module):
         self.attention = make_attention(cfg, layer)
         self.ffn_norm = make_norm(cfg)
         self.ffn = make_feedforward(cfg, cfg.ffn)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout, layer)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         """The residual stream behind both branches, same shape."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), context))
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), context))
+        a_BTD = self.attention(self.attention_norm(x_BTD), context)
+        x_BTD = x_BTD + self.dropout(a_BTD, ATTENTION, context.places)
+        f_BTD = self.ffn(self.ffn_norm(x_BTD), context)
+        return x_BTD + self.dropout(f_BTD, FEED_FORWARD, context.places)
 
 
 class GatedBlock(Block):
@@ -62,11 +65,12 @@ def run_block(block: nn.Module, x_BTD: Tensor, *context: Any, checkpointed: bool
     """`block(x_BTD, *context)`, with activation checkpointing if `checkpointed` and in training.
 
     Then only the input is kept, and the backward runs the block a second time, with the same
-    dropout and under the same autocast: gradients are bit-equal. Read the report of a block before
-    the backward, which adds to it again. Source: arXiv:1604.06174.
+    dropout, which is computed from places, and under the same autocast: gradients are bit-equal.
+    Read the report of a block before the backward, which adds to it again. Source:
+    arXiv:1604.06174.
     """
     if checkpointed and block.training and torch.is_grad_enabled():
-        return checkpoint(block, x_BTD, *context, use_reentrant=False)
+        return checkpoint(block, x_BTD, *context, use_reentrant=False, preserve_rng_state=False)
     return block(x_BTD, *context)
 
 
@@ -123,12 +127,14 @@ class Transformer(nn.Module):
         input_ids_BT: Tensor,
         cache: KVCache | None = None,
         document_ids_BT: Tensor | None = None,
+        row_B4: Tensor | None = None,
     ) -> tuple[Tensor, Report]:
         """Normalised hidden states (B, T, D), the input of the head, and the report of the blocks.
 
-        Arguments and errors as in `forward`.
+        `row_B4`, of `DropoutStream.of_rows`, are the rows that dropout is computed from; without
+        them it is drawn from torch's random state. Other arguments and errors as in `forward`.
         """
-        context = self.forward_context(input_ids_BT, cache, document_ids_BT)
+        context = self.forward_context(input_ids_BT, cache, document_ids_BT, row_B4)
         x_BTD = self.positions.added(self.embed(input_ids_BT), context.position_BT)
         for block in self.layers:
             x_BTD = run_block(block, x_BTD, context, checkpointed=self.activation_checkpointing)
@@ -141,8 +147,11 @@ class Transformer(nn.Module):
         input_ids_BT: Tensor,
         cache: KVCache | None = None,
         document_ids_BT: Tensor | None = None,
+        row_B4: Tensor | None = None,
     ) -> ForwardContext:
-        """Positions of the tokens, and the masks that keep documents apart, for all blocks."""
+        """Positions of the tokens, the masks that keep documents apart, and the places that dropout
+        is computed from, for all blocks.
+        """
         start = 0 if cache is None else cache.length
         stop, device = start + input_ids_BT.shape[1], input_ids_BT.device
         if stop > self.cfg.max_seq_len:
@@ -152,18 +161,27 @@ class Transformer(nn.Module):
                 allowed=f"max_seq_len = {self.cfg.max_seq_len}",
             )
         window, index_1T = self.cfg.attention.window, torch.arange(start, stop, device=device)[None]
+        places = self._places(index_1T, len(input_ids_BT), row_B4)
         if document_ids_BT is None:
             narrow = window is not None and stop > window and dispatch.takes_masks(device)
             mask = dispatch.window_mask(start, stop, window, device) if narrow else None
             tables = self.positions.tables(start, stop)
-            return ForwardContext(index_1T, None, mask, window, tables, stop - start, cache=cache)
+            sizes = window, tables, stop - start
+            return ForwardContext(index_1T, None, mask, *sizes, cache=cache, places=places)
         _refuse_unfit(input_ids_BT, cache, document_ids_BT)
         start_BT = document_starts(document_ids_BT)
         first_BT = start_BT if window is None else start_BT.maximum(index_1T - window + 1)
         position_BT = index_1T - start_BT
         mask = dispatch.document_mask(first_BT) if dispatch.takes_masks(device) else None
         tables = self.positions.at(position_BT)
-        return ForwardContext(position_BT, start_BT, mask, window, tables, stop - start)
+        sizes = window, tables, stop - start
+        return ForwardContext(position_BT, start_BT, mask, *sizes, places=places)
+
+    def _places(self, index_1T: Tensor, n_rows: int, row_B4: Tensor | None) -> Places | None:
+        """What dropout is computed from; None if no block drops anything."""
+        if not any(block.dropout.active for block in self.layers):
+            return None
+        return Places(drawn_rows(n_rows, index_1T.device) if row_B4 is None else row_B4, index_1T)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Output head on normalised hidden states, (B, T, V), float32 or wider."""

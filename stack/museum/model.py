@@ -3,6 +3,7 @@
 import torch
 
 from stackproof.model import transformer
+from stackproof.model.dropout import ATTENTION, FEED_FORWARD
 from stackproof.museum.plant import swap
 
 
@@ -21,10 +22,10 @@ class _Doubled(torch.autograd.Function):
 # Needs an operation with a hand-written backward, and both branches through it.
 def shared_gradient_clobbered():
     def forward(self, x_BTD, context):
-        x_BTD = x_BTD + _Doubled.apply(
-            self.dropout(self.attention(self.attention_norm(x_BTD), context)) / 2
-        )
-        return x_BTD + _Doubled.apply(self.dropout(self.ffn(self.ffn_norm(x_BTD), context)) / 2)
+        a_BTD = self.attention(self.attention_norm(x_BTD), context)
+        x_BTD = x_BTD + _Doubled.apply(self.dropout(a_BTD, ATTENTION, context.places) / 2)
+        f_BTD = self.ffn(self.ffn_norm(x_BTD), context)
+        return x_BTD + _Doubled.apply(self.dropout(f_BTD, FEED_FORWARD, context.places) / 2)
 
     with swap(transformer.Block, "forward", forward):
         yield

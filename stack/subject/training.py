@@ -116,7 +116,7 @@ class RunTrainee(Trainee):
         return self.state.next_batches()
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> float:
-        return steps.accumulate(self.state, [_batch(b) for b in batches])[0]
+        return steps.accumulate(self.state, _numbered(batches))[0]
 
     def update(self, batches: Sequence[MicroBatch]) -> float:
         loss_nats = self.accumulate(batches)
@@ -125,7 +125,7 @@ class RunTrainee(Trainee):
         return loss_nats
 
     def step(self, batches: Sequence[MicroBatch]) -> steps.StepReport:
-        return steps.train_step(self.state, [_batch(b) for b in batches])
+        return steps.train_step(self.state, _numbered(batches))
 
     def advance(self) -> float:
         """An evaluation changes the running mean, the stop rule's memory and the best step."""
@@ -196,12 +196,19 @@ class RunBlock(ResidualBlock):
             self.block.forward = kept(self.block.forward)
 
 
-def _batch(batch: MicroBatch) -> Batch:
-    """A micro-batch as the train step takes it; one that was drawn already is."""
-    if isinstance(batch, Batch):
-        return batch
-    n = len(batch.input_ids)
-    return Batch(batch.input_ids, batch.labels, tuple(range(n)), 0, 0, n, batch.document_ids)
+def _numbered(batches: Sequence[MicroBatch]) -> list[Batch]:
+    """The micro-batches of a step as the train step takes them; those that were drawn already are.
+    Rows of others are counted from the first.
+    """
+    found, stop = [], 0
+    for batch in batches:
+        first, stop = stop, stop + len(batch.input_ids)
+        if not isinstance(batch, Batch):
+            ids = tuple(range(first, stop))
+            given = batch.input_ids, batch.labels, ids, 0, first, stop, batch.document_ids
+            batch = Batch(*given)
+        found.append(batch)
+    return found
 
 
 def advance(state: TrainState) -> float:

@@ -4,18 +4,18 @@ from typing import Any
 
 import torch
 
-from stackproof.data.data_loader import Batch, model_inputs
+from stackproof.data.data_loader import Batch
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
 
 
 def points_lines(state: Any, batch: Batch) -> list[dict[str, Any]]:
-    """Statistics of every point on a micro-batch, with the weights,
-    dropout and precision of the next step.
+    """Statistics of every point on the first micro-batch of the next step, with its weights,
+    dropout and precision.
 
     {"point", "layer", "stats", "support"} of each, in execution order, from an uncompiled forward
     without gradients up to the final norm. Random state, weights and gradients are left unchanged.
-    `state` is a training state: model, device, autocast.
+    `state` is a training state: model, inputs, device, autocast.
     """
     gatherer, devices = Gatherer(), [state.device] if state.device.type == "cuda" else []
     with (
@@ -24,7 +24,7 @@ def points_lines(state: Any, batch: Batch) -> list[dict[str, Any]]:
         state.autocast(),
         hook_points(state.model, None, gatherer.see, scratch=True) as points,
     ):
-        state.model.hidden_states(*model_inputs(batch, state.device))
+        state.model.hidden_states(*state.inputs(batch, batch))
     stats = gatherer.finish()
     return [
         {

@@ -18,9 +18,9 @@ def generator(seed: int, name: str, index: int = 0, device: str = "cpu") -> torc
     return torch.Generator(device=device).manual_seed(stream_seed(seed, name, index))
 
 
-def seed_dropout(seed: int) -> None:
-    """Seed torch's default generators.
-    Only dropout draws from them; sampling and initialisation own their generators.
+def seed_default_generators(seed: int) -> None:
+    """Seed torch's default generators. No step of a run draws from them: initialisation and
+    sampling own their generators, and dropout is computed from places.
     """
     torch.manual_seed(stream_seed(seed, "dropout"))
 

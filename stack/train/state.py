@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from stackproof.config import RunConfig
 from stackproof.data import curriculum
-from stackproof.data.data_loader import Batch, DataLoader
+from stackproof.data.data_loader import Batch, DataLoader, model_inputs
 from stackproof.data.prepare import Dataset
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
 from stackproof.distributed.tensors import local_part, whole
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stackproof.model.build import build_model, compile_hidden_states
+from stackproof.model.dropout import DropoutStream
 from stackproof.model.foreign import plain_name
 from stackproof.train import optimizer as opt
-from stackproof.train.rng import seed_dropout, stream_seed
+from stackproof.train.rng import seed_default_generators, stream_seed
 
 EMA_DECAY = 0.98
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +43,8 @@ class TrainState:
 
     `features` is the forward of the model up to its head, compiled if declared; `loads` holds the
     expert loads of each micro-batch of the last step; `best` holds step and loss of the best
-    evaluation. `ranks` are the processes of the run, of which each holds its part of model and
+    evaluation. `dropout` are the masks of the run; without them a forward draws its own. `ranks`
+    are the processes of the run, of which each holds its part of model and
     optimizer.
     """
 
@@ -55,6 +57,7 @@ class TrainState:
     probe: opt.ParameterProbe
     device: torch.device
     features: Any
+    dropout: DropoutStream | None = None
     ranks: Ranks = field(default_factory=OneProcess)
     loads: list = field(default_factory=list)
     step: int = 0
@@ -73,6 +76,17 @@ class TrainState:
         """The micro-batches of the next step, from the data loader."""
         n_micro_steps = self.cfg.accumulation(self.ranks.sizes.n_data_ranks)
         return [self.data_loader.next_batch() for _ in range(n_micro_steps)]
+
+    def inputs(self, batch: Batch, first: Batch) -> tuple[Any, ...]:
+        """A micro-batch of the next step as the arguments of `features`, with the numbers of its
+        rows if the model has dropout. `first` is the first micro-batch of the step.
+        """
+        given = model_inputs(batch, self.device)
+        if self.dropout is None or self.cfg.model.dropout == 0:
+            return given
+        rows = [row - first.cursor_before for row in batch.rows]
+        row_B4 = self.dropout.of_rows(self.step + 1, rows).to(self.device, non_blocking=True)
+        return *given, *[None] * (3 - len(given)), row_B4
 
     def rows_of_all_ranks(self, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
         """Window, source and epoch of every row of a step, in the order of the sampler: micro-step
@@ -119,7 +133,7 @@ def state_around(
     model = build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
     model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
-    seed_dropout(cfg.seed)
+    seed_default_generators(cfg.seed)
     return TrainState(
         cfg=cfg,
         model=model,
@@ -130,6 +144,7 @@ def state_around(
         probe=opt.ParameterProbe(model),
         device=device,
         features=compile_hidden_states(model) if cfg.train.compile else model.hidden_states,
+        dropout=DropoutStream(stream_seed(cfg.seed, "dropout-masks")),
     )
 
 
@@ -244,6 +259,7 @@ def counters(state: TrainState) -> dict[str, Any]:
         "curriculum": state.data_loader.sampler.state_dict(),
         "stopper": state.stopper.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "dropout": state.dropout and state.dropout.seed,
     }
     return parts | {name: getattr(state, name) for name in numbers}
 

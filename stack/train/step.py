@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import require
-from stackproof.data.data_loader import Batch, model_inputs
+from stackproof.data.data_loader import Batch
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.memorization import Memorization
 from stackproof.model import moe
@@ -170,7 +170,7 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> Accumulated:
     for i, batch in enumerate(batches):
         state.ranks.reduce_gradients(state.model, now=i == len(batches) - 1)
         with state.autocast():
-            x_BTD, report = state.features(*model_inputs(batch, state.device))
+            x_BTD, report = state.features(*state.inputs(batch, batches[0]))
             labels_BT = batch.labels.to(state.device, non_blocking=True)
             nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, labels_BT)
         # Divide by the counts of the whole step: else short micro-batches would weigh too much.

@@ -256,7 +256,7 @@ def test_seed_is_green_on_the_stack_and_red_on_what_it_does_not_reach(spec, subj
     ):
         off = with_trainees(
             subject,
-            digest=lambda trainee, masks=masks: lambda: trainee.digest() | {"rng.cpu": masks()},
+            digest=lambda trainee, masks=masks: lambda: trainee.digest() | {"dropout": masks()},
         )
         verdict = call_check(gate, off)
         assert verdict.outcome == "fail" and text in verdict.message
