@@ -34,6 +34,7 @@ RANK_EVENTS = (
     events.ReplicasCompared,
     events.EvaluationRepeated,
     events.RankSpeeds,
+    events.MasksCompared,
 )
 FOREIGN_EVENTS = (
     events.Started,

@@ -9,6 +9,7 @@ from stackproof.contracts.events import (
     EvaluationRepeated,
     Event,
     Finished,
+    MasksCompared,
     RanksJoined,
     RankSpeeds,
     ReplicasCompared,
@@ -171,6 +172,31 @@ class EvaluationOfOneProcess(RuntimeCheck):
             f"step {event.step}, {event.what}: ",
             rel_error=worst([event.rel_error]),
             n_texts=event.n_texts,
+        )
+
+
+@decides("distributed.dropout")
+class MasksOfOneProcess(RuntimeCheck):
+    """The dropout masks of all ranks are those of one process, and no two of them are equal."""
+
+    events = (MasksCompared,)
+
+    def observe(self, event: MasksCompared) -> Verdict:
+        foreign, repeated = event.n_foreign, event.n_repeated
+        allowed = self.limits.wrong_masks_max
+        if event.n_telling == 0 and foreign <= allowed:
+            return not_run("too little is dropped to tell two masks apart")
+        return decide_all(
+            (
+                foreign > allowed and f"{foreign} are not those of one process",
+                repeated > allowed
+                and f"{repeated} equal that of another row, branch, position or step",
+            ),
+            f"step {event.step}, {event.n_masks} masks: ",
+            wrong_masks=max(foreign, repeated),
+            foreign=foreign,
+            repeated=repeated,
+            n_masks=event.n_masks,
         )
 
 

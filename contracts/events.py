@@ -458,6 +458,23 @@ class EvaluationRepeated:
 
 
 @dataclass(frozen=True, slots=True)
+class MasksCompared:
+    """The dropout masks of a step were compared: of every row behind every branch, on the slice of
+    it that a rank holds.
+
+    `n_foreign` are not those of one process. `n_repeated` equal another of this step, or one of the
+    step compared before; they are counted among `n_telling`, which keep and drop so many elements
+    that none equals another by chance.
+    """
+
+    step: int
+    n_masks: int
+    n_foreign: int
+    n_repeated: int
+    n_telling: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankSpeeds:
     """Operations per second of one product on each rank, measured at the same time."""
 
@@ -493,4 +510,5 @@ Event = (
     | ReplicasCompared
     | EvaluationRepeated
     | RankSpeeds
+    | MasksCompared
 )

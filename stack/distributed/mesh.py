@@ -63,13 +63,6 @@ def mesh_sizes(cfg: RunConfig, world_size: int) -> MeshSizes:
             allowed=f"a product of {world_size}",
             next_step="change --nproc or these keys; parallel.shard = auto takes what is left",
         )
-    if world_size > 1 and cfg.model.dropout:
-        raise ConfigError(
-            "dropout masks are drawn from one random state, which several ranks cannot share",
-            value=f"model.dropout = {cfg.model.dropout:g} on {world_size} ranks",
-            allowed="model.dropout = 0, or one process",
-            next_step="--set model.dropout=0",
-        )
     _require_rows(cfg, sizes)
     if sizes.tensor > 1:
         _require_divisible(cfg, sizes.tensor)

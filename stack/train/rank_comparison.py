@@ -44,6 +44,7 @@ from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import count_valid
+from stackproof.train.mask_comparison import PlacesWatch, compare_masks, masks_held
 from stackproof.train.memory import available_bytes
 from stackproof.train.schedule import lr_at
 from stackproof.train.state import (
@@ -61,6 +62,7 @@ from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 PREFIX = "distributed."
 FIRST, UNEVEN = "first step", "first uneven step"
 STEP, EVALUATION = "distributed.one-process-step", "distributed.evaluation"
+MASKS = "distributed.dropout"
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # of a weight, by an update in another order
 BYTES_PER_PARAMETER = 24  # weights, gradients, two moments, and weights before and after
 # What may differ between the machines of one run.
@@ -92,6 +94,8 @@ class RankComparison(Callback):
         self.repeated: set[str] = set()  # why this step is
         self.order: tuple[Sampler, int] | None = None  # and the position, before a step is drawn
         self.compared: set[str] = set()
+        self.places: PlacesWatch | None = None  # of the step, if its masks are compared
+        self.masks: set[str] = set()  # digests, of the step that was compared last
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
         ranks = trainer.state.ranks
@@ -125,6 +129,8 @@ class RankComparison(Callback):
             if self.order is not None:
                 trainer.keeper.observe(rows_dealt(trainer, dealt, *self.order))
                 self.order = None
+                if MASKS in self.wanted:
+                    self.places = PlacesWatch(trainer.state.model)
             if self.repeated and STEP in self.wanted:
                 of_data_ranks = dealt[:: trainer.state.ranks.sizes.tensor]
                 self.reference = reference_of(trainer, lambda alone: alone.take(of_data_ranks))
@@ -150,6 +156,8 @@ class RankComparison(Callback):
                     if trainer.state.ranks.is_main:
                         trainer.keeper.observe(event)
         self.reference = None
+        if self.places is not None:
+            self._masks(trainer, report)
         if self.repeated or report.step % trainer.cfg.parallel.compare_every == 0:
             self._replicas(trainer)
             speeds = trainer.state.ranks.gathered(probe_peak_flops(trainer.state.device))
@@ -208,6 +216,15 @@ class RankComparison(Callback):
             trainer.keeper.observe(
                 EvaluationRepeated(trainer.state.step, what, error, n_texts, unknown)
             )
+
+    def _masks(self, trainer: Trainer, report: StepReport) -> None:
+        state = trainer.state
+        with self._charged(trainer, MASKS):
+            seen, self.places = self.places.end(len(trainer.batches)), None
+            stream = state.ranks.from_main(state.dropout)
+            found = state.ranks.gathered(masks_held(state, stream, report.step, seen))
+            event, self.masks = compare_masks(report.step, found, self.masks)
+            trainer.keeper.observe(event)
 
     def _replicas(self, trainer: Trainer) -> None:
         with self._charged(trainer, "distributed.replicas"):

@@ -29,7 +29,6 @@ def test_shard_takes_what_is_left():
         ({"parallel__shard": 2}, 1, "parallel.shard"),
         ({"parallel__tensor": 2}, 1, "parallel.tensor"),
         ({"parallel__tensor": 3}, 3, "model.n_heads"),
-        ({"model__dropout": 0.1}, 2, "model.dropout"),
         ({}, 3, "train.tokens_per_step"),
         ({"parallel__tensor": 2, "model__ffn__kind": "moe"}, 2, "model.ffn.kind"),
     ],
