@@ -123,11 +123,10 @@ class DataLoader:
         counts = self.sampler.counts(after)
         if self.on_exhausted == "error" and (counts > self._n_windows).any():
             raise self._exhausted(before, after, int(np.argmax(counts - self._n_windows)))
-        rows_before = self.rank * self.rows
-        draws = self.sampler.at(before + rows_before + np.arange(self.rows))
+        draws = self.sampler.at(before + self.rank * self.rows + np.arange(self.rows))
         rows = self.stream.rows(draws.windows, self.seq_len)
         self.cursor = after
-        return as_batch(rows, draws, before, after, rows_before)
+        return as_batch(rows, draws, before, after, self.rank * self.rows)
 
     def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
         drawn, left = self.sampler.sources[source], 0

@@ -3,10 +3,14 @@
 import os
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stackproof.config import RunConfig, load_config
 from stackproof.data.data_loader import Batch
@@ -72,8 +76,12 @@ def states(cfg: RunConfig, ranks, dtype: torch.dtype) -> tuple:
 
 
 def own(batches: list[Batch], ranks) -> list[Batch]:
-    """The micro-batches of this rank."""
-    return batches[ranks.data_rank :: ranks.sizes.n_data_ranks]
+    """The micro-batches of this rank, numbered as the data loader does."""
+    n, rank = ranks.sizes.n_data_ranks, ranks.data_rank
+    return [
+        replace(batch, cursor_before=batch.cursor_before - rank, rows_before=rank)
+        for batch in batches[rank::n]
+    ]
 
 
 def gradient_error(mesh: dict, changes: dict, dtype: str) -> tuple[float, float]:
@@ -108,6 +116,37 @@ def loss_distance(mesh: dict, changes: dict, n_steps: int) -> float:
             together = steps.train_step(divided, own(batches, ranks)).loss_nats
             worst = max(worst, abs(together - alone) / alone)
     return worst
+
+
+def masks(mesh: dict, changes: dict) -> dict[tuple[int, int, int, int], bytes]:
+    """What is kept of each token by (row, layer, branch, position), in a step of this rank, as its
+    modules of dropout have it.
+    """
+    cfg = configuration(mesh, changes)
+    found = {}
+    with joined(cfg, CPU) as ranks:
+        divided = states(cfg, ranks, torch.float64)[1]
+        here = []  # row and first position of the micro-batch
+        for layer, block in enumerate(divided.model.layers):
+            block.dropout.register_forward_hook(partial(keep, found, here, layer))
+        first = TOKENS // ranks.sizes.tensor * (ranks.rank % ranks.sizes.tensor)
+        batches = own(batches_of(cfg, 1), ranks)
+        inner, rows = divided.features, iter([batch.rows[0] for batch in batches])
+
+        def features(*inputs):
+            here.append((next(rows), first))
+            return inner(*inputs)
+
+        divided.features = features
+        steps.accumulate(divided, batches)
+    return found
+
+
+def keep(found: dict, here: list, layer: int, module: Any, inputs: tuple, y_BTD: Tensor) -> None:
+    """Add the kept features of each token of the latest micro-batch, which has one row."""
+    (row, first), branch = here[-1], inputs[1]
+    for i, kept_D in enumerate(y_BTD[0] != 0):
+        found[row, layer, branch, first + i] = bytes(kept_D.tolist())
 
 
 def control_operations() -> dict:

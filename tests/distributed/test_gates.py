@@ -2,8 +2,11 @@
 
 import pytest
 
+from stackproof.contracts.distributed import MasksOfOneProcess
+from stackproof.contracts.gate import limits_of
 from stackproof.museum.prove import Prover
 from stackproof.spec.gates import load_spec
+from stackproof.train.mask_comparison import Masks, compare_masks
 
 GATES = [g for g in load_spec().gates.values() if g.subsystem == "distributed"]
 
@@ -18,7 +21,8 @@ def prover(museum_folder, ranks):
 @pytest.fixture(scope="module")
 def clean(prover):
     """Verdicts of all gates in one run without a plant."""
-    cfg, gates = prover.config(GATES[0]), tuple(g.id for g in GATES)
+    (dropout,) = [g for g in GATES if g.needs]
+    cfg, gates = prover.config(dropout), tuple(g.id for g in GATES)
     job = cfg, gates, None, prover.root / "cache", prover.run_dir()
     first, second = prover._ranks.run("stackproof.museum.ranks:judge", *job)
     assert not first.raised and not second.raised
@@ -35,6 +39,31 @@ def test_gate_is_green_and_red_on_a_plant(prover, clean, gate):
     seen = prover.planted(gate, load_museum()[gate.plants[0]])
     assert seen.outcome == "killed", seen.verdict.message
     assert seen.touches > 0
+
+
+@pytest.fixture
+def masks_gate():
+    return MasksOfOneProcess(limits_of(load_spec().gates["distributed.dropout"]))
+
+
+def test_masks_are_told_apart(masks_gate):
+    masks = [Masks(4, 0, ("a", "b")), Masks(4, 0, ("c", "d"))]
+    event, before = compare_masks(1, masks, set())
+    assert (event.n_masks, event.n_telling, event.n_repeated) == (8, 4, 0)
+    assert masks_gate.observe(event).outcome == "pass"
+    for found, seen_before, repeated in (
+        ([Masks(2, 0, ("a", "b")), Masks(2, 0, ("b", "e"))], set(), 1),
+        ([Masks(2, 0, ("a", "x"))], before, 1),
+        ([Masks(3, 0, ("a", "a", "x"))], before, 2),
+    ):
+        event, _ = compare_masks(2, found, seen_before)
+        assert event.n_repeated == repeated
+        verdict = masks_gate.observe(event)
+        assert verdict.outcome == "fail" and "another row" in verdict.message
+    foreign, _ = compare_masks(1, [Masks(2, 1, ())], set())
+    assert "one process" in masks_gate.observe(foreign).message
+    few, _ = compare_masks(1, [Masks(2, 0, ())], set())
+    assert masks_gate.observe(few).outcome == "not_run"
 
 
 def test_a_job_that_fails_is_an_error_and_no_verdict(prover):

@@ -1,8 +1,16 @@
 """A divided model computes what the whole one does."""
 
+import math
+
 import pytest
+import torch
+
+from stackproof.model.dropout import Dropout, DropoutStream, Places
+from stackproof.train.rng import stream_seed
+from tests.distributed.jobs import ROWS, TOKENS, configuration
 
 ROUNDING = 1e-12  # of float64 sums in another order; measured worst case 3e-16
+DROPOUT = {"model.dropout": 0.1}
 FLOAT32 = 1e-4  # the limit of loss.partition-equivalence; measured worst case 1.5e-7
 
 
@@ -18,6 +26,11 @@ FLOAT32 = 1e-4  # the limit of loss.partition-equivalence; measured worst case 1
         ({"replicate": 2, "shard": 2}, {}),
         ({"shard": 2, "tensor": 2}, {}),
         ({"replicate": 2, "tensor": 2}, {}),
+        ({"replicate": 2}, DROPOUT),
+        ({"shard": 2}, DROPOUT | {"train.activation_checkpointing": "blocks"}),
+        ({"tensor": 2}, DROPOUT),
+        ({"shard": 2, "tensor": 2}, DROPOUT),
+        ({"shard": 4}, DROPOUT),
     ],
     ids=str,
 )
@@ -34,7 +47,45 @@ def test_float32_gradient_stays_within_the_limit_of_the_gate(answers):
     assert all(0 < gradient <= FLOAT32 for gradient, _ in found)
 
 
+@pytest.mark.parametrize("changes", [{}, DROPOUT], ids=str)
 @pytest.mark.parametrize("mesh", [{"shard": 2}, {"tensor": 2}], ids=str)
-def test_losses_of_training_are_those_of_one_process(answers, mesh):
+def test_losses_of_training_are_those_of_one_process(answers, mesh, changes):
     # float64: 1e-9 is the bound, measured worst case of 100 steps 4.4e-16
-    assert max(answers("loss_distance", mesh, {}, 12)) <= 1e-9
+    assert max(answers("loss_distance", mesh, changes, 12)) <= 1e-9
+
+
+@pytest.fixture(scope="module")
+def masks_of_two(ranks):
+    return masks_of(ranks, {"shard": 2})
+
+
+def masks_of(ranks, mesh):
+    """The masks of all ranks together, each of one rank."""
+    n_ranks = math.prod(mesh.values())
+    found = ranks.run("tests.distributed.jobs:masks", mesh, DROPOUT, n_ranks=n_ranks)
+    assert not [answer.raised for answer in found if answer.raised]
+    together = {place: kept for answer in found for place, kept in answer.value.items()}
+    assert len(together) == sum(len(answer.value) for answer in found)
+    return together
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"tensor": 2}, {"shard": 4}, {"replicate": 2, "tensor": 2}], ids=str
+)
+def test_masks_are_the_same_bits_on_every_mesh(ranks, masks_of_two, mesh):
+    assert masks_of(ranks, mesh) == masks_of_two
+
+
+def test_masks_of_ranks_are_those_of_one_process(masks_of_two):
+    left = dict(masks_of_two)
+    cfg = configuration({}, DROPOUT)
+    stream = DropoutStream(stream_seed(cfg.seed, "dropout-masks"))
+    index_1T = torch.arange(TOKENS)[None]
+    for row in range(ROWS):
+        places = Places(stream.of_rows(1, [row]), index_1T)
+        for layer, branch in ((layer, branch) for layer in (0, 1) for branch in (0, 1)):
+            y_BTD = Dropout(0.1, layer)(torch.ones(1, TOKENS, cfg.model.d_model), branch, places)
+            for position, kept_D in enumerate(y_BTD[0] != 0):
+                kept = bytes(kept_D.tolist())
+                assert left.pop((row, layer, branch, position)) == kept
+    assert not left

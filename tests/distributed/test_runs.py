@@ -17,7 +17,7 @@ LOSS_REL_MAX = 1e-3
 
 @pytest.fixture(scope="module")
 def cfg(small_cfg):
-    fixed = {key: (value, "test") for key, value in SETTINGS.items()}
+    fixed = {key: (value, "test") for key, value in (SETTINGS | {"model.dropout": 0.1}).items()}
     return load_config(small_cfg, fixed=fixed)[0]
 
 
