@@ -126,7 +126,7 @@ class DataLoader:
         draws = self.sampler.at(before + self.rank * self.rows + np.arange(self.rows))
         rows = self.stream.rows(draws.windows, self.seq_len)
         self.cursor = after
-        return as_batch(rows, draws, before, after, self.rank * self.rows)
+        return as_batch(rows, draws, before, after, self.rows * self.rank)
 
     def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
         drawn, left = self.sampler.sources[source], 0
