@@ -128,8 +128,11 @@ class RunTrainee(Trainee):
         return steps.train_step(self.state, _numbered(batches))
 
     def advance(self) -> float:
-        """An evaluation changes the running mean, the stop rule's memory and the best step."""
+        """An evaluation changes the running mean, the stop rule's memory and the best step. A step
+        draws nothing from torch's random state, but a callback may.
+        """
         state, nats = self.state, advance(self.state)
+        torch.rand(())
         state.last_val_nats = nats
         state.stopper.update((nats, 1.01 * nats))
         state.best = {"step": state.step, "val_loss_nats": nats}
