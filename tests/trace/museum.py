@@ -152,9 +152,7 @@ EXHIBITS: dict[str, Found | Unseen] = {
         ("resid_out",),
         bisected=both("resid_mid", "resid_out"),
     ),
-    "model.dropout-on-one-branch": Found(
-        partial(running, **DROPOUT), "resid_out", ("layers.1.resid_mid", "layers.2.resid_mid")
-    ),
+    "model.dropout-on-one-branch": Found(partial(running, **DROPOUT), "resid_out"),
     "model.dropout-same-masks": Found(
         partial(running, **DROPOUT),
         "resid_mid",
