@@ -204,10 +204,23 @@ def mend_interpreter() -> None:
     """Triton's interpreter (seen in 3.9) cuts float32 off to bfloat16 where a GPU rounds to
     nearest, and multiplies the bits of bfloat16 matrices as integers. Products of bfloat16 are
     exact in float32, so widening first is what a tensor core does.
+
+    It also puts its functions in the place of the language's at every call of a function by a
+    kernel, though the kernel's launch has done so: a quarter of its time.
     """
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        used = [v for v in fn.__globals__.values() if v is tl or v is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in used):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widened(handle):
