@@ -11,8 +11,9 @@ train: $(VENV)/.train
 	$(BIN)/stack train
 
 ## test: everything from nothing to the whole test suite
+# Compiled code is kept, also where the environment forbids it: hundreds of these processes import all.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

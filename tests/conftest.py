@@ -2,7 +2,9 @@
 and what its gates judge.
 """
 
+import gc
 import json
+from functools import cache
 
 import pytest
 
@@ -14,6 +16,29 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: "slow" not in item.keywords and not item.nodeid.startswith(SLOW_ROOMS)
     )
+
+
+def pytest_collection_finish():
+    """What imports and collection made stays: no later collection of garbage goes over it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_probe():
+    """The peak rate is probed once a process and not once a run. A probe that other work slowed
+    does no harm: the step that is faster than it is followed by a second one, as ever.
+    """
+    from stackproof.train import start
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(start, "probe_peak_flops", cache(start.probe_peak_flops))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")
