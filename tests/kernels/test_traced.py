@@ -70,7 +70,8 @@ def model():
 
 
 def ids(tokens, rows=1):
-    return torch.randint(0, 67, (rows, tokens), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    drawn = torch.Generator().manual_seed(5)
+    return torch.randint(0, 67, (rows, tokens), generator=drawn).to(DEVICE)
 
 
 def with_kernels(model, module=None, copied=None):
