@@ -185,7 +185,7 @@ class MasksOfOneProcess(RuntimeCheck):
         foreign, repeated = event.n_foreign, event.n_repeated
         allowed = self.limits.wrong_masks_max
         if event.n_telling == 0 and foreign <= allowed:
-            return not_run("too little is dropped to tell two masks apart")
+            return not_run("no mask has enough kept and dropped elements to be compared")
         return decide_all(
             (
                 foreign > allowed and f"{foreign} are not those of one process",

@@ -103,7 +103,7 @@ class Dropout(nn.Dropout):
         """
         if not self.active:
             return x_BTD
-        assert places is not None, "a forward with dropout knows the places of its tokens"
+        assert places is not None, "dropout needs the places of its tokens"
         n_kept = max(1, round((1 - self.p) * WHOLE))
         kept_BTD = keep_mask(places, 2 * self.layer + branch, x_BTD.shape[-1], n_kept)
         # A product and no selection: a NaN stays visible, and the backward keeps one byte.

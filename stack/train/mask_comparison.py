@@ -9,7 +9,6 @@ computed again from the places that the forward of the step was given, by the mo
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from hashlib import sha256
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from stackproof.contracts.events import MasksCompared
 from stackproof.model.dropout import ATTENTION, FEED_FORWARD, Dropout, DropoutStream, Places
 from stackproof.model.transformer import Transformer
+from stackproof.spec.canonical import sha256_bytes
 from stackproof.train.state import TrainState
 
 # Kept and dropped elements of a mask; with fewer, two masks may be equal by chance.
@@ -86,7 +86,7 @@ def masks_held(
 
 def digest(mask_TD: Tensor) -> str:
     """SHA-256 of the bits of a mask."""
-    return sha256(np.packbits(mask_TD.cpu().numpy()).tobytes()).hexdigest()
+    return sha256_bytes(np.packbits(mask_TD.cpu().numpy()).tobytes())
 
 
 def compare_masks(

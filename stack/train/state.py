@@ -43,9 +43,8 @@ class TrainState:
 
     `features` is the forward of the model up to its head, compiled if declared; `loads` holds the
     expert loads of each micro-batch of the last step; `best` holds step and loss of the best
-    evaluation. `dropout` are the masks of the run; without them a forward draws its own. `ranks`
-    are the processes of the run, of which each holds its part of model and
-    optimizer.
+    evaluation. `dropout` holds the masks of the run; without it a forward draws its own. `ranks`
+    are the processes of the run, of which each holds its part of model and optimizer.
     """
 
     cfg: RunConfig

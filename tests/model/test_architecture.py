@@ -244,10 +244,8 @@ def kept_range(variant: dict[str, Any]) -> tuple[float, float]:
         case {"depth": declared.MixtureOfDepths()}:
             return 0.88, 0.9  # declared is room for gathered tokens, which the soft gate has not
         case {"dropout": _}:
-            return (
-                0.96,
-                0.98,
-            )  # dropout keeps bytes for two masks, the table declares a value
+            # Dropout keeps bytes for two masks, the table declares a value.
+            return 0.96, 0.98
     return 1.0, 1.02
 
 
