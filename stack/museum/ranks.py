@@ -156,6 +156,21 @@ class Judged:
     began: int | None
 
 
+def judge_script(gate_ids: Sequence[str], plant_id: str | None) -> Judged:
+    """Some gates in the script of another trainer, on one of its ranks, with a plant in the code of
+    this process.
+    """
+    from stackproof.museum import script
+    from stackproof.museum.plant import load_museum, touches
+
+    before = touches()
+    with load_museum()[plant_id].apply() if plant_id else nullcontext():
+        gate, _ = script.run(tuple(gate_ids))
+    red = gate.first_failures()
+    verdicts = {name: (verdict, red.get(name)) for name, verdict in gate.verdicts().items()}
+    return Judged(verdicts, "", touches() - before, None)
+
+
 def judge(
     cfg: RunConfig, gate_ids: Sequence[str], plant_id: str | None, cache: Path, run_dir: Path
 ) -> Judged:
