@@ -101,12 +101,16 @@ def test_what_is_red_on_one_rank_ends_all_with_its_number(both):
 
 def test_an_order_that_does_not_change_is_a_warning_of_every_rank(both):
     for found in both("one order"):
-        assert found["error"] is None and found["red"] == {"data.fresh-rows": 3}
+        assert found["error"] is None and found["red"] == {"data.fresh-rows": 4}
 
 
-def test_a_rank_that_has_ended_is_not_waited_for(both):
-    for found in both("ends early"):
-        assert found["red"]["distributed.replicas"] and found["error"] is None
+def test_a_rank_that_has_ended_is_not_waited_for(processes):
+    """By the gates. Ranks that reduce gradients wait for it before."""
+    for steps, red in (([3, 3], {}), ([5, 3], {"distributed.replicas": 4})):
+        first, second = processes.run(f"{JOBS}:loop", steps)
+        assert not first.raised and not second.raised
+        assert first.value["red"] == red and second.value["red"].keys() == red.keys()
+        assert not red or "number of steps" in first.value["message"]
 
 
 def test_a_callback_on_one_rank_alone_is_an_error_and_no_hang(processes, tmp_path):
