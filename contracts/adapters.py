@@ -92,7 +92,13 @@ ADAPTERS = (
     Adapter("import", "stack import", "import"),
     Adapter("data", "stack data build", "data"),
     Adapter("evaluate", "stack evaluate", "evaluate"),
-    Adapter("plain", "with gated(model, optimizer): …", "foreign", FOREIGN_EVENTS, FOREIGN_RANK_EVENTS),
+    Adapter(
+        "plain",
+        "with gated(model, optimizer): …",
+        "foreign",
+        FOREIGN_EVENTS,
+        FOREIGN_RANK_EVENTS,
+    ),
     Adapter(
         "huggingface",
         "transformers.Trainer or a trainer of TRL, with GateCallback",

@@ -54,7 +54,8 @@ class GateCallback(GatedRun, TrainerCallback):
         trained = Trained(model, optimizer, lr_scheduler, tokenizer, state.global_step)
         self._leave_out_gates(args)
         kind = type(self._trainer) if self._trainer else Trainer
-        self._open_record(trained, trainer_of(kind, "transformers"), _configured(args))
+        configured = _configured(args) | _data(self._trainer)
+        self._open_record(trained, trainer_of(kind, "transformers"), configured)
         self._preflight(trained)
         phase = (lambda: self._phase) if self._trainer else phase_by_grad
         self._watch = Watch(trained, self.session, self._settings(args, trained), phase=phase)
@@ -182,6 +183,16 @@ def _configured(args) -> dict[str, Any]:
     defaults = {f.name: f.default for f in fields(args)}
     given = args.to_sanitized_dict().items()
     return {k: v for k, v in given if k not in PRIVATE and str(v) != str(defaults.get(k))}
+
+
+def _data(trainer: Trainer | None) -> dict[str, Any]:
+    """The number of rows of the training data, and their fingerprint if they are of `datasets`."""
+    data = getattr(trainer, "train_dataset", None)
+    found = {
+        "rows": len(data) if hasattr(data, "__len__") else None,
+        "data_fingerprint": getattr(data, "_fingerprint", None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _caller() -> tuple[Trainer | None, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.digest import checksums
@@ -249,9 +248,7 @@ class RowLedger:
 
     def __init__(self, world_size: int):
         self.world_size, self.judged = world_size, False
-        self.why = (
-            f"fewer than {ROWS_MIN} rows that are long enough were drawn by each rank"
-        )
+        self.why = f"fewer than {ROWS_MIN} rows that are long enough were drawn by each rank"
         self._window = [0] * world_size
         self._shared = self._twice = 0  # of the window, within a step
         self._epoch: int | None = None

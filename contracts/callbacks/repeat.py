@@ -141,9 +141,9 @@ def compare_weights(
     found: Sequence[Mapping[str, Any]], mean_of_ranks: bool
 ) -> tuple[float, str, float]:
     """(how far a token's weight in the gradient of all ranks is from 1/N, relative; of which rank;
-    the share with which gradients of ranks are reduced). What a reading rounds is no error. NaN
-    where no weight could be read. With `mean_of_ranks` each rank divides by its own tokens, as its
-    trainer declares.
+    the share with which gradients of ranks are reduced). Errors within what a reading rounds are 0.
+    NaN where no weight could be read. With `mean_of_ranks` each rank divides by its own tokens, as
+    its trainer declares.
     """
     n_ranks = len(found)
     holds = [rank for rank in range(n_ranks) if found[rank]["counts"][1] > 0]

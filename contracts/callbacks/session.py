@@ -100,7 +100,7 @@ class Session:
             n_ranks=max(ranks.world_size, ranks.n_started),
             on_verdict=self._log,
         )
-        # What the other ranks do not know yet: verdicts that are red, and the first that halts.
+        # Red verdicts since the last exchange, and the first of them that halts.
         self._defers = ranks.world_size > 1
         self._red: list[tuple[str, int | None, Verdict]] = []
         self._halting: GateFailed | None = None

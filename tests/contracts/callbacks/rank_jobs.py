@@ -3,8 +3,8 @@ code of these processes: no argument of the script applies one.
 """
 
 import os
-from datetime import timedelta
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from stackproof.contracts.callbacks import ranks
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.spec.errors import StackproofError
 from tests.contracts.callbacks import stock
-from tests.contracts.callbacks.stock import BOS, EOS, VOCAB, GateCallback, Trainer, script
+from tests.contracts.callbacks.stock import BOS, EOS, VOCAB, GateCallback, Trainer
 
 N_ROWS = 32
 PLAN = {"max_steps": 3, "ddp_backend": "gloo", "logging_strategy": "steps", "logging_steps": 2}
@@ -239,4 +239,5 @@ def loop(n_steps: list[int]) -> dict[str, Any]:
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {"red": gate.first_failures(), "message": gate.verdicts()["distributed.replicas"].message}
+    verdict = gate.verdicts()["distributed.replicas"]
+    return {"red": gate.first_failures(), "message": verdict.message}

@@ -2,10 +2,6 @@
 and a plant in each is still caught.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,6 @@ import torch
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.spec.errors import GateFailed
-from stackproof.spec.records import read_record
 from tests.contracts.callbacks.stock import Trainer, caught, collate, llama, rows, script
 from tests.contracts.callbacks.test_plain import F, Tiny, batches
 

@@ -11,19 +11,19 @@ import torch
 pytest.importorskip("transformers", reason="pip install 'stackproof[hf]'")
 pytest.importorskip("accelerate", reason="pip install 'stackproof[hf]'")
 
-from stackproof.contracts.adapters import FOREIGN_RANK_EVENTS  # noqa: E402
-from stackproof.contracts.callbacks.rank_watch import RowLedger  # noqa: E402
-from stackproof.contracts.callbacks.repeat import (  # noqa: E402
+from stackproof.contracts.adapters import FOREIGN_RANK_EVENTS
+from stackproof.contracts.callbacks.rank_watch import RowLedger
+from stackproof.contracts.callbacks.repeat import (
     compare_weights,
     sketch,
     step_repeated,
 )
-from stackproof.contracts.distributed import OneProcessStep  # noqa: E402
-from stackproof.contracts.gate import limits_of, resolve  # noqa: E402
-from stackproof.museum.ranks import pool  # noqa: E402
-from stackproof.spec import ROOT  # noqa: E402
-from stackproof.spec.gates import load_spec  # noqa: E402
-from stackproof.spec.records import read_record  # noqa: E402
+from stackproof.contracts.distributed import OneProcessStep
+from stackproof.contracts.gate import limits_of, resolve
+from stackproof.museum.ranks import pool
+from stackproof.spec import ROOT
+from stackproof.spec.gates import load_spec
+from stackproof.spec.records import read_record
 
 JOBS = "tests.contracts.callbacks.rank_jobs"
 GATES = [f"distributed.{name}" for name in ("ranks", "rows", "one-process-step", "replicas")]
@@ -89,7 +89,8 @@ def test_a_plant_ends_all_ranks_with_its_gate(both, name):
     gate, step, text = PLANTS[name]
     for found in both(name):
         assert found["red"] == {gate: step}
-        assert found["error"].startswith(f"GateFailed: gate {gate} failed") and text in found["error"]
+        assert found["error"].startswith(f"GateFailed: gate {gate} failed")
+        assert text in found["error"]
 
 
 def test_what_is_red_on_one_rank_ends_all_with_its_number(both):
