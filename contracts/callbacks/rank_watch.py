@@ -139,7 +139,7 @@ class RankWatch:
         if len(places) > 1:
             # The ranks have taken different numbers of steps, and cannot be compared any more.
             self._observe(ReplicasCompared(step, 1, ("number of steps",)))
-            self.ranks = self.session.ranks = type(self.ranks)(self.ranks.rank)
+            self.ranks = self.session.alone()
             return
         if event := self._ledger.dealt(step, [one["rows"] for one in found], found[0].get("epoch")):
             self._observe(event)
@@ -253,7 +253,7 @@ class RowLedger:
         self._shared = self._twice = 0  # of the window, within a step
         self._epoch: int | None = None
         self._reader: dict[int, int] = {}  # of rows of the epoch
-        self._epoch_shared = self._epoch_twice = self._epoch_rows = 0
+        self._epoch_shared = self._epoch_rows = self._epoch_least = 0
 
     def dealt(
         self, step: int, rows: Sequence[Sequence[int]], epoch: int | None
@@ -280,15 +280,18 @@ class RowLedger:
             return 0
         if epoch != self._epoch:
             self._epoch, self._reader = epoch, {}
-            self._epoch_shared = self._epoch_twice = self._epoch_rows = 0
+            self._epoch_shared = self._epoch_rows = self._epoch_least = 0
         if self._epoch_rows > KEPT_ROWS:
             return 0
         for rank, own in enumerate(rows):
             self._epoch_rows += len(own)
             self._epoch_shared += sum(self._reader.setdefault(row, rank) != rank for row in own)
-        self._epoch_twice = self._epoch_rows - len(self._reader) - self._epoch_shared
+        self._epoch_least += min(map(len, rows))
+        if self._epoch_least < ROWS_MIN:
+            return 0
+        twice = self._epoch_rows - len(self._reader) - self._epoch_shared
         filled = largest * self.world_size
-        return self._excess(self._epoch_shared, self._epoch_twice, self._epoch_rows, filled)
+        return self._excess(self._epoch_shared, twice, self._epoch_rows, filled)
 
     def _excess(self, shared: int, twice: int, n_rows: int, filled: int) -> int:
         """Rows on several ranks, or 0 where the data themselves explain them."""

@@ -154,6 +154,11 @@ class Session:
         finally:
             self._defers = defers
 
+    def alone(self) -> Ranks:
+        """Exchange nothing any more, as where ranks have taken different numbers of steps."""
+        self._defers, self.ranks = False, Ranks(self.ranks.rank)
+        return self.ranks
+
     def artifact(self, saved: SavedCheckpoint, step: int) -> None:
         """Run the artifact gates on a checkpoint. Raises GateFailed in mode `raise`."""
         self._guard(lambda: self.keeper.artifact(Subject(saved=saved), step=step))

@@ -241,3 +241,47 @@ def loop(n_steps: list[int]) -> dict[str, Any]:
             optimizer.zero_grad()
     verdict = gate.verdicts()["distributed.replicas"]
     return {"red": gate.first_failures(), "message": verdict.message}
+
+
+def lightning(folder: Path, sampler: bool) -> dict[str, Any]:
+    """A Lightning trainer, with its distributed sampler or without."""
+    import lightning.pytorch as pl
+
+    from stackproof.contracts.callbacks.lightning import GateCallback as Gates
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = stock.llama()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # by which Lightning knows its launcher
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    gates = Gates(record=folder / "record")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_steps=6,
+        use_distributed_sampler=sampler,
+        callbacks=[gates],
+        default_root_dir=folder,
+        **dict.fromkeys(quiet, False),
+    )
+    error = None
+    try:
+        trainer.fit(Module(), DataLoader(long_rows(N_ROWS), 2, collate_fn=stock.collate))
+    except StackproofError as e:
+        error = str(e)
+    verdicts = gates.verdicts()
+    return {
+        "error": error,
+        "red": gates.first_failures(),
+        "outcomes": {g: v.outcome for g, v in verdicts.items()},
+        "messages": {g: v.message for g, v in verdicts.items()},
+    }

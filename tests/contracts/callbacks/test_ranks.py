@@ -74,7 +74,7 @@ PLANTS = {
     "another rate": ("distributed.ranks", 0, "configuration: learning_rate"),
     "own weights": ("distributed.replicas", 0, "weights.model.embed_tokens.weight"),
     "moved on one": ("distributed.replicas", 1, "weights.model.embed_tokens.weight"),
-    "same rows": ("distributed.rows", 3, "6 on more than one rank"),
+    "same rows": ("distributed.rows", 4, "8 on more than one rank"),
     "own order": ("distributed.rows", 8, "on more than one rank"),
     "never reduced": ("distributed.one-process-step", 1, "the gradient of 20 tensors"),
     "mean of ranks": ("distributed.one-process-step", 1, "the tokens of rank"),
@@ -118,6 +118,20 @@ def test_a_callback_on_one_rank_alone_is_an_error_and_no_hang(processes, tmp_pat
     first, second = processes.run(f"{JOBS}:run_on_one", tmp_path / "run")
     assert "not every process has opened the gates" in first.value["error"]
     assert "Connection closed" in second.raised or "gloo" in second.raised
+
+
+def test_lightning_is_judged_but_for_its_gradient(processes, tmp_path):
+    pytest.importorskip("lightning", reason="pip install 'stackproof[lightning]'")
+    for sampler in (True, False):
+        answers = processes.run(f"{JOBS}:lightning", tmp_path / str(sampler), sampler)
+        assert not [a.raised for a in answers if a.raised]
+        for found in (a.value for a in answers):
+            outcomes = [found["outcomes"][g] for g in GATES]
+            assert outcomes == ["pass", "pass" if sampler else "fail", "not_run", "pass"]
+            assert "updated the weights before" in found["messages"][GATES[2]]
+            assert bool(found["error"]) is not sampler
+            assert found["red"] == ({} if sampler else {"distributed.rows": 4})
+    assert read_record(tmp_path / "True" / "record" / "metadata.json").status == "completed"
 
 
 @pytest.mark.slow
