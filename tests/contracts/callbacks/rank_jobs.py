@@ -103,22 +103,17 @@ class UnshiftedOnOne(Trainer):
 
 
 class Moves(TrainerCallback):
-    """One rank alone changes a weight: before it is compared first, or after the first update."""
+    """One rank alone changes a weight after a step, or before the first."""
 
-    def __init__(self, at: str):
-        self.at = at
+    def __init__(self, step: int):
+        self.step = step
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.at == "start":
-            self._move(model)
+        if state.global_step == self.step:
+            with torch.no_grad():
+                next(model.parameters())[5, 0] += 0.5 * rank()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 1 and self.at == "step":
-            self._move(model)
-
-    def _move(self, model) -> None:
-        with torch.no_grad():
-            next(model.parameters())[5, 0] += 0.5 * rank()
+    on_step_end = on_train_begin
 
 
 class MomentLost(TrainerCallback):
@@ -180,8 +175,9 @@ def cases() -> dict[str, Case]:
         "divided twice": Case(DividedTwice),
         "left outside": Case(before=left_outside),
         "own loss logged": Case(before=own_loss_logged),
-        "own weights": Case(first=(Moves("start"),)),
-        "moved on one": Case(first=(Moves("step"),), max_steps=4),
+        "own weights": Case(first=(Moves(0),)),
+        "moved on one": Case(first=(Moves(1),), max_steps=4),
+        "moved before a save": Case(first=(Moves(2),), **saves),
         "moment lost": Case(first=(MomentLost(),), max_steps=4),
         "unshifted on one": Case(UnshiftedOnOne),
     }

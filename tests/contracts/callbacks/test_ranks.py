@@ -74,6 +74,8 @@ PLANTS = {
     "another rate": ("distributed.ranks", 0, "configuration: learning_rate"),
     "own weights": ("distributed.replicas", 0, "weights.model.embed_tokens.weight"),
     "moved on one": ("distributed.replicas", 1, "weights.model.embed_tokens.weight"),
+    "moved before a save": ("checkpoint.reloads", 2, "two processes hold 1 other tensor"),
+    "moment lost": ("distributed.replicas", 1, "optimizer.0.exp_avg"),
     "same rows": ("distributed.rows", 4, "8 on more than one rank"),
     "own order": ("distributed.rows", 8, "on more than one rank"),
     "never reduced": ("distributed.one-process-step", 1, "the gradient of 20 tensors"),
