@@ -166,16 +166,20 @@ class ProcessGroup:
         self.data_rank = self.rank // sizes.tensor
         self.data_group = self.mesh["replicate", "shard"]._flatten("data").get_group()
         self.control = dist.new_group(backend="gloo", timeout=timeout)
+        # for the collective operations of a save behind training
+        self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
         self._turns = 0
+
+    def close(self) -> None:
+        """Leave the groups. One that is held until the interpreter ends can abort the process:
+        its threads then wait for an interpreter that is gone.
+        """
+        del self.data_group, self.control, self.checkpoint_group, self.mesh
+        dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @cached_property
-    def checkpoint_group(self) -> dist.ProcessGroup:
-        """A group for the collective operations of a save behind training."""
-        return dist.new_group(backend="gloo", timeout=self.timeout)
 
     def total(self, *counts: int) -> list[int]:
         # every tensor rank holds the same number, which counts once
