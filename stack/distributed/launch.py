@@ -1,10 +1,14 @@
 """Starting several processes of one command on this machine, by torch's elastic agent."""
 
+import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from stackproof.distributed.output import output_of
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
 # Set for the processes that the agent starts.
@@ -26,16 +30,25 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def launch(arguments: Sequence[str], n_processes: int, *, max_restarts: int) -> int:
+def rank() -> int:
+    """The number of this process among those that the launcher has started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_restarts: int) -> int:
     """Run `python -m stackproof ARGUMENTS` in several processes until all have ended. If one fails,
     the agent ends the others and starts all again, up to `max_restarts` times. Returns the exit
     code of rank 0, or that of the rank which failed first.
+
+    Raises RankLost if the ranks that failed have printed no error, since a signal ended them.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The ranks state their errors themselves, and the agent repeats them without a cause.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // n_processes)))
     with tempfile.TemporaryDirectory(prefix="stackproof-ranks-") as folder:
         config = LaunchConfig(
@@ -51,13 +64,25 @@ def launch(arguments: Sequence[str], n_processes: int, *, max_restarts: int) -> 
         try:
             elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
         except ChildFailedError as e:
-            return exit_code({rank: failure.exitcode for rank, failure in e.failures.items()})
+            return exit_code({r: failure.exitcode for r, failure in e.failures.items()}, run_dir)
         except SignalException as e:
             return 75 if e.sigval.name == "SIGTERM" else 130
     return 0
 
 
-def exit_code(codes: Mapping[int, int]) -> int:
-    """The exit code of a launch from those of its failed ranks; negative ones are signals."""
+def exit_code(codes: Mapping[int, int], run_dir: Path) -> int:
+    """The exit code of a launch from those of its failed ranks; negative ones are signals.
+    Raises RankLost if none is documented.
+    """
     documented = [codes[rank] for rank in sorted(codes) if codes[rank] in EXIT_CODES]
-    return documented[0] if documented else RankLost.exit_code
+    if documented:
+        return documented[0]
+    lost = min(codes)
+    code = codes[lost]
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    raise RankLost(
+        f"rank {lost} ended without an error of its own",
+        value=how,
+        next_step=f"read {output_of(run_dir, lost)}; stack train --resume {run_dir} continues "
+        "from the last checkpoint",
+    )
