@@ -13,8 +13,9 @@ FIGURES = ("step_s", "own_s", "communication_frac", "exposed_frac")
 
 def over_ranks(values: Sequence[float]) -> dict[str, Any]:
     """A figure of all ranks as a line has it: in order of rank, and its spread."""
-    spread = {"min": min(values), "median": median(values), "max": max(values)}
-    return spread | {"ranks": list(values)}
+    rounded = [round(value, 6) for value in values]
+    spread = {"min": min(rounded), "median": round(median(rounded), 6), "max": max(rounded)}
+    return spread | {"ranks": rounded}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RankTable:
     @property
     def slowest_rank_ratio(self) -> float:
         """Own time of the slowest rank over that of the fastest."""
-        return max(self.figures["own_s"]) / min(self.figures["own_s"])
+        return max(self.figures["own_s"]) / max(min(self.figures["own_s"]), 1e-9)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row of facts and figures for each rank."""

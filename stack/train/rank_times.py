@@ -21,7 +21,8 @@ OF_A_RANK = ("cpu", "cpu_count", "threads", "device_name", "device_memory_bytes"
 class RankTimes(Callback):
     """Writes the mesh with its ranks, and profiles one step in about `parallel.compare_every`: in
     the middle between two comparisons, so that none is part of it, and so seldom that it takes
-    little. In a run of one process it does nothing.
+    little. A process that continues a run of several alone writes its mesh; in a run of one process
+    it does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,13 +32,12 @@ class RankTimes(Callback):
         self.reading_s = 0.0  # of starting and reading the profiler
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
-        ranks = trainer.state.ranks
-        if ranks.sizes.world_size == 1:
-            return
+        ranks, several = trainer.state.ranks, trainer.state.ranks.sizes.world_size > 1
+        if several:
+            self.next_step = start.step + max(1, trainer.cfg.parallel.compare_every // 2)
+            trainer.around_update = lambda: self._around(trainer)
         environments = ranks.gathered(own_facts(trainer))
-        self.next_step = start.step + max(1, trainer.cfg.parallel.compare_every // 2)
-        trainer.around_update = lambda: self._around(trainer)
-        if ranks.is_main:
+        if ranks.is_main and (several or (trainer.output.dir.path / FILE).is_file()):
             facts = [facts_of(own, environments[0]) for own in environments]
             line = {"mesh": ranks.sizes.as_dict(), "ranks": facts}
             trainer.output.dir.log(FILE, event="mesh", step=start.step, **line)
