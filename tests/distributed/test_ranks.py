@@ -1,9 +1,14 @@
 """Operations of a process group, and how ranks end together."""
 
+from pathlib import Path
+
 import pytest
 
 from stackproof.distributed.launch import exit_code
 from stackproof.distributed.ranks import ONE_PROCESS
+from stackproof.spec.errors import RankLost
+
+RUN = Path("RUN")
 
 
 def test_operations_give_every_rank_the_same(answers):
@@ -46,12 +51,19 @@ def test_one_process_is_its_own_sum():
 def test_a_lost_rank_is_named(ranks, how, named):
     first, _ = ranks.run("tests.distributed.jobs:lose_a_rank", how)
     name, code, what = first.value
-    assert name == "RankLost" and named in what
+    assert name == "RankLost" and named in what and "RUN/ranks/00001/output.log" in what
     assert code == (1 if how == "failed" else 7)
 
 
 def test_the_exit_code_of_a_launch_is_that_of_the_run():
-    assert exit_code({0: 4, 1: 7}) == 4  # rank 0 has the gates
-    assert exit_code({1: -9, 0: 7}) == 7
-    assert exit_code({1: -9}) == 7
-    assert exit_code({0: 75, 1: 75}) == 75
+    assert exit_code({0: 4, 1: 7}, RUN) == 4  # rank 0 has the gates
+    assert exit_code({1: -9, 0: 7}, RUN) == 7
+    assert exit_code({0: 75, 1: 75}, RUN) == 75
+
+
+@pytest.mark.parametrize(("code", "named"), [(-9, "SIGKILL"), (99, "exit code 99")])
+def test_a_rank_that_stated_no_error_is_named_with_its_output(code, named):
+    with pytest.raises(RankLost) as caught:
+        exit_code({1: code}, RUN)
+    assert caught.value.exit_code == 7 and caught.value.what.startswith("rank 1 ended")
+    assert named in caught.value.value and "RUN/ranks/00001/output.log" in caught.value.next_step
