@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 from stackproof.config import load_config
 from stackproof.museum.ranks import SETTINGS
+from stackproof.spec.rank_log import rank_table
+from stackproof.spec.series import parse_series
 from stackproof.train.run_dir import RunDir
 
 STOPPED_AT = 6
@@ -48,6 +50,10 @@ def weights(folder):
     return load_file(latest / "model.safetensors")
 
 
+def table(folder):
+    return rank_table(RunDir(folder).lines("ranks.jsonl"))
+
+
 def losses(folder):
     lines = RunDir(folder).lines("metrics.jsonl")
     return {line["step"]: line["loss_nats"] for line in lines}
@@ -83,9 +89,41 @@ def test_a_resume_on_another_mesh_goes_on(
         for f in (folder, whole_run)
     ]
     assert rows[0] == rows[1]
+    assert [facts["rank"] for facts in table(folder).ranks] == list(range(n_ranks))
 
 
 def test_only_rank_0_writes_the_record_and_each_rank_its_log(whole_run):
     assert sorted(p.name for p in (whole_run / "ranks").iterdir()) == ["00001"]
     assert not (whole_run / "ranks" / "00001" / "metadata.json").exists()
     assert losses(whole_run / "ranks" / "00001") == losses(whole_run)
+
+
+def test_the_ranks_and_their_communication_are_in_the_record(whole_run):
+    record = json.loads((whole_run / "metadata.json").read_text())
+    assert "ranks.jsonl" in [series["path"] for series in record["series"]]
+    log = whole_run / "ranks.jsonl"
+    lines = parse_series(log.read_bytes(), log.name, origin=str(log))
+    steps = sum(line["n_steps"] for line in lines if line["event"] == "times")
+    assert steps == record["metrics"]["steps"]["value"]
+    found = table(whole_run)
+    assert found.mesh == {"replicate": 1, "shard": 2, "tensor": 1}
+    assert [(r["rank"], r["shard"], r["local_rank"]) for r in found.ranks] == [(0, 0, 0), (1, 1, 1)]
+    assert all(facts["cpu_count"] >= 1 and facts["device"] == "cpu" for facts in found.ranks)
+    figures = {n: m["value"] for n, m in record["metrics"].items() if n.startswith("ranks_")}
+    assert record["metrics"]["ranks_slowest_ratio"]["n"] == found.n_profiled >= 1
+    assert 0 < figures["ranks_exposed_frac"] <= figures["ranks_communication_frac"] < 1
+    assert figures["ranks_slowest_ratio"] == found.slowest_rank_ratio >= 1
+
+
+def test_each_rank_logs_its_own_share_in_the_steps_that_are_profiled(whole_run):
+    lines = {
+        line["step"]: line["own_s"]
+        for line in RunDir(whole_run).lines("ranks.jsonl")
+        if line.get("own_s")
+    }
+    for folder in (whole_run, whole_run / "ranks" / "00001"):
+        own = [
+            line for line in RunDir(folder).lines("metrics.jsonl") if "communication_frac" in line
+        ]
+        assert [line["step"] for line in own] == list(lines)
+        assert all(0 < line["exposed_communication_frac"] < 1 for line in own)
