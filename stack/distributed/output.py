@@ -62,8 +62,8 @@ def traceback_kept(run_dir: Path, rank: int | None) -> Iterator[None]:
 def _opened(run_dir: Path, rank: int) -> Iterator[int]:
     """The descriptor of a rank's file, at its end."""
     folder = rank_folder(run_dir, rank)
-    folder.mkdir(parents=True, exist_ok=True)
     for path in (run_dir, folder.parent, folder):
         require_own(path)
+    folder.mkdir(parents=True, exist_ok=True)
     with open_to_append(folder / OUTPUT) as f:
         yield f.fileno()

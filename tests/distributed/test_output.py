@@ -42,6 +42,14 @@ def test_the_stack_of_a_crash_is_kept(printed):
     assert first == ""
 
 
+def test_nothing_is_written_through_a_link(printed, tmp_path):
+    elsewhere, run_dir = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    run_dir.mkdir()
+    (run_dir / "ranks").symlink_to(elsewhere)
+    assert printed("failed") == ["", ""] and not list(elsewhere.iterdir())
+
+
 def test_a_restart_does_not_overwrite_what_the_former_start_printed(printed):
     first, second = printed("failed", "completed", "failed")
     assert [second.count(f"start {n}, process") for n in (1, 2, 3)] == [1, 1, 1]

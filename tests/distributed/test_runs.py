@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from stackproof.cli import main, output
 from stackproof.config import load_config
 from stackproof.museum.ranks import SETTINGS
 from stackproof.spec.rank_log import rank_table
@@ -127,3 +128,27 @@ def test_each_rank_logs_its_own_share_in_the_steps_that_are_profiled(whole_run):
         ]
         assert [line["step"] for line in own] == list(lines)
         assert all(0 < line["exposed_communication_frac"] < 1 for line in own)
+
+
+def test_inspect_shows_the_mesh_and_the_ranks(whole_run, capsys, monkeypatch):
+    monkeypatch.setattr(output, "_emitted", False)
+    with pytest.raises(SystemExit):
+        main(["inspect", str(whole_run), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
+    assert shown["ranks"] == table(whole_run).rows() and shown["ranks"][1]["own_s"] > 0
+    with pytest.raises(SystemExit):
+        main(["inspect", str(whole_run)])
+    text = capsys.readouterr().out
+    assert "Mesh: replicate 1 × shard 2 × tensor 1" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("1     0, 1, 0")]
+    assert row.split()[-1] == f"{shown['ranks'][1]['exposed_frac']:.3g}"
+
+
+def test_inspect_refuses_times_of_other_ranks(whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    log = folder / "ranks.jsonl"
+    log.write_bytes(log.read_bytes().partition(b"\n")[2])
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(folder)])
+    assert ended.value.code == 6 and "ranks.jsonl" in capsys.readouterr().err
