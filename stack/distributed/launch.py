@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stackproof.distributed.output import output_of
+from stackproof.distributed.output import RANKS, output_of
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
 # Set for the processes that the agent starts.
@@ -40,7 +40,7 @@ def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_res
     the agent ends the others and starts all again, up to `max_restarts` times. Returns the exit
     code of rank 0, or that of the rank which failed first.
 
-    Raises RankLost if the ranks that failed have printed no error, since a signal ended them.
+    Raises RankLost as `exit_code`.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -72,17 +72,20 @@ def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_res
 
 def exit_code(codes: Mapping[int, int], run_dir: Path) -> int:
     """The exit code of a launch from those of its failed ranks; negative ones are signals.
-    Raises RankLost if none is documented.
+
+    Raises RankLost, with that exit code, if a rank stated no error, and rank 0 has not named it.
     """
-    documented = [codes[rank] for rank in sorted(codes) if codes[rank] in EXIT_CODES]
-    if documented:
-        return documented[0]
-    lost = min(codes)
-    code = codes[lost]
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    raise RankLost(
+    stated = {r: code for r, code in sorted(codes.items()) if code in EXIT_CODES}
+    code = next(iter(stated.values()), RankLost.exit_code)
+    if 0 in stated or stated.keys() == codes.keys():
+        return code
+    lost = min(codes.keys() - stated.keys())
+    end = codes[lost]
+    error = RankLost(
         f"rank {lost} ended without an error of its own",
-        value=how,
-        next_step=f"read {output_of(run_dir, lost)}; stack train --resume {run_dir} continues "
-        "from the last checkpoint",
+        value=f"signal {signal.Signals(-end).name}" if end < 0 else f"exit code {end}",
+        next_step=f"read {output_of(run_dir, lost) if lost else run_dir / RANKS}; stack train "
+        f"--resume {run_dir} continues from the last checkpoint",
     )
+    error.exit_code = code
+    raise error

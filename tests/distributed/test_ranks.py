@@ -61,9 +61,17 @@ def test_the_exit_code_of_a_launch_is_that_of_the_run():
     assert exit_code({0: 75, 1: 75}, RUN) == 75
 
 
-@pytest.mark.parametrize(("code", "named"), [(-9, "SIGKILL"), (99, "exit code 99")])
-def test_a_rank_that_stated_no_error_is_named_with_its_output(code, named):
+@pytest.mark.parametrize(
+    ("codes", "lost", "named", "code", "where"),
+    [
+        ({1: -9}, 1, "SIGKILL", 7, "RUN/ranks/00001/output.log"),
+        ({1: 99, 2: 3}, 1, "exit code 99", 3, "RUN/ranks/00001/output.log"),
+        ({0: -11, 1: 7}, 0, "SIGSEGV", 7, "RUN/ranks;"),  # it had the terminal
+    ],
+)
+def test_a_rank_that_stated_no_error_is_named_with_its_output(codes, lost, named, code, where):
     with pytest.raises(RankLost) as caught:
-        exit_code({1: code}, RUN)
-    assert caught.value.exit_code == 7 and caught.value.what.startswith("rank 1 ended")
-    assert named in caught.value.value and "RUN/ranks/00001/output.log" in caught.value.next_step
+        exit_code(codes, RUN)
+    error = caught.value
+    assert error.exit_code == code and error.what.startswith(f"rank {lost} ended")
+    assert named in error.value and where in error.next_step
