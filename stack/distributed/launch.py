@@ -64,28 +64,28 @@ def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_res
         try:
             elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
         except ChildFailedError as e:
-            return exit_code({r: failure.exitcode for r, failure in e.failures.items()}, run_dir)
+            failures = sorted(e.failures.items(), key=lambda item: item[1].timestamp)
+            return exit_code({r: failure.exitcode for r, failure in failures}, run_dir)
         except SignalException as e:
             return 75 if e.sigval.name == "SIGTERM" else 130
     return 0
 
 
 def exit_code(codes: Mapping[int, int], run_dir: Path) -> int:
-    """The exit code of a launch from those of its failed ranks; negative ones are signals.
+    """The exit code of a launch from those of its failed ranks, the first one first; negative ones
+    are signals.
 
-    Raises RankLost, with that exit code, if a rank stated no error, and rank 0 has not named it.
+    Raises RankLost, with that exit code, for the first one if rank 0 has stated no error.
     """
-    stated = {r: code for r, code in sorted(codes.items()) if code in EXIT_CODES}
-    code = next(iter(stated.values()), RankLost.exit_code)
-    if 0 in stated or stated.keys() == codes.keys():
-        return code
-    lost = min(codes.keys() - stated.keys())
-    end = codes[lost]
+    stated = [code for code in codes.values() if code in EXIT_CODES]
+    if codes.get(0) in stated:
+        return codes[0]
+    first, end = next(iter(codes.items()))
     error = RankLost(
-        f"rank {lost} ended without an error of its own",
+        f"rank {first} ended first, and rank 0 has stated no error",
         value=f"signal {signal.Signals(-end).name}" if end < 0 else f"exit code {end}",
-        next_step=f"read {output_of(run_dir, lost) if lost else run_dir / RANKS}; stack train "
+        next_step=f"read {output_of(run_dir, first) if first else run_dir / RANKS}; stack train "
         f"--resume {run_dir} continues from the last checkpoint",
     )
-    error.exit_code = code
+    error.exit_code = next(iter(stated), RankLost.exit_code)
     raise error

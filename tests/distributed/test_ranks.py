@@ -65,11 +65,12 @@ def test_the_exit_code_of_a_launch_is_that_of_the_run():
     ("codes", "lost", "named", "code", "where"),
     [
         ({1: -9}, 1, "SIGKILL", 7, "RUN/ranks/00001/output.log"),
-        ({1: 99, 2: 3}, 1, "exit code 99", 3, "RUN/ranks/00001/output.log"),
+        ({1: 3, 0: -15}, 1, "exit code 3", 3, "RUN/ranks/00001/output.log"),  # ended by the agent
+        ({2: -9, 1: 4}, 2, "SIGKILL", 4, "RUN/ranks/00002/output.log"),
         ({0: -11, 1: 7}, 0, "SIGSEGV", 7, "RUN/ranks;"),  # it had the terminal
     ],
 )
-def test_a_rank_that_stated_no_error_is_named_with_its_output(codes, lost, named, code, where):
+def test_the_first_lost_rank_is_named_if_rank_0_cannot(codes, lost, named, code, where):
     with pytest.raises(RankLost) as caught:
         exit_code(codes, RUN)
     error = caught.value
