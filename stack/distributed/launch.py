@@ -40,7 +40,7 @@ def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_res
     the agent ends the others and starts all again, up to `max_restarts` times. Returns the exit
     code of rank 0, or that of the rank which failed first.
 
-    Raises RankLost as `exit_code`.
+    Raises RankLost if rank 0 has stated no error.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -65,27 +65,33 @@ def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_res
             elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
         except ChildFailedError as e:
             failures = sorted(e.failures.items(), key=lambda item: item[1].timestamp)
-            return exit_code({r: failure.exitcode for r, failure in failures}, run_dir)
+            codes = {r: failure.exitcode for r, failure in failures}
+            if error := first_lost(codes, run_dir):
+                raise error from None
+            return exit_code(codes)
         except SignalException as e:
             return 75 if e.sigval.name == "SIGTERM" else 130
     return 0
 
 
-def exit_code(codes: Mapping[int, int], run_dir: Path) -> int:
-    """The exit code of a launch from those of its failed ranks, the first one first; negative ones
-    are signals.
+def exit_code(codes: Mapping[int, int]) -> int:
+    """The exit code of a launch from those of its failed ranks; negative ones are signals."""
+    documented = [codes[rank] for rank in sorted(codes) if codes[rank] in EXIT_CODES]
+    return documented[0] if documented else RankLost.exit_code
 
-    Raises RankLost, with that exit code, for the first one if rank 0 has stated no error.
+
+def first_lost(codes: Mapping[int, int], run_dir: Path) -> RankLost | None:
+    """The error that names the first of the failed ranks, given in the order in which they ended;
+    None if rank 0 has stated one on its terminal.
     """
-    stated = [code for code in codes.values() if code in EXIT_CODES]
-    if codes.get(0) in stated:
-        return codes[0]
-    first, end = next(iter(codes.items()))
+    if codes.get(0) in EXIT_CODES:
+        return None
+    first, code = next(iter(codes.items()))
     error = RankLost(
         f"rank {first} ended first, and rank 0 has stated no error",
-        value=f"signal {signal.Signals(-end).name}" if end < 0 else f"exit code {end}",
+        value=f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}",
         next_step=f"read {output_of(run_dir, first) if first else run_dir / RANKS}; stack train "
         f"--resume {run_dir} continues from the last checkpoint",
     )
-    error.exit_code = next(iter(stated), RankLost.exit_code)
-    raise error
+    error.exit_code = exit_code(codes)
+    return error

@@ -235,6 +235,18 @@ def communication(late_s: float) -> Communication:
     return found
 
 
+def announcement_after_a_restart() -> tuple[bool, int]:
+    """Whether the second start sees the error that rank 1 of the first one has announced, and its
+    sum.
+    """
+    cfg = configuration({}, {})
+    with joined(cfg, CPU) as ranks:
+        failure.announce(ranks.store, 1, StackproofError("the disk is full"))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    with joined(cfg, CPU) as ranks:
+        return failure.ended(ranks.store, 1) is not None, ranks.total(1)[0]
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stackproof.distributed.launch import exit_code
+from stackproof.distributed.launch import exit_code, first_lost
 from stackproof.distributed.ranks import ONE_PROCESS
-from stackproof.spec.errors import RankLost
 
 RUN = Path("RUN")
 
@@ -55,10 +54,14 @@ def test_a_lost_rank_is_named(ranks, how, named):
     assert code == (1 if how == "failed" else 7)
 
 
+def test_a_restart_reads_nothing_of_the_ranks_before(answers):
+    assert answers("announcement_after_a_restart") == [(False, 2), (False, 2)]
+
+
 def test_the_exit_code_of_a_launch_is_that_of_the_run():
-    assert exit_code({0: 4, 1: 7}, RUN) == 4  # rank 0 has the gates
-    assert exit_code({1: -9, 0: 7}, RUN) == 7
-    assert exit_code({0: 75, 1: 75}, RUN) == 75
+    assert exit_code({0: 4, 1: 7}) == 4  # rank 0 has the gates
+    assert exit_code({1: -9, 0: 7}) == 7
+    assert exit_code({0: 75, 1: 75}) == 75
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,7 @@ def test_the_exit_code_of_a_launch_is_that_of_the_run():
     ],
 )
 def test_the_first_lost_rank_is_named_if_rank_0_cannot(codes, lost, named, code, where):
-    with pytest.raises(RankLost) as caught:
-        exit_code(codes, RUN)
-    error = caught.value
+    error = first_lost(codes, RUN)
     assert error.exit_code == code and error.what.startswith(f"rank {lost} ended")
     assert named in error.value and where in error.next_step
+    assert first_lost({1: 7, 0: 7}, RUN) is None  # rank 0 has named it
