@@ -44,7 +44,7 @@ def test_exposed_is_what_no_computation_overlaps():
 
 
 def test_a_rank_that_is_late_lets_the_others_wait(answers):
-    late_s = 0.5
+    late_s = 2.0
     first, last = answers("communication", late_s)
     for found in (first, last):
         assert 0 < found.exposed_s <= found.under_way_s <= found.step_s
