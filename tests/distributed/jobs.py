@@ -227,13 +227,12 @@ def print_and_fail(run_dir: Path, start: int, how: str) -> None:
 
 def communication(late_s: float) -> Communication:
     """Of a sum for which the last rank is late, followed by a product on each."""
-    with joined(configuration({}, {}), CPU) as ranks:
-        with profiled(CPU) as found:
-            ranks.total(1)  # from here on all measure
-            if ranks.rank == ranks.world_size - 1:
-                time.sleep(late_s)
-            ranks.total(1)
-            torch.ones(64, 64) @ torch.ones(64, 64)
+    with joined(configuration({}, {}), CPU) as ranks, profiled(CPU) as found:
+        ranks.total(1)  # from here on all measure
+        if ranks.rank == ranks.world_size - 1:
+            time.sleep(late_s)
+        ranks.total(1)
+        torch.ones(64, 64) @ torch.ones(64, 64)
     return found
 
 
