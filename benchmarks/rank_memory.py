@@ -5,9 +5,11 @@
 
 Every mesh has real processes, which start as those of a run do: each builds the whole state and
 divides it. Gates are left out, since theirs are of one process. A rank notes its resident memory
-after steps of one layer, which load code and take the buffers of libraries. After three steps of the large one, freed memory is returned to the system, and what is
-then resident beyond that is the measured state: weights, gradients and moments. The most that was
-resident during the second and third step is the measured peak. Linux with glibc only.
+after steps of one layer, which load code and take the buffers of libraries. `state` is what is
+resident beyond that after steps of the whole model, when freed memory was returned to the system:
+weights, gradients and moments. `peak` is the most that tensors of a step take together, by torch's
+profiler; `resident` is the most that was resident, with the holes that the C heap keeps between
+them. Linux with glibc only.
 """
 
 import argparse
@@ -66,10 +68,35 @@ def held(name: str) -> dict[str, int]:
         train(divided(warm, ranks), ranks)
         before = resident()
         state = divided(cfg, ranks)
-        peak = train(state, ranks) - before
+        most = train(state, ranks) - before
         assert all(p.grad is not None for p in state.model.parameters())
         assert len(state.optimizer.state) == len(list(state.model.parameters()))
-        return {"state": resident() - before, "peak": peak}
+        return {
+            "state": resident() - before,
+            "resident": most,
+            "peak": allocated(state, batches(cfg, ranks)),
+        }
+
+
+def allocated(state, rows: Sequence) -> int:
+    """The most that weights, moments and all tensors of a step take together, bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from stackproof.distributed.tensors import local_part
+    from stackproof.train.step import train_step
+
+    moments = [t for fields in state.optimizer.state.values() for t in fields.values()]
+    tensors = (*state.model.parameters(), *moments)
+    held = most = sum(local_part(t).numel() * t.element_size() for t in tensors)
+    state.optimizer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        train_step(state, rows)
+    events = measured.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    for _, n_bytes in changes:
+        held += n_bytes
+        most = max(most, held)
+    return most
 
 
 def divided(cfg, ranks):
@@ -128,6 +155,7 @@ def compared(name: str, ranks) -> dict[str, int]:
         "measured_state": max(a.value["state"] for a in answers),
         "planned_state": sum(planned[part] for part in STATE),
         "measured_peak": max(a.value["peak"] for a in answers),
+        "measured_resident": max(a.value["resident"] for a in answers),
         "planned_peak": planned["peak"],
     }
 
@@ -146,7 +174,7 @@ def main() -> int:
 
     record = open_record(options, "memory of each rank, measured over planned")
     figures, outside, found = {}, [], {}
-    columns = ("state MiB", "planned", "ratio", "peak MiB", "planned", "ratio")
+    columns = ("state MiB", "planned", "ratio", "peak MiB", "planned", "ratio", "resident")
     print(f"{'':26}" + "".join(f"{column:>11}" for column in columns))
     with pool() as ranks:
         for name in options.only:
@@ -158,8 +186,9 @@ def main() -> int:
                 line += f"{measured / 2**20:>11.0f}{planned / 2**20:>11.0f}{ratio:>11.2f}"
                 figures[f"measured_over_planned_{part}_{key}"] = (ratio, "1")
             figures |= {f"{what}_bytes_{key}": (n, "bytes") for what, n in used.items()}
-            outside += [name] if abs(used["measured_state"] / used["planned_state"] - 1) > LIMIT else []
-            print(line, flush=True)
+            off = abs(used["measured_state"] / used["planned_state"] - 1)
+            outside += [name] if off > LIMIT else []
+            print(f"{line}{used['measured_resident'] / 2**20:>11.0f}", flush=True)
     print(f"states outside of the plan ± {LIMIT:.0%}: {', '.join(outside) or 'none'}")
     write_json(options.json, {"machine": facts(("torch",)), "bytes": found})
     close_record(record, options.run_dir, [], figures)
