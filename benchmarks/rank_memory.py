@@ -30,7 +30,12 @@ LIMIT = 0.1  # wanted: states as planned, up to this share
 STATE = ("weights", "gradients", "moments")
 SHAPE = (
     *("model.d_model=512", "model.n_layers=10", "model.n_heads=8", "model.n_kv_heads=8"),
-    *("model.head_dim=64", "model.d_ff=1408", f"model.max_seq_len={TOKENS}", "train.max_steps=1000"),
+    *(
+        "model.head_dim=64",
+        "model.d_ff=1408",
+        f"model.max_seq_len={TOKENS}",
+        "train.max_steps=1000",
+    ),
 )
 MESHES = {
     "replicate 2": ({"replicate": 2}, 1),

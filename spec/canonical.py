@@ -169,9 +169,7 @@ def _without_escapes(texts: list[bytes]) -> list[Any] | None:
     return values if is_strict else None
 
 
-def read_json(
-    path: Path, max_bytes: int = MAX_TEXT_BYTES, *, max_values: int | None = None
-) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES, *, max_values: int | None = None) -> Any:
     """The strictly parsed value of a JSON file.
 
     Raises OSError as `read_bytes`, IntegrityError as `parse_strict`.

@@ -260,9 +260,7 @@ def _resolve(
     return load_config(base, run_file=file, sets=sets, fixed=fixed)
 
 
-def _dry_run(
-    cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_json: bool
-) -> None:
+def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_json: bool) -> None:
     """Print the configuration and the quantities computed from it, also those of each of several
     ranks. Reads no data, and builds no model but one without values.
     """

@@ -55,9 +55,7 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     }
 
 
-def passing_bytes(
-    cfg: RunConfig, vocab_size: int, rows: int, *, tensor: int = 1
-) -> dict[str, int]:
+def passing_bytes(cfg: RunConfig, vocab_size: int, rows: int, *, tensor: int = 1) -> dict[str, int]:
     """What a micro-step of this many rows holds beside weights, gradients and moments, bytes:
     `activations` and `head`. The ranks of a tensor group divide heads, inner features, vocabulary
     and the residual stream; each keeps the inputs of both branches whole.

@@ -53,3 +53,97 @@ def planned_of(mesh, changes, **assumed):
 
 def bytes_of(sent):
     return sum(n_bytes * n for (_, _, n_bytes), n in sent.items())
+
+
+# --- the choice of a mesh -------------------------------------------------------------------------
+
+
+def large(**changes):
+    """A configuration with room for a thousand data ranks."""
+    keys = {"train.tokens_per_step": 2048 * 256, **changes}
+    fixed = {key.replace("__", "."): (value, "test") for key, value in keys.items()}
+    return load_config(recipe("pocket"), fixed=fixed)[0]
+
+
+def test_meshes_are_those_that_are_not_refused():
+    """Of four heads and two key-value heads a tensor group takes two; 2,048 rows are not dealt to
+    three.
+    """
+    found = [(s.replicate, s.shard, s.tensor) for _, s in admissible(large(), 6)]
+    assert found == []
+    found = [(s.replicate, s.shard, s.tensor) for _, s in admissible(large(), 4)]
+    assert found == [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]
+    for cfg, sizes in admissible(large(), 4):
+        assert cfg.parallel.model_dump() | sizes.as_dict() == cfg.parallel.model_dump()
+        assert mesh_sizes(cfg, 4) == sizes
+
+
+def test_cheapest_mesh_is_the_fastest_that_fits():
+    cfg = large()
+    everything = planned_on(cfg, 8)
+    meshes = everything["meshes"]
+    assert len(meshes) == len(list(admissible(cfg, 8))) > 5
+    fastest = min(meshes, key=lambda m: m["step_s"])
+    assert everything["cheapest"] == fastest and all(m["fits"] for m in meshes)
+    # Without room for the fastest, the fastest of those that are left; without any room, none.
+    least = sorted(m["peak_bytes"] for m in meshes)
+    assert fastest["peak_bytes"] > least[0], "there is something to choose"
+    narrow = planned_on(cfg, 8, memory_bytes=fastest["peak_bytes"] - 1)
+    left = [m for m in meshes if m["peak_bytes"] < fastest["peak_bytes"]]
+    assert narrow["cheapest"] == min(left, key=lambda m: m["step_s"])
+    assert planned_on(cfg, 8, memory_bytes=least[0] - 1)["cheapest"] is None
+
+
+def test_mesh_that_is_refused_in_a_run_is_refused_in_a_plan():
+    with pytest.raises(ConfigError, match="cannot be dealt evenly"):
+        planned_on(recipe("pocket"), 1024)
+
+
+def test_a_thousand_ranks_hold_a_thousandth_of_the_state():
+    one, many = planned_on(large(), 2), planned_on(large(), 1024)
+    assert many["world_size"] == many["mesh"]["shard"] == 1024
+    # Rows are dealt whole: a matrix of fewer rows than ranks has one row on some of them.
+    for part in STATE:
+        assert one["memory_bytes"][part] / 512 <= many["memory_bytes"][part]
+        assert many["memory_bytes"][part] < one["memory_bytes"][part] / 50
+    whole = sum(one["memory_bytes"][part] for part in STATE)
+    assert many["memory_bytes"]["peak"] > whole / 50
+
+
+def planned_on(cfg, world_size, **assumed):
+    return plan(cfg, 2048, world_size, Cluster.of(cfg, assumed))
+
+
+# --- predicted times ------------------------------------------------------------------------------
+
+RING = Cluster(
+    flops_per_s=1, node_ranks=8, node_bytes_per_s=100.0, network_bytes_per_s=10.0, latency_s=2.0
+)
+
+
+@pytest.mark.parametrize(
+    ("operation", "sizes", "dimension", "expected_s"),
+    [
+        # Seven hops, and seven eighths of 800 bytes within a node.
+        ("all-gather", MeshSizes(1, 8, 1), "shard", 7 * 2 + 700 / 100),
+        ("reduce-scatter", MeshSizes(1, 8, 1), "shard", 7 * 2 + 700 / 100),
+        # Both, one after the other.
+        ("all-reduce", MeshSizes(8, 1, 1), "replicate", 14 * 2 + 1400 / 100),
+        # Two ranks of one group are on two nodes.
+        ("all-gather", MeshSizes(2, 8, 1), "replicate", 2 + 400 / 10),
+        ("all-gather", MeshSizes(1, 8, 2), "shard", 7 * 2 + 700 / 10),
+        ("all-gather", MeshSizes(1, 8, 2), "tensor", 2 + 400 / 100),
+    ],
+)
+def test_time_of_an_operation_is_that_of_a_ring(operation, sizes, dimension, expected_s):
+    found = Collective(operation, dimension, "weights", 800)
+    assert found.time_s(sizes, RING) == pytest.approx(expected_s, rel=1e-12)
+
+
+def test_step_time_follows_the_assumptions():
+    cfg = large()
+    slow, fast = (planned_on(cfg, 8, flops_per_s=rate)["predicted_s"] for rate in (1e12, 2e12))
+    assert slow["compute"] == 2 * fast["compute"] and slow["data"] == fast["data"]
+    for times in (slow, fast):
+        longer = max(times["compute"], times["data"])
+        assert times["step"] == longer + times["tensor"] + times["update"]
