@@ -91,8 +91,8 @@ def train(
         bool,
         Option(
             "--dry-run",
-            help="Print the resolved configuration and its arithmetic, then stop. With --nproc also "
-            "the memory, communication and predicted step time of each rank.",
+            help="Print the resolved configuration and its arithmetic, then stop. With --nproc "
+            "also the memory, communication and predicted step time of each rank.",
         ),
     ] = False,
     assume: Annotated[

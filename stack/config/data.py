@@ -285,8 +285,8 @@ class DataConfig(Frozen):
     verify: Literal["full", "size", "drawn"] = Field(
         "full",
         description=(
-            "compare the hash of every shard at start, or only its size, or only the length of each "
-            "shard when a row of it is first drawn"
+            "compare the hash of every shard at start, or only its size, or only the length of "
+            "each shard when a row of it is first drawn"
         ),
     )
 

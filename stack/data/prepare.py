@@ -51,8 +51,8 @@ class Dataset:
         return map_shard(self.directory / "grams.safetensors", "grams", np.uint64)
 
     def inputs(self) -> list[dict]:
-        """Shards, tokenizer and manifest, as inputs of a record. The hash of the manifest stands for
-        more than LISTED_SHARDS shards: it states the hash of each.
+        """Shards, tokenizer and manifest, as inputs of a record. More than LISTED_SHARDS shards are
+        left out: the manifest states the hash of each.
         """
         n_shards = sum(len(self.manifest["splits"][split]["shards"]) for split in SPLITS)
         rows = [

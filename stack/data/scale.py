@@ -1,8 +1,8 @@
 """A build of a data set as tasks of datatrove, and its per-document stages as blocks, for corpora
 that one process cannot hold. Needs the extra `[scale]`.
 
-`TaskPool` divides the jobs of `build` among the tasks of an executor, on one machine or on many. The
-data set has the bytes of one that one process builds, with duplicates removed:
+`TaskPool` divides the jobs of `build` among the tasks of an executor, on one machine or on many.
+The data set has the bytes of one that one process builds, with duplicates removed:
 
     from stackproof.data.build import build
     from stackproof.data.scale import TaskPool

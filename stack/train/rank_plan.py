@@ -335,8 +335,8 @@ def _turned(name: str, cfg: RunConfig) -> bool:
 
 
 def _of_data(units: Iterable[Unit], n_micro_steps: int) -> Counter[Collective]:
-    """The operations of FSDP2 in a step. Weights are gathered for the forward, those of blocks again
-    for the backward; gradients are reduced once.
+    """The operations of FSDP2 in a step. Weights are gathered for the forward, those of blocks
+    again for the backward; gradients are reduced once.
     """
     found: Counter[Collective] = Counter()
     for unit in units:
