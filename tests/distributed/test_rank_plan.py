@@ -39,11 +39,26 @@ def test_plan_is_what_live_ranks_hold_and_send(answers, mesh, changes):
     # Rank 0 has the largest parts, to which torch pads those of the others.
     assert held == {part: planned["memory_bytes"][part] for part in STATE}
     assert all(other[part] <= held[part] for other, _ in found for part in STATE)
-    named = Counter()
-    for c in planned["collectives"]:
-        named[c["operation"], c["dimension"], c["n_bytes"]] += c["per_step"]
-    assert named == sent
+    assert operations(planned) == sent
     assert all(bytes_of(other) <= bytes_of(sent) for _, other in found)
+
+
+def test_a_plan_of_another_run_is_noticed(answers):
+    held, sent = answers("held_and_sent", {"shard": 2}, {})[0]
+    for changes in ({"model.d_ff": 28}, {"model.norm.kind": "layernorm"}, ADAMW):
+        planned = planned_of({"shard": 2}, changes)
+        assert held != {part: planned["memory_bytes"][part] for part in STATE}
+        assert operations(planned) != sent
+    once = planned_of({"shard": 2}, {"train.micro_batch_size": ROWS // 2})
+    assert held == {part: once["memory_bytes"][part] for part in STATE}
+    assert operations(once) != sent, "other micro-steps gather weights as often"
+
+
+def operations(planned):
+    found = Counter()
+    for c in planned["collectives"]:
+        found[c["operation"], c["dimension"], c["n_bytes"]] += c["per_step"]
+    return found
 
 
 def planned_of(mesh, changes, **assumed):
