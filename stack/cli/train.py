@@ -164,6 +164,8 @@ def train(
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
         if launch.restarts() and (directory / "run.json").is_file():
+            # run.json holds the changes of a command that began the run
+            overrides = overrides if resume else []
             resume, at = directory, None
         record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
     if record is None:

@@ -1,6 +1,7 @@
 """Training runs of a few seconds that faults are injected into, and how two of them compare."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ UNDER_FAULT = ARM + NO_PREFLIGHT
 DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 75, 130}
 # What a run looks at or keeps in its own way each time; the history of resumes is in events.jsonl.
 OF_PROCESS = (".allocator", "code.diff_sha256", "events.jsonl")
+# Ranks are compared at the start of each process, so that a resume adds comparisons.
+OF_RANKS = re.compile(r"\.gates\.distributed\..*\.(checks|heartbeat_last_step|measured\..*)")
 KEPT = ("samples.jsonl", "gates.jsonl", "curriculum.jsonl", "points.jsonl", "tokenizer.json")
 
 
@@ -21,7 +24,7 @@ def training(text_file: Path, **changes: str) -> list[str]:
     """The arguments of a run of nine steps that saves, evaluates, samples and traces."""
     every = {f"{name}__every": "3" for name in ("checkpoint", "eval", "sample")}
     short = {"train__max_steps": "9", "trace__every": "4", "checkpoint__keep": "2"}
-    return ["train", *tiny(text_file, **short, **every, **changes), "--run-dir", "run"]
+    return ["train", *tiny(text_file, **short | every | changes), "--run-dir", "run"]
 
 
 def again(folder: Path, arguments: list[str]) -> list[str]:
@@ -42,7 +45,8 @@ def assert_same_end(straight: Path, other: Path, told: str) -> None:
     for name in KEPT:
         if (straight / name).is_file():
             assert (straight / name).read_bytes() == (other / name).read_bytes(), (told, name)
-    assert _metrics(straight) == _metrics(other), told
+    for rank in (".", *(p.relative_to(straight) for p in straight.glob("ranks/*"))):
+        assert _metrics(straight / rank) == _metrics(other / rank), (told, rank)
     for path in (p for p in straight.glob("checkpoints/step-*/*") if p.suffix == ".safetensors"):
         assert path.read_bytes() == (other / path.relative_to(straight)).read_bytes(), (told, path)
     for name in ("latest", "best"):
@@ -58,7 +62,7 @@ def assert_same_end(straight: Path, other: Path, told: str) -> None:
 
 def _names(run: Path) -> list[str]:
     found = (p.relative_to(run).as_posix() for p in run.rglob("*"))
-    return [name for name in found if name != "events.jsonl"]
+    return [name for name in found if not name.endswith("events.jsonl")]
 
 
 def _metrics(run: Path) -> list[dict]:
@@ -73,6 +77,7 @@ def _leaves(record: dict[str, Any]) -> dict[str, Any]:
         for path, plain, value in _walk(record, "", ".record")
         if not any(f"{masked}." in f"{plain}." for masked in MASKED)
         and not any(word in path for word in OF_PROCESS)
+        and not OF_RANKS.fullmatch(path)
     }
 
 
