@@ -9,33 +9,50 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from stackproof.distributed import launch
+from stackproof.distributed.ranks import ProcessGroup
+from stackproof.train import loop
 from tests.fault_injection import file_calls
-from tests.processes import NO_PREFLIGHT, STACK, Command, Done
+from tests.fault_injection.runs import training
+from tests.processes import STACK, Command, Done
 
-HANDLER = "torch.distributed.elastic.multiprocessing.api.get_subprocess_handler"
-ARM = "from tests.fault_injection import rank_runs\nrank_runs.arm()\n"
-UNDER_FAULT, WITH_PREFLIGHT = ARM + NO_PREFLIGHT, ARM + STACK
-# Operations between ranks, as the trainer and FSDP call them.
-COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_object", "broadcast_object_list",
-    "all_gather_into_tensor", "reduce_scatter_tensor",
-)  # fmt: skip
+# Preflight takes most of a run of seconds: these few gates suffice to end a run in it.
+PREFLIGHT = ("corpus.filters", "data.order", "data.exhaustion", "loss.golden")
+ARMED = f"""
+from stackproof.spec.gates import load_spec
+from stackproof.train import start
+from tests.fault_injection import rank_runs
+gates = load_spec().gates.values()
+kept = [g.id for g in gates if g.moment != "preflight" or g.id in rank_runs.PREFLIGHT]
+keeper = start.Gatekeeper
+start.Gatekeeper = lambda *given, only=None, **options: keeper(
+    *given, only=kept if only is None else only, **options
+)
+rank_runs.arm()
+{STACK}
+"""
+# Operations between ranks, and parts of a run.
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list")
+EVALUATION = "dealt"
+ROWS = "rows.jsonl"  # beside the run: the rows that its ranks draw
+HANDLER = "get_subprocess_handler"  # of torch's agent
+CLOSING_S = 3  # that the agent gives a rank to end, instead of 30
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the `at`-th call of rank `of` in one attempt of the agent: signals to ranks,
-    or an error of the call, a key of file_calls.FAULTS.
+    """What happens at the `at`-th call of rank `of` in one attempt of the launcher: an error of the
+    call, a key of file_calls.FAULTS, or signals to ranks.
     """
 
     of: int
@@ -52,26 +69,33 @@ class Launched:
     code: int
     attempts: list[list[Done]]
 
-    def calls(self, rank: int, attempt: int = 0) -> list[str]:
-        """The calls that a rank made below its folder, and between ranks."""
-        return file_calls.calls(self.attempts[attempt][rank])
+    def calls(self, rank: int) -> list[str]:
+        """The calls that a rank of the last attempt made below its folder, and between ranks."""
+        return file_calls.calls(self.attempts[-1][rank])
 
-    def told(self) -> str:
+    @property
+    def codes(self) -> list[list[int]]:
+        """The exit codes of the ranks of each attempt."""
+        return [[done.code for done in ranks] for ranks in self.attempts]
+
+    def said(self) -> str:
         """The ends of all ranks, for the message of an assert."""
-        ends = [(a, r, d.code, "\n".join(x for x in d.err.splitlines() if not x.startswith(file_calls.COUNT))[-2500:]) for a, ds in enumerate(self.attempts)
-                for r, d in enumerate(ds)]  # fmt: skip
-        return "\n".join(map(str, (self.code, *ends)))
+        lines = [line for ranks in self.attempts for d in ranks for line in d.err.splitlines()[-30:]]
+        kept = [line for line in lines if not line.startswith(file_calls.COUNT)]
+        return "\n".join([f"{self.code} {self.codes}", *kept])
+
+
+def arguments(text_file: Path, sets: Sequence[str] = ()) -> list[str]:
+    """A run of nine steps on two ranks, with further settings."""
+    changes = {"trace__every": "0", "parallel__compare_every": "3"}
+    more = [part for value in sets for part in ("--set", value)]
+    return [*training(text_file, **changes), *more]
 
 
 def launched(
-    *arguments: str,
-    folder: Path,
-    faults: Sequence[Fault] = (),
-    restarts: int = 0,
-    n_ranks: int = 2,
-    code: str = UNDER_FAULT,
+    *command: str, folder: Path, faults: Sequence[Fault] = (), restarts: int = 0, n_ranks: int = 2
 ) -> Launched:
-    """`stack ARGUMENTS --nproc N --restarts K` in a folder, to its end."""
+    """`stack COMMAND --nproc N --restarts K` in a folder, to its end."""
     attempts: list[list[Command]] = []
 
     class Rank:
@@ -94,49 +118,66 @@ def launched(
             attempt, rank = int(env[launch.RESTARTS]), int(env["RANK"])
             if attempt == len(attempts):
                 attempts.append([])
-            mine = [f for f in faults if (f.of, f.attempt) == (rank, attempt)] or [None]
-            env |= _environment(folder, attempt, mine[0])
-            command = Command(*args[3:], folder=folder, environment=env, code=code)
-            (folder / f"pid-{attempt}-{rank}.tmp").write_text(str(command.process.pid))
-            (folder / f"pid-{attempt}-{rank}.tmp").rename(folder / f"pid-{attempt}-{rank}")
-            attempts[attempt].append(command)
-            return Rank(command)
+            chosen = [f for f in faults if (f.of, f.attempt) == (rank, attempt)]
+            env |= _environment(folder, attempt, *chosen)
+            begun = Command(*args[3:], folder=folder, environment=env, code=ARMED)
+            place = _pid_file(folder, attempt, rank)
+            place.with_suffix(".tmp").write_text(str(begun.process.pid))
+            place.with_suffix(".tmp").rename(place)
+            attempts[attempt].append(begun)
+            return Rank(begun)
 
         def close(self, death_sig: signal.Signals | None = None) -> None:
             os.kill(self.proc.pid, death_sig or signal.SIGTERM)
 
-    with _own_settings(), mock.patch(HANDLER, lambda **given: Forked(**given)):
-        ended = launch.launch(arguments, n_ranks, max_restarts=restarts)
-    return Launched(ended, [[command.wait() for command in ranks] for ranks in attempts])
+    with _own_settings(lambda **given: Forked(**given)):
+        ended = launch.launch(command, n_ranks, max_restarts=restarts)
+    return Launched(ended, [[begun.wait() for begun in ranks] for ranks in attempts])
 
 
-def _environment(folder: Path, attempt: int, fault: Fault | None) -> dict[str, str]:
-    below = str(folder.resolve() / "run")
+def _pid_file(folder: Path, attempt: int, rank: int) -> Path:
+    return folder / f"pid-{attempt}-{rank}"
+
+
+def _environment(folder: Path, attempt: int, fault: Fault | None = None) -> dict[str, str]:
     kind, at, to = (fault.kind, fault.at, fault.to) if fault else ("", 0, ())
-    pids = [str(folder / f"pid-{attempt}-{rank}") for rank in to]
+    pids = [str(_pid_file(folder.resolve(), attempt, rank)) for rank in to]
+    below = str(folder.resolve() / "run")
     return {"FAULT": json.dumps([kind, at, below]), "FAULT_TO": json.dumps(pids)}
 
 
 @contextmanager
-def _own_settings():
-    """Signals and variables as they were, after the agent has set its own."""
+def _own_settings(handler):
+    """The agent with another way to start and end processes. Signals and variables are afterwards
+    as they were.
+    """
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
     former = {number: signal.getsignal(number) for number in numbers}
+    closing = mock.patch.object(api.PContext.close, "__defaults__", (None, CLOSING_S))
     try:
-        with mock.patch.dict(os.environ):
+        with mock.patch.dict(os.environ), mock.patch.object(api, HANDLER, handler), closing:
             yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, handled in former.items():
+            signal.signal(number, handled)
+
+
+# --- in a rank ------------------------------------------------------------------------------------
 
 
 class RankFaults(file_calls.Faults):
     """Faults that may come to other ranks than the one whose calls are counted."""
 
+    def is_next(self, descriptor: int) -> bool:
+        """Only an error, and the own end, cut a write in half."""
+        own = f"-{os.environ['RANK']}"
+        cuts = self.fault in file_calls.FAULTS or any(p.endswith(own) for p in _targets())
+        return cuts and super().is_next(descriptor)
+
     def strike(self, path: object) -> None:
         if self.fault in file_calls.FAULTS:
             return super().strike(path)
-        for place in map(Path, json.loads(os.environ["FAULT_TO"])):
+        for place in map(Path, _targets()):
             while not place.exists():  # the agent starts one rank after the other
                 time.sleep(0.01)
             for name in self.fault.split():
@@ -144,11 +185,17 @@ class RankFaults(file_calls.Faults):
         return None
 
 
+def _targets() -> list[str]:
+    return json.loads(os.environ["FAULT_TO"])
+
+
 def arm() -> None:
-    """Begin to count in this rank, with the fault of its environment."""
+    """Begin to count in this rank, with the fault of its environment, and log the rows it draws."""
     faults = file_calls.arm(RankFaults)
     for name in COLLECTIVES:
         setattr(dist, name, _counted(faults, name, getattr(dist, name)))
+    ProcessGroup.dealt = _counted(faults, EVALUATION, ProcessGroup.dealt)
+    loop.draw = _logged(loop.draw, Path(faults.below).parent / ROWS)
 
 
 def _counted(faults: RankFaults, name: str, operation):
@@ -159,6 +206,42 @@ def _counted(faults: RankFaults, name: str, operation):
     return counted
 
 
-def phases(calls: Sequence[str]) -> Mapping[str, range]:
-    """Numbers of the calls of rank 0 in parts of a run."""
-    raise NotImplementedError
+def _logged(draw, log: Path):
+    def drawn(trainer):
+        batches = draw(trainer)
+        rows = {row: w for b in batches for row, w in zip(b.rows, b.sample_ids, strict=True)}
+        with open(log, "a") as f:
+            f.write(json.dumps({"step": trainer.state.step + 1, "rows": rows}) + "\n")
+        return batches
+
+    return drawn
+
+
+# --- what a run did -------------------------------------------------------------------------------
+
+
+def places(calls: Sequence[str]) -> dict[str, Sequence[int]]:
+    """Numbers of the calls of rank 0 in each part of a run."""
+    numbered = list(enumerate(calls, start=1))
+    begun = next(n for n, call in numbered if call.startswith("rename .run.json"))
+    saves = [n for n, call in numbered if "checkpoints/.writing" in call]
+    return {
+        "preflight": [n for n, call in numbered[:begun] if call == "write gates.jsonl"],
+        "before run.json": range(1, begun + 1),
+        "before a checkpoint": range(begun + 1, saves[0]),
+        "a save": saves,
+        "an evaluation": [n for n, call in numbered if call.startswith(EVALUATION)],
+        "a step": [n for n, call in numbered[saves[0] :] if call.startswith("all_reduce")],
+    }
+
+
+def rows_of(folder: Path) -> dict[int, tuple[int, int]]:
+    """Step and window of each row that the ranks of a run drew. A row that was drawn again, since
+    its step was lost, must be the same.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for line in (folder / ROWS).read_text().splitlines():
+        drawn = json.loads(line)
+        for row, window in drawn["rows"].items():
+            assert found.setdefault(int(row), (drawn["step"], window)) == (drawn["step"], window)
+    return found
