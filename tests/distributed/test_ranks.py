@@ -50,8 +50,17 @@ def test_a_lost_rank_is_named(ranks, how, named):
     assert code == (1 if how == "failed" else 7)
 
 
-def test_the_exit_code_of_a_launch_is_that_of_the_run():
-    assert exit_code({0: 4, 1: 7}) == 4  # rank 0 has the gates
-    assert exit_code({1: -9, 0: 7}) == 7
-    assert exit_code({1: -9}) == 7
-    assert exit_code({0: 75, 1: 75}) == 75
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        ([4, 7], 4),
+        ([-9, 75], 7),  # killed; the agent has ended the other one by SIGTERM
+        ([7, -9], 7),
+        ([75, 75], 75),
+        ([-15, -9], 75),  # before it handled signals
+        ([-2], 130),
+        ([200], 7),
+    ],
+)
+def test_the_exit_code_of_a_launch_is_that_of_the_rank_that_ended_first(codes, wanted):
+    assert exit_code(codes) == wanted
