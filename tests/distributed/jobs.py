@@ -20,12 +20,12 @@ from stackproof.distributed.tensors import whole
 from stackproof.model.foreign import plain_name
 from stackproof.recipes import recipe
 from stackproof.spec.errors import StackproofError
+from stackproof.train import loop, start
 from stackproof.train import optimizer as opt
-from stackproof.train import start
 from stackproof.train import step as steps
-from stackproof.train.loop import train
 from stackproof.train.start import fresh, resume
 from stackproof.train.state import divide, state_around
+from tests.distributed.rows import logged
 
 VOCAB, ROWS, TOKENS = 61, 8, 24
 CPU = torch.device("cpu")
@@ -197,10 +197,12 @@ def lose_a_rank(how: str) -> tuple[str, int, str]:
 
 
 def run(cfg: RunConfig, folder: Path, cache: str, until: int | None = None) -> str | None:
-    """Train without gates, or go on in the folder of a run. Returns the status of the record on
-    rank 0, or the error. `until` ends the run by a signal after that step.
+    """Train without gates, or go on in the folder of a run; a log beside it has the rows. Returns
+    the status of the record on rank 0, or the error. `until` ends the run by a signal after that
+    step.
     """
     os.environ["STACKPROOF_CACHE"] = cache
+    loop.draw = logged(loop.draw, folder.with_suffix(".rows"))
     without_gates = start.Gatekeeper
     start.Gatekeeper = lambda spec, **given: without_gates(spec, **given | {"only": ()})
     if until is not None:
@@ -213,7 +215,7 @@ def run(cfg: RunConfig, folder: Path, cache: str, until: int | None = None) -> s
                 if known
                 else fresh(cfg, (), folder, ranks=ranks)
             )
-            record = train(opened)
+            record = loop.train(opened)
     except StackproofError as error:
         return f"{type(error).__name__} {error.exit_code}"
     return None if record is None else record.status

@@ -16,17 +16,23 @@ from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import api
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from stackproof.distributed import launch
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.train import loop
+from tests.distributed.rows import logged, rows_of
 from tests.fault_injection import file_calls
-from tests.fault_injection.runs import training
+from tests.fault_injection.runs import assert_same_end, training
+from tests.fault_injection.scale import SEED
 from tests.processes import STACK, Command, Done
 
 LEFT_OUT = "distributed.stragglers"  # other work on the machine can make a rank slow
+# Further settings of the runs that are disturbed: each layout of checkpoints is one line.
+LAYOUTS = {"one file": ()}
 # Preflight takes most of a run of seconds: these few gates suffice to end a run in it.
 PREFLIGHT = ("corpus.filters", "data.order", "data.exhaustion", "loss.golden")
 ARMED = f"""
@@ -59,7 +65,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast_objec
 EVALUATION = "dealt"
 ROWS = "rows.jsonl"  # beside the run: the rows that its ranks draw
 HANDLER = "get_subprocess_handler"  # of torch's agent
-CLOSING_S = 3  # that the agent gives a rank to end, instead of 30
+CLOSING_S = 30  # that torch's agent gives a rank to end, before it kills it
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,36 @@ class Launched:
         return "\n".join([f"{self.code} {self.codes}", *kept])
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of two ranks that others compare with: its layout, its command, its folder, and what
+    its ranks left.
+    """
+
+    layout: str
+    command: list[str]
+    folder: Path
+    done: Launched
+
+    def call(self, fault: Fault) -> str:
+        """The fault and its call, for the message of an assert."""
+        call = self.done.calls(fault.of)[fault.at - 1]
+        return f"{fault} ({call}), {self.layout}, SEED={SEED}"
+
+    def require_same(self, folder: Path, told: str) -> None:
+        """The run of another folder has drawn the same rows and left the same files."""
+        assert_same_end(self.folder / "run", folder / "run", told)
+        assert rows_of(folder / ROWS) == rows_of(self.folder / ROWS), told
+
+    def require_continued(self, folder: Path, told: str) -> None:
+        """The run of another folder goes on to the same end."""
+        begun = (folder / "run" / "run.json").is_file()
+        command = ["train", "--resume", "run"] if begun else self.command
+        done = launched(*command, folder=folder)
+        assert done.code == 0, (told, done.said())
+        self.require_same(folder, told)
+
+
 def arguments(text_file: Path, sets: Sequence[str] = ()) -> list[str]:
     """A run of nine steps on two ranks, with further settings."""
     changes = {"trace__every": "0", "parallel__compare_every": "3"}
@@ -112,10 +148,11 @@ def launched(
     folder: Path,
     faults: Sequence[Fault] = (),
     restarts: int = 0,
-    n_ranks: int = 2,
+    torchrun: bool = False,
     code: str = ARMED,
+    closing_s: int = CLOSING_S,
 ) -> Launched:
-    """`stack COMMAND --nproc N --restarts K` in a folder, to its end."""
+    """`stack COMMAND --nproc 2 --restarts K` in a folder, or the same by torchrun, to its end."""
     attempts: list[list[Command]] = []
 
     class Rank:
@@ -135,12 +172,14 @@ def launched(
 
     class Forked(SubprocessHandler):
         def _popen(self, args: tuple, env: dict[str, str]) -> Rank:
-            attempt, rank = int(env[launch.RESTARTS]), int(env["RANK"])
+            attempt = int(env.get(launch.RESTARTS, 0)) + int(env["TORCHELASTIC_RESTART_COUNT"])
+            rank = int(env["RANK"])
             if attempt == len(attempts):
                 attempts.append([])
             chosen = [f for f in faults if (f.of, f.attempt) == (rank, attempt)]
             env |= _environment(folder, attempt, *chosen)
-            begun = Command(*args[3:], folder=folder, environment=env, code=code)
+            command = args[args.index("stackproof") + 1 :]
+            begun = Command(*command, folder=folder, environment=env, code=code)
             place = _pid_file(folder, attempt, rank)
             place.with_suffix(".tmp").write_text(str(begun.process.pid))
             place.with_suffix(".tmp").rename(place)
@@ -150,9 +189,22 @@ def launched(
         def close(self, death_sig: signal.Signals | None = None) -> None:
             os.kill(self.proc.pid, death_sig or signal.SIGTERM)
 
-    with _own_settings(lambda **given: Forked(**given)):
-        ended = launch.launch(command, n_ranks, max_restarts=restarts)
+    with _own_settings(lambda **given: Forked(**given), closing_s):
+        if torchrun:
+            ended = _torchrun(command, restarts)
+        else:
+            ended = launch.launch(command, 2, max_restarts=restarts)
     return Launched(ended, [[begun.wait() for begun in ranks] for ranks in attempts])
+
+
+def _torchrun(command: Sequence[str], restarts: int) -> int:
+    """Exit code of torchrun, which is that of a Python that an exception ends."""
+    options = ("--nproc-per-node=2", f"--max-restarts={restarts}", "--rdzv-backend=c10d")
+    try:
+        run.main([*options, "--rdzv-endpoint=localhost:0", "-m", "stackproof", *command])
+    except ChildFailedError:
+        return 1
+    return 0
 
 
 def _pid_file(folder: Path, attempt: int, rank: int) -> Path:
@@ -167,13 +219,13 @@ def _environment(folder: Path, attempt: int, fault: Fault | None = None) -> dict
 
 
 @contextmanager
-def _own_settings(handler):
+def _own_settings(handler, closing_s: int):
     """The agent with another way to start and end processes. Signals and variables are afterwards
     as they were.
     """
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
     former = {number: signal.getsignal(number) for number in numbers}
-    closing = mock.patch.object(api.PContext.close, "__defaults__", (None, CLOSING_S))
+    closing = mock.patch.object(api.PContext.close, "__defaults__", (None, closing_s))
     try:
         with mock.patch.dict(os.environ), mock.patch.object(api, HANDLER, handler), closing:
             yield
@@ -215,7 +267,7 @@ def arm() -> None:
     for name in COLLECTIVES:
         setattr(dist, name, _counted(faults, name, getattr(dist, name)))
     ProcessGroup.dealt = _counted(faults, EVALUATION, ProcessGroup.dealt)
-    loop.draw = _logged(loop.draw, Path(faults.below).parent / ROWS)
+    loop.draw = logged(loop.draw, Path(faults.below).parent / ROWS)
 
 
 def _counted(faults: RankFaults, name: str, operation):
@@ -224,17 +276,6 @@ def _counted(faults: RankFaults, name: str, operation):
         return operation(*given, **options)
 
     return counted
-
-
-def _logged(draw, log: Path):
-    def drawn(trainer):
-        batches = draw(trainer)
-        rows = {row: w for b in batches for row, w in zip(b.rows, b.sample_ids, strict=True)}
-        with open(log, "a") as f:
-            f.write(json.dumps({"step": trainer.state.step + 1, "rows": rows}) + "\n")
-        return batches
-
-    return drawn
 
 
 # --- what a run did -------------------------------------------------------------------------------
@@ -256,15 +297,3 @@ def places(calls: Sequence[str]) -> dict[str, Sequence[int]]:
         "an evaluation": [n for n, call in between if call.startswith(EVALUATION)],
         "a step": [n for n, call in between if call.startswith("all_reduce")],
     }
-
-
-def rows_of(folder: Path) -> dict[int, tuple[int, int]]:
-    """Step and window of each row that the ranks of a run drew. A row that was drawn again, since
-    its step was lost, must be the same.
-    """
-    found: dict[int, tuple[int, int]] = {}
-    for line in (folder / ROWS).read_text().splitlines():
-        drawn = json.loads(line)
-        for row, window in drawn["rows"].items():
-            assert found.setdefault(int(row), (drawn["step"], window)) == (drawn["step"], window)
-    return found

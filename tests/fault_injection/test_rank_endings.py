@@ -14,48 +14,13 @@ import pytest
 from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.records import read_record
 from stackproof.train import checkpoint
-from tests.fault_injection.rank_runs import (
-    HALTED,
-    Fault,
-    arguments,
-    launched,
-    places,
-    rows_of,
-)
-from tests.fault_injection.runs import assert_same_end
-from tests.fault_injection.scale import SEED, STRESS, chance
+from tests.fault_injection.rank_runs import HALTED, Fault, launched, places
+from tests.fault_injection.scale import STRESS, chance
 
+pytestmark = pytest.mark.usefixtures("prepared")
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 3
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, cli_cache):
-    """All runs read the data that the first one prepared."""
-    monkeypatch.setenv("STACKPROOF_CACHE", str(cli_cache))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, text_file, cli_cache):
-    """A run that nothing disturbs: its arguments, folder, and calls of each rank."""
-    folder, command = tmp_path_factory.mktemp("straight"), arguments(text_file)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STACKPROOF_CACHE", str(cli_cache))
-        done = launched(*command, folder=folder)
-    assert done.code == 0, done.said()
-    return command, folder, [done.calls(rank) for rank in (0, 1)]
-
-
-def goes_on(straight, folder, told):
-    """Continue a run that has ended, and compare it with the straight one."""
-    command, wanted, _ = straight
-    begun = (folder / "run" / "run.json").is_file()
-    done = launched(*(("train", "--resume", "run") if begun else command), folder=folder)
-    assert done.code == 0, (told, done.said())
-    assert_same_end(wanted / "run", folder / "run", told)
-    assert rows_of(folder) == rows_of(wanted), told
-
-
+STATUS = {75: "preempted", 130: "interrupted"}
 # (part of the run, signals, to which ranks, exit code of all)
 SIGNALS = [
     ("a save", "SIGTERM", (1,), 75),
@@ -70,43 +35,53 @@ SIGNALS = [
     ("a save", "SIGINT", (1,), 130),
     ("an evaluation", "SIGTERM", (0,), 75),
 ]
+HANGS = [("preflight", 0), ("a step", 1), ("a step", 0)]
 
 
-@pytest.mark.parametrize(("part", "signals", "to", "code"), SIGNALS if STRESS else SIGNALS[:2])
+def some(cases, n):
+    """All cases in a long round, the first ones in a short one."""
+    return cases if STRESS else cases[:n]
+
+
+@pytest.mark.parametrize(("part", "signals", "to", "code"), some(SIGNALS, 2))
 def test_a_signal_ends_all_ranks_once_and_the_run_goes_on(
-    straight, tmp_path, part, signals, to, code
+    undisturbed, tmp_path, part, signals, to, code
 ):
-    command, _, calls = straight
-    at = chance(f"{part} {signals} {to}").choice(places(calls[0])[part])
-    told = f"{signals} to {to} at call {at} ({calls[0][at - 1]}), SEED={SEED}"
-    done = launched(*command, folder=tmp_path, faults=[Fault(0, at, signals, to)], restarts=2)
+    at = chance(f"{part} {signals} {to}").choice(places(undisturbed.done.calls(0))[part])
+    fault = Fault(0, at, signals, to)
+    told = undisturbed.call(fault)
+    done = launched(*undisturbed.command, folder=tmp_path, faults=[fault], restarts=2)
     assert (done.code, done.codes) == (code, [[code, code]]), (told, done.said())
     record = read_record(tmp_path / "run" / "metadata.json")
-    assert (record.status, record.exit_code) == (
-        "preempted" if code == 75 else "interrupted",
-        code,
-    ), told
+    assert (record.status, record.exit_code) == (STATUS[code], code), told
     if part != "preflight":
         checkpoint.load(checkpoint.find(tmp_path / "run"))
-    goes_on(straight, tmp_path, told)
+    undisturbed.require_continued(tmp_path, told)
 
 
-def test_a_red_gate_ends_all_ranks_and_is_not_restarted(straight, tmp_path):
-    command, _, _ = straight
-    done = launched(*command, folder=tmp_path, restarts=2, code=HALTED)
+def test_a_red_gate_ends_all_ranks_and_is_not_restarted(undisturbed, tmp_path):
+    done = launched(*undisturbed.command, folder=tmp_path, restarts=2, code=HALTED)
     assert (done.code, done.codes) == (4, [[4, 4]]), done.said()
     record = read_record(tmp_path / "run" / "metadata.json")
     assert record.status == "halted" and "runtime.finite" in record.end_reason
     assert (tmp_path / "run/repro/runtime.finite-step-5/repro.json").is_file()
 
 
-@pytest.mark.parametrize(("part", "rank"), [("a step", 1), ("preflight", 0), ("a step", 0)])
-def test_a_rank_that_hangs_is_named_with_step_and_operation(straight, tmp_path, part, rank):
-    command, _, calls = straight
-    at = chance(f"hang in {part}").choice(places(calls[0])[part])
-    told = f"rank {rank} stopped in {part} at call {at} ({calls[0][at - 1]}), SEED={SEED}"
-    sets = "--set", f"parallel.timeout_s={TIMEOUT_S}"
-    done = launched(*command, *sets, folder=tmp_path, faults=[Fault(0, at, "SIGSTOP", (rank,))])
+@pytest.mark.skipif(not STRESS, reason="three starts")
+def test_torchrun_does_not_take_up_a_run_that_a_gate_has_halted(undisturbed, tmp_path):
+    options = {"restarts": 1, "torchrun": True, "code": HALTED}
+    done = launched(*undisturbed.command, folder=tmp_path, **options)
+    assert done.codes == [[4, 4], [2, 2]], done.said()
+    assert "runtime.finite halted this run at step 5" in done.attempts[1][0].err
+
+
+@pytest.mark.parametrize(("part", "rank"), some(HANGS, 1))
+def test_a_rank_that_hangs_is_named_with_step_and_operation(undisturbed, tmp_path, part, rank):
+    at = chance(f"hang in {part}").choice(places(undisturbed.done.calls(0))[part])
+    fault = Fault(0, at, "SIGSTOP", (rank,))
+    told = undisturbed.call(fault)
+    command = *undisturbed.command, "--set", f"parallel.timeout_s={TIMEOUT_S}"
+    done = launched(*command, folder=tmp_path, faults=[fault], closing_s=3)
     assert done.code == 7, (told, done.said())
     assert done.codes[0][rank] == -signal.SIGKILL and done.codes[0][1 - rank] == 7, told
     place = "step 0, preflight" if part == "preflight" else "step "
@@ -117,31 +92,26 @@ def test_a_rank_that_hangs_is_named_with_step_and_operation(straight, tmp_path, 
         assert f"without an answer: rank {rank} at step " in record.end_reason
 
 
-@pytest.mark.parametrize("rank", [1, 0])
-def test_a_full_disk_of_one_rank_ends_all_with_its_message(straight, tmp_path, rank):
-    command, _, calls = straight
-    written = [
-        n
-        for n, call in enumerate(calls[rank], start=1)
-        if call.startswith("write") and "metrics.jsonl" in call
-    ]
-    at = chance(f"full {rank}").choice(written)
-    told = f"no room for rank {rank} at call {at} ({calls[rank][at - 1]}), SEED={SEED}"
-    done = launched(*command, folder=tmp_path, faults=[Fault(rank, at, "full")], restarts=2)
+@pytest.mark.parametrize("rank", some([1, 0], 1))
+def test_a_full_disk_of_one_rank_ends_all_with_its_message(undisturbed, tmp_path, rank):
+    numbered = enumerate(undisturbed.done.calls(rank), start=1)
+    written = [n for n, call in numbered if call.startswith("write") and "metrics.jsonl" in call]
+    fault = Fault(rank, chance(f"full {rank}").choice(written), "full")
+    told = undisturbed.call(fault)
+    done = launched(*undisturbed.command, folder=tmp_path, faults=[fault], restarts=2)
     assert (done.code, done.codes) == (5, [[5, 5]]), (told, done.said())
     record = read_record(tmp_path / "run" / "metadata.json")
     assert (record.status, record.exit_code) == ("failed", 5)
     assert "No space left" in record.end_reason, told
     assert record.end_reason.startswith("rank 1 ended") == (rank == 1), told
-    goes_on(straight, tmp_path, told)
+    undisturbed.require_continued(tmp_path, told)
 
 
-def test_without_its_launcher_no_rank_goes_on(straight, tmp_path):
-    """A process of Python, so that the ranks are its children; it is killed while rank 0 judges."""
-    command, _, _ = straight
+@pytest.mark.skipif(not STRESS, reason="the ranks must be processes of Python that import all")
+def test_without_its_launcher_no_rank_goes_on(undisturbed, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tools/checkout")}
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "stackproof", *command, "--nproc", "2"],
+        [sys.executable, "-m", "stackproof", *undisturbed.command, "--nproc", "2"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -159,8 +129,8 @@ def test_without_its_launcher_no_rank_goes_on(straight, tmp_path):
         pass
     while any(map(runs, children)):
         time.sleep(0.05)
-    assert not (run / "run.json").exists()
-    goes_on(straight, tmp_path, "without its launcher")
+    assert read_record(run / "metadata.json").status == "preempted"
+    undisturbed.require_continued(tmp_path, "without its launcher")
 
 
 def runs(pid: str) -> bool:
