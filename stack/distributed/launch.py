@@ -14,6 +14,7 @@ RESTARTS = "STACKPROOF_RESTARTS"
 # A process was lost: a restart may succeed. It would repeat an error of use, data or a gate, and
 # undo a request to stop.
 LOST = (1, RankLost.exit_code)
+STOPPING_S = 600  # for the step and the save of ranks that a signal to the launcher stops
 
 
 def is_worker() -> bool:
@@ -63,6 +64,7 @@ def _start(arguments: Sequence[str], n_processes: int) -> int:
             rdzv_endpoint="localhost:0",
             run_id="stackproof",
             max_restarts=0,
+            shutdown_timeout=STOPPING_S,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:

@@ -68,17 +68,19 @@ HANDLER = "get_subprocess_handler"  # of torch's agent
 CLOSING_S = 30  # that torch's agent gives a rank to end, before it kills it
 
 
+LAUNCHER = "launcher"  # stands for a rank where a signal goes to the launcher
+
+
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the `at`-th call of rank `of` in one attempt of the launcher: an error of the
-    call, a key of file_calls.FAULTS, or signals to ranks.
+    """What happens at the `at`-th call of rank `of` in the first attempt of the launcher: an error
+    of the call, a key of file_calls.FAULTS, or signals to ranks.
     """
 
     of: int
     at: int
     kind: str  # an error, or the names of signals
-    to: tuple[int, ...] = ()
-    attempt: int = 0
+    to: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def arguments(text_file: Path, sets: Sequence[str] = ()) -> list[str]:
 def launched(
     *command: str,
     folder: Path,
-    faults: Sequence[Fault] = (),
+    fault: Fault | None = None,
     restarts: int = 0,
     torchrun: bool = False,
     code: str = ARMED,
@@ -176,19 +178,18 @@ def launched(
             rank = int(env["RANK"])
             if attempt == len(attempts):
                 attempts.append([])
-            chosen = [f for f in faults if (f.of, f.attempt) == (rank, attempt)]
-            env |= _environment(folder, attempt, *chosen)
+            chosen = fault if fault and (fault.of, 0) == (rank, attempt) else None
+            env |= _environment(folder, attempt, chosen)
             command = args[args.index("stackproof") + 1 :]
             begun = Command(*command, folder=folder, environment=env, code=code)
-            place = _pid_file(folder, attempt, rank)
-            place.with_suffix(".tmp").write_text(str(begun.process.pid))
-            place.with_suffix(".tmp").rename(place)
+            _state_pid(folder, f"{attempt}-{rank}", begun.process.pid)
             attempts[attempt].append(begun)
             return Rank(begun)
 
         def close(self, death_sig: signal.Signals | None = None) -> None:
             os.kill(self.proc.pid, death_sig or signal.SIGTERM)
 
+    _state_pid(folder, f"0-{LAUNCHER}", os.getpid())
     with _own_settings(lambda **given: Forked(**given), closing_s):
         if torchrun:
             ended = _torchrun(command, restarts)
@@ -207,13 +208,14 @@ def _torchrun(command: Sequence[str], restarts: int) -> int:
     return 0
 
 
-def _pid_file(folder: Path, attempt: int, rank: int) -> Path:
-    return folder / f"pid-{attempt}-{rank}"
+def _state_pid(folder: Path, of: str, pid: int) -> None:
+    (folder / ".pid").write_text(str(pid))
+    (folder / ".pid").rename(folder / f"pid-{of}")
 
 
-def _environment(folder: Path, attempt: int, fault: Fault | None = None) -> dict[str, str]:
+def _environment(folder: Path, attempt: int, fault: Fault | None) -> dict[str, str]:
     kind, at, to = (fault.kind, fault.at, fault.to) if fault else ("", 0, ())
-    pids = [str(_pid_file(folder.resolve(), attempt, rank)) for rank in to]
+    pids = [str(folder.resolve() / f"pid-{attempt}-{of}") for of in to]
     below = str(folder.resolve() / "run")
     return {"FAULT": json.dumps([kind, at, below]), "FAULT_TO": json.dumps(pids)}
 

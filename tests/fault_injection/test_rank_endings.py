@@ -14,7 +14,7 @@ import pytest
 from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.records import read_record
 from stackproof.train import checkpoint
-from tests.fault_injection.rank_runs import HALTED, Fault, launched, places
+from tests.fault_injection.rank_runs import HALTED, LAUNCHER, Fault, launched, places
 from tests.fault_injection.scale import STRESS, chance
 
 pytestmark = pytest.mark.usefixtures("prepared")
@@ -34,6 +34,9 @@ SIGNALS = [
     ("a save", "SIGTERM SIGTERM", (0,), 75),
     ("a save", "SIGINT", (1,), 130),
     ("an evaluation", "SIGTERM", (0,), 75),
+    ("a step", "SIGTERM", (LAUNCHER,), 75),
+    ("a step", "SIGINT", (LAUNCHER,), 130),
+    ("preflight", "SIGTERM", (LAUNCHER,), 75),
 ]
 HANGS = [("preflight", 0), ("a step", 1), ("a step", 0)]
 
@@ -50,7 +53,7 @@ def test_a_signal_ends_all_ranks_once_and_the_run_goes_on(
     at = chance(f"{part} {signals} {to}").choice(places(undisturbed.done.calls(0))[part])
     fault = Fault(0, at, signals, to)
     told = undisturbed.call(fault)
-    done = launched(*undisturbed.command, folder=tmp_path, faults=[fault], restarts=2)
+    done = launched(*undisturbed.command, folder=tmp_path, fault=fault, restarts=2)
     assert (done.code, done.codes) == (code, [[code, code]]), (told, done.said())
     record = read_record(tmp_path / "run" / "metadata.json")
     assert (record.status, record.exit_code) == (STATUS[code], code), told
@@ -81,7 +84,7 @@ def test_a_rank_that_hangs_is_named_with_step_and_operation(undisturbed, tmp_pat
     fault = Fault(0, at, "SIGSTOP", (rank,))
     told = undisturbed.call(fault)
     command = *undisturbed.command, "--set", f"parallel.timeout_s={TIMEOUT_S}"
-    done = launched(*command, folder=tmp_path, faults=[fault], closing_s=3)
+    done = launched(*command, folder=tmp_path, fault=fault, closing_s=3)
     assert done.code == 7, (told, done.said())
     assert done.codes[0][rank] == -signal.SIGKILL and done.codes[0][1 - rank] == 7, told
     place = "step 0, preflight" if part == "preflight" else "step "
@@ -98,7 +101,7 @@ def test_a_full_disk_of_one_rank_ends_all_with_its_message(undisturbed, tmp_path
     written = [n for n, call in numbered if call.startswith("write") and "metrics.jsonl" in call]
     fault = Fault(rank, chance(f"full {rank}").choice(written), "full")
     told = undisturbed.call(fault)
-    done = launched(*undisturbed.command, folder=tmp_path, faults=[fault], restarts=2)
+    done = launched(*undisturbed.command, folder=tmp_path, fault=fault, restarts=2)
     assert (done.code, done.codes) == (5, [[5, 5]]), (told, done.said())
     record = read_record(tmp_path / "run" / "metadata.json")
     assert (record.status, record.exit_code) == ("failed", 5)

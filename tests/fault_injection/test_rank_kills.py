@@ -10,6 +10,7 @@ from signal import SIGKILL
 import pytest
 
 from tests.fault_injection.rank_runs import Fault, launched, places
+from tests.fault_injection.runs import assert_same_end
 from tests.fault_injection.scale import STRESS, chance, scaled
 
 pytestmark = pytest.mark.usefixtures("prepared")
@@ -37,7 +38,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_a_straight_one(undis
         told = f"{part}: {undisturbed.call(fault)}"
         folder = tmp_path / f"kill-{n}"
         folder.mkdir()
-        done = launched(*undisturbed.command, folder=folder, faults=[fault], restarts=1)
+        done = launched(*undisturbed.command, folder=folder, fault=fault, restarts=1)
         assert done.code == 0, (told, done.said())
         (first, second), (killed,) = done.codes, fault.to
         assert first[killed] == -SIGKILL and first[1 - killed] not in (0, -SIGKILL), (told, first)
@@ -51,7 +52,7 @@ def test_a_rank_that_is_lost_is_named_and_no_other_takes_a_further_step(undistur
     at = chance(f"lost {undisturbed.layout}").choice(places(undisturbed.done.calls(0))["a step"])
     fault = Fault(0, at, "SIGKILL", (1,))
     told = undisturbed.call(fault)
-    done = launched(*undisturbed.command, folder=tmp_path, faults=[fault])
+    done = launched(*undisturbed.command, folder=tmp_path, fault=fault)
     assert (done.code, done.codes) == (7, [[7, -SIGKILL]]), (told, done.said())
     found = re.search(r"without an answer: rank 1 at step (\d+), ", done.attempts[0][0].err)
     assert found, (told, done.said())
@@ -66,7 +67,22 @@ def test_torchrun_starts_a_killed_rank_again(undisturbed, tmp_path, part):
     at = chance(f"torchrun {part}").choice(places(undisturbed.done.calls(0))[part])
     fault = Fault(0, at, "SIGKILL", (0,))
     told = undisturbed.call(fault)
-    options = {"faults": [fault], "restarts": 1, "torchrun": True}
+    options = {"fault": fault, "restarts": 1, "torchrun": True}
     done = launched(*undisturbed.command, folder=tmp_path, **options)
     assert (done.code, done.codes[1]) == (0, [0, 0]), (told, done.said())
     undisturbed.require_same(tmp_path, told)
+
+
+@pytest.mark.skipif(not STRESS, reason="three runs")
+def test_a_child_that_has_saved_nothing_begins_again(undisturbed, tmp_path):
+    parent = undisturbed.folder / "run/checkpoints/step-00000006"
+    child = ["train", "--fork", str(parent), "--set", "train.max_steps=12", "--run-dir", "run"]
+    wanted, killed = tmp_path / "wanted", tmp_path / "killed"
+    for folder in (wanted, killed):
+        folder.mkdir()
+    calls = launched(*child, folder=wanted).calls(0)
+    at = next(n for n, call in enumerate(calls, start=1) if "writing-step" in call)
+    fault = Fault(0, at, "SIGKILL", (0,))
+    done = launched(*child, folder=killed, fault=fault, restarts=1)
+    assert (done.code, done.codes[1]) == (0, [0, 0]), done.said()
+    assert_same_end(wanted / "run", killed / "run", f"a child killed at {calls[at - 1]}")
