@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from stackproof.distributed.launch import is_worker
 from stackproof.distributed.ranks import Ranks
 
 STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
@@ -55,14 +56,17 @@ class Requests:
 
 @contextmanager
 def listening() -> Iterator[Requests]:
-    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context."""
+    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context. A
+    rank ignores them afterwards: the launcher sends SIGTERM to all when the first one has ended,
+    and each keeps its own exit code.
+    """
     requests = Requests()
     handlers = {
         signal.SIGINT: requests._on_stop,
         signal.SIGTERM: requests._on_stop,
         signal.SIGUSR1: requests._on_checkpoint,
     }
-    with _handled_by(handlers):
+    with _handled_by(handlers, afterwards=signal.SIG_IGN if is_worker() else None):
         yield requests
 
 
@@ -74,7 +78,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handlers: dict) -> Iterator[None]:
+def _handled_by(handlers: dict, afterwards: signal.Handlers | None = None) -> Iterator[None]:
     former = {}
     try:
         try:
@@ -85,4 +89,4 @@ def _handled_by(handlers: dict) -> Iterator[None]:
         yield
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if afterwards is None else afterwards)

@@ -124,18 +124,18 @@ class Undisturbed:
         call = self.done.calls(fault.of)[fault.at - 1]
         return f"{fault} ({call}), {self.layout}, SEED={SEED}"
 
-    def require_same(self, folder: Path, told: str) -> None:
+    def require_same(self, folder: Path, told: str, compare=assert_same_end) -> None:
         """The run of another folder has drawn the same rows and left the same files."""
-        assert_same_end(self.folder / "run", folder / "run", told)
+        compare(self.folder / "run", folder / "run", told)
         assert rows_of(folder / ROWS) == rows_of(self.folder / ROWS), told
 
-    def require_continued(self, folder: Path, told: str) -> None:
+    def require_continued(self, folder: Path, told: str, compare=assert_same_end) -> None:
         """The run of another folder goes on to the same end."""
         begun = (folder / "run" / "run.json").is_file()
         command = ["train", "--resume", "run"] if begun else self.command
         done = launched(*command, folder=folder)
         assert done.code == 0, (told, done.said())
-        self.require_same(folder, told)
+        self.require_same(folder, told, compare)
 
 
 def arguments(text_file: Path, sets: Sequence[str] = ()) -> list[str]:

@@ -45,10 +45,7 @@ def assert_same_end(straight: Path, other: Path, told: str) -> None:
     for name in KEPT:
         if (straight / name).is_file():
             assert (straight / name).read_bytes() == (other / name).read_bytes(), (told, name)
-    for rank in (".", *(p.relative_to(straight) for p in straight.glob("ranks/*"))):
-        assert _metrics(straight / rank) == _metrics(other / rank), (told, rank)
-    for path in (p for p in straight.glob("checkpoints/step-*/*") if p.suffix == ".safetensors"):
-        assert path.read_bytes() == (other / path.relative_to(straight)).read_bytes(), (told, path)
+    assert_same_training(straight, other, told)
     for name in ("latest", "best"):
         assert (straight / "checkpoints" / name).read_bytes() == (
             other / "checkpoints" / name
@@ -58,6 +55,20 @@ def assert_same_end(straight: Path, other: Path, told: str) -> None:
     apart = {k: [r.get(k) for r in records] for k in keys}
     apart = {k: values for k, values in apart.items() if values[0] != values[1]}
     assert not apart, (told, apart)
+
+
+def assert_same_training(straight: Path, other: Path, told: str) -> None:
+    """Two runs have the same losses, texts and tensors of steps that both have saved, the last one
+    among them.
+    """
+    for rank in (".", *(p.relative_to(straight) for p in straight.glob("ranks/*"))):
+        assert _metrics(straight / rank) == _metrics(other / rank), (told, rank)
+    assert (straight / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes(), told
+    left, right = ({p.name: p for p in r.glob("checkpoints/step-*")} for r in (straight, other))
+    assert max(left) == max(right), told
+    for step in left.keys() & right.keys():
+        for path in left[step].glob("*.safetensors"):
+            assert path.read_bytes() == (right[step] / path.name).read_bytes(), (told, path)
 
 
 def _names(run: Path) -> list[str]:

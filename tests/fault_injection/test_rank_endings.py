@@ -15,6 +15,7 @@ from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.records import read_record
 from stackproof.train import checkpoint
 from tests.fault_injection.rank_runs import HALTED, LAUNCHER, Fault, launched, places
+from tests.fault_injection.runs import assert_same_end, assert_same_training
 from tests.fault_injection.scale import STRESS, chance
 
 pytestmark = pytest.mark.usefixtures("prepared")
@@ -57,9 +58,12 @@ def test_a_signal_ends_all_ranks_once_and_the_run_goes_on(
     assert (done.code, done.codes) == (code, [[code, code]]), (told, done.said())
     record = read_record(tmp_path / "run" / "metadata.json")
     assert (record.status, record.exit_code) == (STATUS[code], code), told
-    if part != "preflight":
-        checkpoint.load(checkpoint.find(tmp_path / "run"))
-    undisturbed.require_continued(tmp_path, told)
+    at_once = part == "preflight" or signals == "SIGINT SIGINT"
+    if not at_once:  # with a save that the other run has not
+        step = checkpoint.load(checkpoint.find(tmp_path / "run")).state["step"]
+        assert record.end_reason.endswith(f"after step {step}; its checkpoint is good"), told
+    compare = assert_same_end if at_once else assert_same_training
+    undisturbed.require_continued(tmp_path, told, compare)
 
 
 def test_a_red_gate_ends_all_ranks_and_is_not_restarted(undisturbed, tmp_path):
