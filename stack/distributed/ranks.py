@@ -7,6 +7,7 @@ data ranks read different rows.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Event, Thread
@@ -31,6 +32,7 @@ class Ranks(Protocol):
     rank: int
     data_rank: int
     sizes: MeshSizes
+    control: dist.ProcessGroup | None  # of small messages; None in one process
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +79,15 @@ class Ranks(Protocol):
         """The document of rank 0. Those of the others are not looked at."""
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks leave alike: if it fails on one, that one raises its error, and
+        the others RankLost, which names it.
+        """
+
+    def behind(self) -> "Ranks":
+        """The same ranks, for operations of a thread beside training."""
+
+    @contextmanager
     def main_first(self) -> Iterator[None]:
         """A block that rank 0 ends before the others begin it.
         If it fails on rank 0, the others raise RankLost.
@@ -100,6 +111,7 @@ class OneProcess:
     data_rank: int = 0
     sizes: MeshSizes = ONE_RANK
     is_main: bool = True
+    control: None = None
 
     def total(self, *counts: int) -> list[int]:
         return list(counts)
@@ -136,6 +148,13 @@ class OneProcess:
 
     def from_main(self, document: Any) -> Any:
         return document
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+    def behind(self) -> "OneProcess":
+        return self
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -249,6 +268,27 @@ class ProcessGroup:
         found = [document]
         dist.broadcast_object_list(found, src=0, group=self.control)
         return found[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        error = None
+        try:
+            yield
+        except Exception as e:
+            if failure.of_a_collective(e):
+                raise
+            error = e
+        ends = self.gathered(error and failure.document(error))
+        if error is not None:
+            raise error
+        for rank, end in enumerate(ends):
+            if end is not None:
+                raise failure.lost(rank, end)
+
+    def behind(self) -> "ProcessGroup":
+        other = copy(self)
+        other.control = self.checkpoint_group
+        return other
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

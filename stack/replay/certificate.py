@@ -198,7 +198,7 @@ def _judge(
         reasons = [e.what]
     else:
         builder.outputs = [
-            artefact(found.path / "model.safetensors", root=directory, name=name)
+            artefact(found.path / "manifest.json", root=directory, name=name)
             for found, name in zip(loaded, ("straight", "killed"), strict=True)
         ]
         differing, distance = differing_tensors(*loaded), loss_distance(straight, killed)

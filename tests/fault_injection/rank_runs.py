@@ -27,12 +27,17 @@ from stackproof.train import loop
 from tests.distributed.rows import logged, rows_of
 from tests.fault_injection import file_calls
 from tests.fault_injection.runs import assert_same_end, training
-from tests.fault_injection.scale import SEED
+from tests.fault_injection.scale import SEED, STRESS
 from tests.processes import STACK, Command, Done
 
 LEFT_OUT = "distributed.stragglers"  # other work on the machine can make a rank slow
 # Further settings of the runs that are disturbed: each layout of checkpoints is one line.
-LAYOUTS = {"one file": ()}
+LAYOUTS = {"sharded": ()}
+if STRESS:
+    LAYOUTS |= {
+        "sharded, behind": ("checkpoint.async_save=true",),
+        "single": ("checkpoint.layout=single",),
+    }
 # Preflight takes most of a run of seconds: these few gates suffice to end a run in it.
 PREFLIGHT = ("corpus.filters", "data.order", "data.exhaustion", "loss.golden")
 ARMED = f"""
