@@ -1,5 +1,5 @@
 """The resume certificate: an uninterrupted run and one with SIGKILLs at random moments, compared
-byte for byte, or by their losses if the other one went on with another number of processes.
+byte for byte, or by their losses if the other one was resumed on another number of processes.
 """
 
 import os
@@ -206,7 +206,7 @@ def _judge(
         builder.metric("weights_equal", int(not differing), "1", better="higher")
         if isfinite(distance):
             builder.metric("loss_rel_distance", distance, "1", better="lower")
-        reasons = _against(processes, steps, *loaded, differing, distance)
+        reasons = reasons_against(processes, steps, *loaded, differing, distance)
     builder.metric("steps", steps, "steps")
     builder.metric("kills", len(moments), "kills")
     builder.metric("resumes", _resumes(killed), "resumes")
@@ -228,7 +228,7 @@ def _judge(
     )
 
 
-def _against(
+def reasons_against(
     processes: Processes,
     steps: int,
     straight: checkpoint.Loaded,
@@ -236,7 +236,9 @@ def _against(
     differing: list[str],
     distance: float,
 ) -> list[str]:
-    """What speaks against the claim. On one number of processes all bits must be equal."""
+    """Why the claim does not hold; empty if it does. On one number of processes all bits must be
+    equal.
+    """
     keys = SAME_BITS if processes.are_equal else SAME_STATE
     reasons = [f"{key} differs" for key in keys if straight.state[key] != killed.state[key]]
     if killed.state["step"] != steps:

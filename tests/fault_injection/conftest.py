@@ -7,7 +7,7 @@ import pytest
 from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.train import start
-from tests.cli.conftest import cli_cache, in_process  # noqa: F401
+from tests.cli.conftest import cli_cache, in_process, stack  # noqa: F401
 from tests.fault_injection import rank_runs
 from tests.fault_injection.nine_steps import EVERY, FEW, STEPS, begin, killed
 
