@@ -314,7 +314,9 @@ class ProcessGroup:
                 self.store.add(BEATS, 1)
 
     def _wait_for(self, done: str) -> None:
-        """Wait until rank 0 has set a key, for longer than a collective operation may take. Raises RankLost if it has ended, or gives no sign of life."""
+        """Wait until rank 0 has set a key, for longer than a collective operation may take. Raises
+        RankLost if it has ended, or gives no sign of life.
+        """
         beats, since = -1, time.monotonic()
         while not self.store.check([done]):
             if ended := failure.ended(self.store, 0):

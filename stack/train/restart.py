@@ -220,7 +220,7 @@ def is_begun(run_dir: Path, *, is_child: bool) -> bool:
     begins again: its seed is not where it began.
     """
     directory = RunDir(run_dir)
-    saved = checkpoint.has_any(directory.checkpoints)
+    saved = checkpoint_folders.has_any(directory.checkpoints)
     return (directory.path / "run.json").is_file() and (saved or not is_child)
 
 
