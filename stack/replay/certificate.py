@@ -98,7 +98,12 @@ def certify(
         *sets,
     )
     cfg, overrides = load_config(base, sets=sets)
-    meshes = [mesh_sizes(cfg, n) for n in (processes.first, processes.resumed)]
+    counts = {"mesh": processes.first, "resumed_mesh": processes.resumed}
+    meshes = {
+        f"{name}_{axis}": size
+        for name, n in counts.items()
+        for axis, size in mesh_sizes(cfg, n).as_dict().items()
+    }
     builder = RecordBuilder(
         kind="resume",
         spec=load_spec(),
@@ -106,7 +111,7 @@ def certify(
         claim=CLAIM if processes.are_equal else CLAIM_ELSEWHERE,
         not_covered=NOT_COVERED,
         overrides=overrides,
-        environment=environment(mesh=str(meshes[0]), resumed_mesh=str(meshes[1])),
+        environment=environment(world_size=processes.first, **meshes),
     )
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from stackproof.replay.certificate import (
     loss_distance,
     reasons_against,
 )
+from stackproof.spec.records import read_record
 from tests.cli.conftest import tiny
 from tests.fault_injection.scale import STRESS
 
@@ -87,4 +88,6 @@ def test_a_certificate_of_two_processes_states_both_numbers(stack, text_file, re
     assert found["weights_equal"] == (resumed == 2)
     bound = 0.0 if resumed == 2 else LOSS_REL_MAX
     assert found["loss_rel_distance"] <= found["loss_rel_max"] == bound
+    stated = read_record(stack.folder / "c" / "metadata.json").environment
+    assert (stated["mesh_shard"], stated["resumed_mesh_shard"]) == (2, resumed)
     print(f"loss_rel_distance {found['loss_rel_distance']:g} on {resumed} processes")
