@@ -224,16 +224,7 @@ class WrittenShards:
         """
         paths = sorted(self.folder.glob("*.safetensors"))
         own = {path.name: _contents(path)[0] for path in paths[self.ranks.rank :: self._n]}
-        with ExitStack() as stack:
-            views = {path: stack.enter_context(_opened(path)) for path in paths}
-            stored = defaultdict(list)
-            for path, view in views.items():
-                for name, entry in _entries(path, view):
-                    stored[name].append((view, entry))
-            reloaded = {part.name: _stored_crc32(part, stored[part.tensor]) for part in self.held}
-            del view
-            names = sorted(name for name, found in stored.items() if found)
-            stored.clear()
+        names, reloaded = _reloaded(paths, self.held)
         live = {part.name: part.crc32 for part in self.held}
         found = self.ranks.gathered((live, reloaded, own))
         return ReadShards(self.folder, self.step, self.live_tied, found, names, self.published)
@@ -241,6 +232,19 @@ class WrittenShards:
     @property
     def _n(self) -> int:
         return self.ranks.sizes.world_size
+
+
+def _reloaded(
+    paths: Sequence[Path], held: Sequence[PartInMemory]
+) -> tuple[list[str], dict[str, int | None]]:
+    """The names of the tensors in files, and the crc32 of each held part as it is in them."""
+    with ExitStack() as stack:
+        stored = defaultdict(list)
+        for path in paths:
+            view = stack.enter_context(_opened(path))
+            for name, entry in _entries(path, view):
+                stored[name].append((view, entry))
+        return sorted(stored), {p.name: _stored_crc32(p, stored.get(p.tensor, ())) for p in held}
 
 
 def _stored_crc32(part: PartInMemory, stored: Sequence[tuple[memoryview, dict]]) -> int | None:
