@@ -25,10 +25,14 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 @dataclass
 class Requests:
-    """The signals received since the last boundary. `deferred` is whether they wait for it."""
+    """The signals received since the last boundary. `deferred` is whether they wait for it. The
+    agreed ones are those of all ranks, on which all act alike: a signal may come at any moment.
+    """
 
     stop: int | None = None
     checkpoint: bool = False
+    agreed_stop: int | None = None
+    agreed_checkpoint: bool = False
     deferred: bool = False
     # Not shown: signal.signal makes a text of its handler, and this one holds a whole run.
     on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)
@@ -38,9 +42,9 @@ class Requests:
         self.deferred, self.on_checkpoint = True, on_checkpoint
 
     def agree(self, ranks: Ranks) -> None:
-        """Take over the requests that any rank has received."""
+        """Take over the requests that any rank has received so far."""
         stop, checkpoint = ranks.highest(self.stop or 0, self.checkpoint)
-        self.stop, self.checkpoint = stop or None, bool(checkpoint)
+        self.agreed_stop, self.agreed_checkpoint = stop or None, bool(checkpoint)
 
     def _on_stop(self, number: int, frame) -> None:
         # A scheduler repeats SIGTERM until the process ends; only a person means a second Ctrl-C.
