@@ -1,16 +1,19 @@
 """Starting several processes of one command on this machine, by torch's elastic agent."""
 
+import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+from stackproof.distributed.output import RANKS, output_of
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
 # Set for the processes that the agent starts.
 THREADS = "OMP_NUM_THREADS"
-RESTARTS = "STACKPROOF_RESTARTS"
+RESTARTS = "STACKPROOF_RESTARTS"  # how many came before
 # A process was lost: a restart may succeed. It would repeat an error of use, data or a gate, and
 # undo a request to stop.
 LOST = (1, RankLost.exit_code)
@@ -32,26 +35,43 @@ def restarts() -> int:
     return sum(int(os.environ.get(n, "0")) for n in (RESTARTS, "TORCHELASTIC_RESTART_COUNT"))
 
 
-def launch(arguments: Sequence[str], n_processes: int, *, max_restarts: int) -> int:
+def rank() -> int:
+    """The number of this process among those that the launcher has started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_restarts: int) -> int:
     """Run `python -m stackproof ARGUMENTS` in several processes until all have ended. If one is
     lost, the others are ended and all are started again, up to `max_restarts` times. Returns the
     exit code of the rank that ended first.
+
+    Raises RankLost if rank 0 has stated no error.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    # The ranks state their errors themselves, and the agent repeats them without a cause.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // n_processes)))
-    for attempt in range(max_restarts + 1):
-        os.environ[RESTARTS] = str(attempt)
-        code = _start(arguments, n_processes)
-        if code not in LOST:
-            break
-    return code
+    try:
+        for attempt in range(max_restarts + 1):
+            os.environ[RESTARTS] = str(attempt)
+            codes = _start(arguments, n_processes)
+            if not codes:
+                return 0
+            if exit_code(codes.values()) not in LOST:
+                break
+    except SignalException as e:
+        return _stopped_by(e.sigval)
+    if error := first_lost(codes, run_dir):
+        raise error
+    return exit_code(codes.values())
 
 
-def _start(arguments: Sequence[str], n_processes: int) -> int:
+def _start(arguments: Sequence[str], n_processes: int) -> dict[int, int]:
     """One start of all processes, by an agent that does not restart: torch's restarts after every
-    exit code. Returns the exit code.
+    exit code. Returns the exit codes of the ranks that failed, in the order in which they ended.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -70,10 +90,9 @@ def _start(arguments: Sequence[str], n_processes: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
         except ChildFailedError as e:
-            return exit_code(failure.exitcode for failure in e.failures.values())
-        except SignalException as e:
-            return _stopped_by(e.sigval)
-    return 0
+            failures = sorted(e.failures.items(), key=lambda item: item[1].timestamp)
+            return {rank: failure.exitcode for rank, failure in failures}
+    return {}
 
 
 def exit_code(codes: Iterable[int]) -> int:
@@ -88,3 +107,20 @@ def exit_code(codes: Iterable[int]) -> int:
 
 def _stopped_by(number: int) -> int:
     return 130 if number == signal.SIGINT else 75
+
+
+def first_lost(codes: Mapping[int, int], run_dir: Path) -> RankLost | None:
+    """The error that names the first of the failed ranks, given in the order in which they ended;
+    None if rank 0 has stated one on its terminal.
+    """
+    if codes.get(0) == exit_code(codes.values()):
+        return None
+    first, code = next(iter(codes.items()))
+    error = RankLost(
+        f"rank {first} ended first, and rank 0 has not stated why",
+        value=f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}",
+        next_step=f"read {output_of(run_dir, first) if first else run_dir / RANKS}; stack train "
+        f"--resume {run_dir} continues from the last checkpoint",
+    )
+    error.exit_code = exit_code(codes.values())
+    return error

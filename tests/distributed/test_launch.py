@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from stackproof.config import load_config
+from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
@@ -26,7 +27,8 @@ BLOCKS = re.findall(
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 def test_one_command_trains_on_two_processes_under_all_gates(tmp_path):
@@ -46,6 +48,13 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path):
     assert sum(name.startswith("distributed.") for name in verdicts) == 7
     assert set(verdicts.values()) == {"pass"}, verdicts
     assert json.loads(done.stdout)["record"] == record["id"]  # one document, of rank 0
+    # Progress comes from rank 0 alone, and nothing else comes to the terminal.
+    progress = [line for line in done.stderr.splitlines() if line.startswith("step 30/30")]
+    assert len(progress) == 1 and "Warning" not in done.stderr, done.stderr
+    (started,) = output_of(run_dir, 1).read_text().splitlines()
+    assert started.startswith("--- rank 1, start 1")
+    assert not output_of(run_dir, 0).exists()
+    assert "ranks_communication_frac" in record["metrics"]
 
 
 def test_a_refused_mesh_starts_no_process(tmp_path):
@@ -79,8 +88,12 @@ def test_only_a_lost_process_is_started_again(tmp_path, ending, code, n_starts):
     process.write_text(f'#!/bin/sh\necho "$STACKPROOF_RESTARTS" >> {tmp_path}/starts\n{ending}\n')
     process.chmod(0o700)
     begin = (
-        "import sys; from stackproof.distributed.launch import launch; "
-        f"sys.executable = {str(process)!r}; sys.exit(launch([], 1, max_restarts=2))"
+        "import sys; from stackproof.distributed.launch import launch\n"
+        "from stackproof.spec.errors import RankLost; from pathlib import Path\n"
+        f"sys.executable = {str(process)!r}\n"
+        "try: code = launch([], 1, Path('run'), max_restarts=2)\n"
+        "except RankLost as e: code = e.exit_code\n"
+        "sys.exit(code)"
     )
     assert Command(folder=tmp_path, code=begin).wait().code == code
     starts = (tmp_path / "starts").read_text().split()

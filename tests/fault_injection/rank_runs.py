@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import util
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from stackproof.distributed import launch
+from stackproof.distributed.output import output_of
 from stackproof.distributed.ranks import ProcessGroup
+from stackproof.spec.errors import RankLost
 from stackproof.train import loop
 from tests.distributed.rows import logged, rows_of
 from tests.fault_injection import file_calls
@@ -55,6 +58,7 @@ rank_runs.arm()
 """
 # A gate halts the run: the loss of step 5 is no number, on all ranks.
 HALTED = f"""
+from stackproof.spec.errors import RankLost
 from stackproof.train import loop
 take = loop.steps.train_step
 def broken(state, batches):
@@ -90,27 +94,31 @@ class Fault:
 
 @dataclass(frozen=True)
 class Launched:
-    """Exit code of the command, and what each rank of each attempt left."""
+    """Exit code of the command in a folder, and what each rank of each attempt left."""
 
     code: int
     attempts: list[list[Done]]
+    folder: Path
 
     def calls(self, rank: int) -> list[str]:
         """The calls that a rank of the last attempt made below its folder, and between ranks."""
-        return file_calls.calls(self.attempts[-1][rank])
+        return json.loads((self.folder / f"calls-{len(self.attempts) - 1}-{rank}").read_text())
 
     @property
     def codes(self) -> list[list[int]]:
         """The exit codes of the ranks of each attempt."""
         return [[done.code for done in ranks] for ranks in self.attempts]
 
+    def output(self, rank: int) -> str:
+        """What a rank has printed in all attempts, on the terminal or into its file."""
+        texts = [ranks[rank].err for ranks in self.attempts]
+        kept = output_of(self.folder / "run", rank)
+        return "".join([*texts, kept.read_text() if kept.is_file() else ""])
+
     def said(self) -> str:
         """The ends of all ranks, for the message of an assert."""
-        lines = [
-            line for ranks in self.attempts for d in ranks for line in d.err.splitlines()[-30:]
-        ]
-        kept = [line for line in lines if not line.startswith(file_calls.COUNT)]
-        return "\n".join([f"{self.code} {self.codes}", *kept])
+        ends = ["\n".join(self.output(rank).splitlines()[-30:]) for rank in (0, 1)]
+        return "\n".join([f"{self.code} {self.codes}", *ends])
 
 
 @dataclass(frozen=True)
@@ -199,8 +207,15 @@ def launched(
         if torchrun:
             ended = _torchrun(command, restarts)
         else:
-            ended = launch.launch(command, 2, max_restarts=restarts)
-    return Launched(ended, [[begun.wait() for begun in ranks] for ranks in attempts])
+            ended = _launch(command, folder, restarts)
+    return Launched(ended, [[begun.wait() for begun in ranks] for ranks in attempts], folder)
+
+
+def _launch(command: Sequence[str], folder: Path, restarts: int) -> int:
+    try:
+        return launch.launch(command, 2, folder / "run", max_restarts=restarts)
+    except RankLost as e:
+        return e.exit_code
 
 
 def _torchrun(command: Sequence[str], restarts: int) -> int:
@@ -271,6 +286,8 @@ def _targets() -> list[str]:
 def arm() -> None:
     """Begin to count in this rank, with the fault of its environment, and log the rows it draws."""
     faults = file_calls.arm(RankFaults)
+    log = Path(faults.below).parent / f"calls-{launch.restarts()}-{launch.rank()}"
+    util.Finalize(None, lambda: log.write_text(json.dumps(faults.seen)), exitpriority=1)
     for name in COLLECTIVES:
         setattr(dist, name, _counted(faults, name, getattr(dist, name)))
     ProcessGroup.dealt = _counted(faults, EVALUATION, ProcessGroup.dealt)

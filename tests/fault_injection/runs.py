@@ -16,6 +16,7 @@ DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 75, 130}
 # What a run looks at or keeps in its own way each time; the history of resumes is in events.jsonl.
 OF_PROCESS = (".allocator", "code.diff_sha256", "events.jsonl")
 SHARD = "shard-"
+OWN = ("events.jsonl", "output.log")  # with the history of each start
 # Ranks are compared at the start of each process, so that a resume adds comparisons.
 OF_RANKS = re.compile(r"\.gates\.distributed\..*\.(checks|heartbeat_last_step|measured\..*)")
 KEPT = ("samples.jsonl", "gates.jsonl", "curriculum.jsonl", "points.jsonl", "tokenizer.json")
@@ -85,7 +86,7 @@ def _content(path: Path) -> bytes | tuple[dict, bytes]:
 
 def _names(run: Path) -> list[str]:
     found = (p.relative_to(run).as_posix() for p in run.rglob("*"))
-    return [name for name in found if not name.endswith("events.jsonl")]
+    return [name for name in found if not name.endswith(OWN) and name != "ranks/00000"]
 
 
 def _metrics(run: Path) -> list[dict]:

@@ -80,7 +80,7 @@ def test_torchrun_does_not_take_up_a_run_that_a_gate_has_halted(undisturbed, tmp
     done = launched(*undisturbed.command, folder=tmp_path, **options)
     first, (again, _) = done.codes  # torchrun ends rank 1, which waits for rank 0
     assert (first, again) == ([4, 4], 2), done.said()
-    assert "runtime.finite halted this run at step 5" in done.attempts[1][0].err
+    assert "runtime.finite halted this run at step 5" in done.output(0)
 
 
 @pytest.mark.parametrize(("part", "rank"), some(HANGS, 1))
@@ -93,7 +93,7 @@ def test_a_rank_that_hangs_is_named_with_step_and_operation(undisturbed, tmp_pat
     assert done.code == 7, (told, done.said())
     assert done.codes[0][rank] == -signal.SIGKILL and done.codes[0][1 - rank] == 7, told
     place = "step 0, preflight" if part == "preflight" else "step "
-    assert f"without an answer: rank {rank} at {place}" in done.attempts[0][1 - rank].err, told
+    assert f"without an answer: rank {rank} at {place}" in done.output(1 - rank), told
     if rank:
         record = read_record(tmp_path / "run" / "metadata.json")
         assert (record.status, record.exit_code) == ("failed", 7)
