@@ -27,7 +27,7 @@ def _end_of(rank: int) -> str:
 
 
 def document(error: BaseException) -> dict[str, Any]:
-    """What the other ranks are told of an error."""
+    """An error as it is sent to the other ranks."""
     what = error.what if isinstance(error, StackproofError) else f"{type(error).__name__}: {error}"
     code = EnvironmentUnfit.exit_code if isinstance(error, OSError) else 1
     return {"what": what[:2000], "exit_code": getattr(error, "exit_code", code)}

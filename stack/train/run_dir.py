@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stackproof.data.manifest import MAX_VALUES
 from stackproof.distributed.output import OUTPUT, RANKS, rank_folder
 from stackproof.evidence.file_lock import LOCK
 from stackproof.spec import checksums, rank_log
@@ -183,7 +184,7 @@ class RunDir:
         path = self.path / "run.json"
         try:
             data = read_bytes(path)
-            document = parse_strict(data, origin=str(path))
+            document = parse_strict(data, origin=str(path), max_values=MAX_VALUES)
             validated(RunDocument, document, origin=str(path))
         except (OSError, IntegrityError) as e:
             if isinstance(e, FileNotFoundError):

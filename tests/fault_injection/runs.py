@@ -14,7 +14,8 @@ ARM = "from tests.fault_injection import file_calls\nfile_calls.arm()\n"
 UNDER_FAULT = ARM + NO_PREFLIGHT
 DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 75, 130}
 # What a run looks at or keeps in its own way each time; the history of resumes is in events.jsonl.
-OF_PROCESS = (".allocator", "code.diff_sha256", "events.jsonl")
+OF_PROCESS = (".allocator", "code.diff_sha256", "events.jsonl", ".metrics.ranks_")
+TIMES = ("tokens_per_s", "communication_frac", "exposed_communication_frac")
 SHARD = "shard-"
 OWN = ("events.jsonl", "output.log")  # with the history of each start
 # Ranks are compared at the start of each process, so that a resume adds comparisons.
@@ -91,7 +92,7 @@ def _names(run: Path) -> list[str]:
 
 def _metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def _leaves(record: dict[str, Any]) -> dict[str, Any]:
