@@ -263,6 +263,13 @@ def certify_resume(
     kills: Annotated[
         int, Option(help="Number of SIGKILLs at random moments in the second run.")
     ] = 3,
+    nproc: Annotated[
+        int, Option(min=1, help="Processes of each run; a kill is of one of them.")
+    ] = 1,
+    resume_nproc: Annotated[
+        int | None,
+        Option(min=1, help="Processes after each kill, if not --nproc: compares losses, not bits."),
+    ] = None,
     set_: Sets = None,
     run_dir: Annotated[
         Path | None,
@@ -274,10 +281,15 @@ def certify_resume(
     and write a record of kind resume.
     """
     from stackproof.recipes import recipe as named
-    from stackproof.replay.certificate import certify
+    from stackproof.replay.certificate import Processes, certify
 
     record, directory = certify(
-        named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir
+        named(recipe),
+        steps=steps,
+        kills=kills,
+        sets=tuple(set_ or ()),
+        run_dir=run_dir,
+        processes=Processes(nproc, resume_nproc or nproc),
     )
     document = {"status": record.status, "metrics": {n: m.value for n, m in record.metrics.items()}}
     ending = lambda document: print_line(f"{record.status}: {record.end_reason}")  # noqa: E731

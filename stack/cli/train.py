@@ -181,10 +181,14 @@ def train(
         mesh_sizes(cfg, nproc)
         named = () if resume or run_dir else ("--run-dir", str(directory))
         return launch.launch((*sys.argv[1:], *named), nproc, directory, max_restarts=restarts)
+    from stackproof.train import restart
+
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
-        if launch.restarts() and (directory / "run.json").is_file():
+        if launch.restarts() and restart.is_begun(directory, is_child=bool(parent)):
+            # run.json holds the changes of a command that began the run
+            overrides = overrides if resume else []
             resume, at = directory, None
         with output.traceback_kept(directory, launch.rank() if launch.n_started() > 1 else None):
             record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
@@ -209,6 +213,7 @@ def _run(
 ) -> Record | None:
     """Train as one of the processes of a run. Returns the record, on rank 0."""
     from stackproof.cli.console import ProgressReporter
+    from stackproof.distributed import launch
     from stackproof.distributed.process_group import joined
     from stackproof.replay.bundle import ReproRecorder
     from stackproof.train import loop, start
@@ -221,6 +226,8 @@ def _run(
             watching = (TRACKERS[name]() for name in tracker)
             callbacks = [ProgressReporter(quiet=quiet), ReproRecorder(), *watching]
         if not resume:
+            if launch.restarts() and ranks.is_main:  # of a child that has saved nothing
+                (directory / "run.json").unlink(missing_ok=True)
             return loop.train(
                 start.fresh(cfg, overrides, directory, callbacks, ranks=ranks, **lineage)
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from stackproof.distributed.output import output_of
-from stackproof.spec.errors import RankLost, StackproofError
+from stackproof.spec.errors import EnvironmentUnfit, RankLost, StackproofError
 
 SURVIVORS_S = 5.0  # that the ranks which noticed a loss wait for one another
 COLLECTIVE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting")
@@ -29,7 +29,8 @@ def _end_of(rank: int) -> str:
 def document(error: BaseException) -> dict[str, Any]:
     """An error as it is sent to the other ranks."""
     what = error.what if isinstance(error, StackproofError) else f"{type(error).__name__}: {error}"
-    return {"what": what[:2000], "exit_code": getattr(error, "exit_code", 1)}
+    code = EnvironmentUnfit.exit_code if isinstance(error, OSError) else 1
+    return {"what": what[:2000], "exit_code": getattr(error, "exit_code", code)}
 
 
 def announce(store: dist.Store, rank: int, error: BaseException) -> None:
@@ -55,20 +56,31 @@ def of_a_collective(error: BaseException) -> bool:
 
 
 def find(store: dist.Store, rank: int, world_size: int) -> RankLost | None:
-    """The error of a rank whose collective operation failed: what another rank has announced, or
+    """The error of a rank whose operation with others failed: what another rank has announced, or
     else the ranks that do not answer, with the place where each of them was. None if all answer.
     """
+    try:
+        return _find(store, rank, world_size)
+    except dist.DistError as e:
+        return RankLost(
+            "the launcher of the ranks does not answer: it has ended, or its machine",
+            value=str(e).splitlines()[0],
+            next_step="stack train --resume continues from the last checkpoint",
+        )
+
+
+def _find(store: dist.Store, rank: int, world_size: int) -> RankLost | None:
     store.set(f"stackproof/alive/{rank}", b"1")
     until = time.monotonic() + SURVIVORS_S
     while True:
         for other in range(world_size):
             if other != rank and (end := ended(store, other)):
                 return lost(other, end)
-        silent = [r for r in range(world_size) if not store.check([f"stackproof/alive/{r}"])]
-        if time.monotonic() > until or not silent:
+        without = [r for r in range(world_size) if not store.check([f"stackproof/alive/{r}"])]
+        if time.monotonic() > until or not without:
             break
         time.sleep(0.05)
-    return _silent(store, silent, last_operation()) if silent else None
+    return silent(store, without, last_operation()) if without else None
 
 
 def lost(rank: int, end: dict[str, Any]) -> RankLost:
@@ -81,13 +93,14 @@ def lost(rank: int, end: dict[str, Any]) -> RankLost:
     return error
 
 
-def _silent(store: dist.Store, ranks: Sequence[int], operation: str) -> RankLost:
+def silent(store: dist.Store, ranks: Sequence[int], operation: str) -> RankLost:
+    """The error of a rank whose operation failed since other ranks do not answer."""
     places = []
     for rank in ranks:
         known = store.check([place_of(rank)])
         places.append(f"rank {rank} at {store.get(place_of(rank)).decode() if known else 'start'}")
     return RankLost(
-        f"a collective operation did not return; without an answer: {', '.join(places)}",
+        f"an operation of several ranks did not return; without an answer: {', '.join(places)}",
         value=operation,
         allowed="an answer of every rank within parallel.timeout_s",
         next_step=(

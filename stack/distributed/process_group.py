@@ -1,7 +1,10 @@
 """Opening and closing the process group of a run, from the environment that torchrun sets."""
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
 from stackproof.spec.errors import UsageError
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RECORDED_OPERATIONS = 2000  # kept by the flight recorder
 # Variables by which a launcher states that it started several processes.
 STARTED_BY_OTHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -34,6 +38,7 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
         _refuse_strangers()
         yield ONE_PROCESS
         return
+    _end_with_launcher()
     _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
@@ -54,6 +59,14 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
             ranks.highest(0)
     finally:
         ranks.close()
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel send SIGTERM to this process when the one that started it ends. Elsewhere than
+    on Linux, its next operation with the other ranks fails.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _leave_out_known_warnings() -> None:

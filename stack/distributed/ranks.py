@@ -6,10 +6,11 @@ data ranks read different rows.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from stackproof.distributed import failure
 from stackproof.distributed.mesh import ONE_RANK, MeshSizes
 
 POLL_S = 0.05
+BEAT_S = 0.5  # between two signs of life of rank 0 while the others wait
+BEATS = "stackproof/beats"
 Item = TypeVar("Item")
 
 
@@ -292,14 +295,37 @@ class ProcessGroup:
         self._turns += 1
         done = f"main/{self._turns}"
         if not self.is_main:
-            # Not a collective operation: rank 0 may take longer than any of these may.
-            while not self.store.check([done]):
-                if ended := failure.ended(self.store, 0):
-                    raise failure.lost(0, ended)
-                time.sleep(POLL_S)
-        yield
-        if self.is_main:
-            self.store.set(done, b"1")
+            self._wait_for(done)
+            yield
+            return
+        ended = Event()
+        beating = Thread(target=self._beat, args=(ended,), daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beating.join()
+        self.store.set(done, b"1")
+
+    def _beat(self, ended: Event) -> None:
+        with suppress(dist.DistError):  # without the store, the next operation of rank 0 fails
+            while not ended.wait(BEAT_S):
+                self.store.add(BEATS, 1)
+
+    def _wait_for(self, done: str) -> None:
+        """Wait until rank 0 has set a key, for longer than a collective operation may take. Raises
+        RankLost if it has ended, or gives no sign of life.
+        """
+        beats, since = -1, time.monotonic()
+        while not self.store.check([done]):
+            if ended := failure.ended(self.store, 0):
+                raise failure.lost(0, ended)
+            if (latest := self.store.add(BEATS, 0)) != beats:
+                beats, since = latest, time.monotonic()
+            elif time.monotonic() - since > self.timeout.total_seconds():
+                raise failure.silent(self.store, [0], "waiting for rank 0")
+            time.sleep(POLL_S)
 
     def at(self, step: int, operation: str) -> None:
         self.store.set(failure.place_of(self.rank), f"step {step}, {operation}")

@@ -168,7 +168,9 @@ def write_bundle(
     lacking = (
         "the initial state of the replay was too large to copy" if base.kind == "elsewhere" else ""
     )
-    if recent.dropped:
+    if trainer.output.ranks.sizes.world_size > 1:
+        lacking = "the rows of the other ranks"
+    elif recent.dropped:
         first = f"the rows of the first {recent.dropped} steps since step {point.step}"
         lacking = f"{first} were too many to keep; save more often"
     finite = gate_id != "runtime.finite"
@@ -227,6 +229,8 @@ def _write_points(path: Path, trainer: Trainer, batch: Batch | None, step: int) 
     """
     if batch is None:
         return "no step had been drawn"
+    if trainer.output.ranks.sizes.world_size > 1:
+        return "rank 0 cannot run a model of several ranks alone"
     try:
         lines = points_lines(trainer.state, batch)
     except (

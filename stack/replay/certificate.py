@@ -1,39 +1,83 @@
 """The resume certificate: an uninterrupted run and one with SIGKILLs at random moments, compared
-byte for byte.
+byte for byte, or by their losses if the other one was resumed on another number of processes.
 """
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from stackproof.config import RunConfig, load_config
+from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.building import RecordBuilder, artefact
-from stackproof.spec.canonical import sha256_file
-from stackproof.spec.errors import ConfigError
+from stackproof.spec.errors import ConfigError, StackproofError
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
 from stackproof.train.rng import stream_seed
 from stackproof.train.run_dir import RunDir
+from stackproof.train.state import tensor_bytes
 
 CLAIM = "Training killed at random moments and resumed each time ends in byte-identical weights."
+CLAIM_ELSEWHERE = (
+    "Training killed at random moments and resumed each time on another number of processes has "
+    "the same order of data and, within a bound, the same losses."
+)
 NOT_COVERED = (
     "another processor, torch build or number of threads",
     "kills by power failure: the page cache survives a SIGKILL",
 )
 DEADLINE_S = 900.0
+# Relative distance of the losses of a step on another number of processes, whose float32 sums have
+# another order, and whose rounding grows with the steps; measured 8e-8 after 24 steps.
+LOSS_REL_MAX = 1e-5
+SAME_STATE = ("step", "cursor", "tokens_seen", "curriculum")
+SAME_BITS = (*SAME_STATE, "stopper", "best")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes of the uninterrupted run and of the first part of the other one, and those of its
+    resumed parts.
+    """
+
+    first: int = 1
+    resumed: int = 1
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether all parts have as many processes, so that the bits are compared."""
+        return self.first == self.resumed
+
+    @property
+    def loss_rel_max(self) -> float:
+        """The bound of the relative distance of the losses."""
+        return 0.0 if self.are_equal else LOSS_REL_MAX
 
 
 def certify(
-    base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], run_dir: Path | None
+    base: RunConfig,
+    *,
+    steps: int,
+    kills: int,
+    sets: tuple[str, ...],
+    run_dir: Path | None,
+    processes: Processes = Processes(),
 ) -> tuple[Record, Path]:
     """Run both, compare them, and write the record. `base` is the configuration of a recipe.
 
-    Raises ConfigError if there are too few steps for the kills.
+    Raises ConfigError if there are too few steps for the kills, or if the configuration cannot be
+    divided among the processes.
     """
     if steps < 2 * (kills + 1):
         raise ConfigError(
@@ -54,33 +98,39 @@ def certify(
         *sets,
     )
     cfg, overrides = load_config(base, sets=sets)
+    counts = {"mesh": processes.first, "resumed_mesh": processes.resumed}
+    meshes = {
+        f"{name}_{axis}": size
+        for name, n in counts.items()
+        for axis, size in mesh_sizes(cfg, n).as_dict().items()
+    }
     builder = RecordBuilder(
         kind="resume",
         spec=load_spec(),
         config=cfg.to_dict(),
-        claim=CLAIM,
+        claim=CLAIM if processes.are_equal else CLAIM_ELSEWHERE,
         not_covered=NOT_COVERED,
         overrides=overrides,
-        environment=environment(),
+        environment=environment(world_size=processes.first, **meshes),
     )
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "stackproof",
-        "train",
-        base.recipe,
-        *(f"--set={s}" for s in sets),
-        "--run-dir",
-    ]
+    command = ["train", base.recipe, *(f"--set={s}" for s in sets), "--run-dir"]
     straight, killed = directory / "straight", directory / "killed"
-    _finish([*command, str(straight)], directory / "straight.log")
+    _finish(_stack(processes.first, *command, str(straight)), directory / "straight.log")
     moments = _with_kills(
-        [*command, str(killed)], killed, directory / "killed.log", steps, kills, cfg.seed
+        _stack(processes.first, *command, str(killed)),
+        _stack(processes.resumed, "train", "--resume", str(killed)),
+        killed,
+        steps,
+        kills,
+        random.Random(stream_seed(cfg.seed, "kills")),
     )
-    return _judge(builder, directory, straight, killed, moments, steps), directory
+    return _judge(builder, directory, straight, killed, moments, steps, processes), directory
+
+
+def _stack(n_processes: int, *arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "stackproof", *arguments, "--nproc", str(n_processes)]
 
 
 def _finish(command: list[str], log: Path) -> int:
@@ -89,14 +139,18 @@ def _finish(command: list[str], log: Path) -> int:
 
 
 def _with_kills(
-    command: list[str], run_dir: Path, log: Path, steps: int, kills: int, seed: int
+    command: list[str],
+    resumed: list[str],
+    run_dir: Path,
+    steps: int,
+    kills: int,
+    draw: random.Random,
 ) -> list[int]:
-    """Kill the run at random steps after the first checkpoint, and continue with --resume each
-    time. Returns the last logged step of each kill.
+    """Kill the run at random steps after the first checkpoint, and resume it each time. Returns the
+    last logged step of each kill.
     """
-    draw = random.Random(stream_seed(seed, "kills"))
+    log = run_dir.with_suffix(".log")
     targets = sorted(draw.sample(range(steps // 4, steps - 1), kills))
-    resumed = [sys.executable, "-P", "-m", "stackproof", "train", "--resume", str(run_dir)]
     moments = []
     for target in targets:
         moments.append(_kill_at(command if not moments else resumed, run_dir, log, target, draw))
@@ -113,9 +167,20 @@ def _kill_at(command: list[str], run_dir: Path, log: Path, target: int, draw: ra
         ):
             time.sleep(0.01)
         time.sleep(draw.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
+        # Of several processes one is killed: the others and their launcher end by themselves.
+        ranks = children_of(process.pid)
+        chosen = draw.choice(ranks) if len(ranks) > 1 else process.pid
+        with suppress(ProcessLookupError):
+            os.kill(chosen, signal.SIGKILL)
         process.wait()
     return _last_step(run_dir)
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, as Linux lists them."""
+    with suppress(FileNotFoundError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _last_step(run_dir: Path) -> int:
@@ -130,47 +195,91 @@ def _judge(
     killed: Path,
     moments: list[int],
     steps: int,
+    processes: Processes,
 ) -> Record:
-    reasons, folders = [], []
-    for run in (straight, killed):
-        try:
-            folders.append(checkpoint.find(run))
-        except Exception as e:
-            reasons.append(f"{run.name}: {e}")
-    if not reasons:
-        a, b = (sha256_file(f / "model.safetensors") for f in folders)
-        states = [checkpoint.load(f).state for f in folders]
+    try:
+        loaded = [checkpoint.load(checkpoint.find(run)) for run in (straight, killed)]
+    except StackproofError as e:
+        reasons = [e.what]
+    else:
         builder.outputs = [
-            artefact(f / "model.safetensors", root=directory, name=n)
-            for f, n in zip(folders, ("straight", "killed"))
+            artefact(found.path / "manifest.json", root=directory, name=name)
+            for found, name in zip(loaded, ("straight", "killed"), strict=True)
         ]
-        reasons += ["the weights differ"] if a != b else []
-        reasons += [
-            f"{k} differs"
-            for k in ("step", "cursor", "tokens_seen", "stopper", "best")
-            if states[0][k] != states[1][k]
-        ]
-        reasons += (
-            [f"ended at step {states[1]['step']}, not {steps}"]
-            if states[1]["step"] != steps
-            else []
-        )
+        differing, distance = differing_tensors(*loaded), loss_distance(straight, killed)
+        builder.metric("differing_tensors", len(differing), "tensors", better="lower")
+        builder.metric("weights_equal", int(not differing), "1", better="higher")
+        if isfinite(distance):
+            builder.metric("loss_rel_distance", distance, "1", better="lower")
+        reasons = reasons_against(processes, steps, *loaded, differing, distance)
     builder.metric("steps", steps, "steps")
     builder.metric("kills", len(moments), "kills")
     builder.metric("resumes", _resumes(killed), "resumes")
-    builder.metric("weights_equal", int(not reasons), "1", better="higher")
+    builder.metric("processes", processes.first, "processes")
+    builder.metric("resumed_processes", processes.resumed, "processes")
+    builder.metric("loss_rel_max", processes.loss_rel_max, "1")
     for i, step in enumerate(moments, start=1):
         builder.metric(f"kill_{i}_after_step", step, "steps")
-    ok = not reasons and _resumes(killed) == len(moments)
-    reason = (
-        "byte-identical weights" if ok else "; ".join(reasons) or "not every kill led to a resume"
-    )
+    if not reasons and _resumes(killed) != len(moments):
+        reasons = ["not every kill led to a resume"]
+    good = "byte-identical weights"
+    if not processes.are_equal:
+        good = f"losses within {processes.loss_rel_max:g} on another number of processes"
     return builder.finish(
         directory,
-        status="completed" if ok else "failed",
-        end_reason=reason,
-        exit_code=0 if ok else 6,
+        status="failed" if reasons else "completed",
+        end_reason="; ".join(reasons) or good,
+        exit_code=6 if reasons else 0,
     )
+
+
+def reasons_against(
+    processes: Processes,
+    steps: int,
+    straight: checkpoint.Loaded,
+    killed: checkpoint.Loaded,
+    differing: list[str],
+    distance: float,
+) -> list[str]:
+    """Why the claim does not hold; empty if it does. On one number of processes all bits must be
+    equal.
+    """
+    keys = SAME_BITS if processes.are_equal else SAME_STATE
+    reasons = [f"{key} differs" for key in keys if straight.state[key] != killed.state[key]]
+    if killed.state["step"] != steps:
+        reasons.append(f"ended at step {killed.state['step']}, not {steps}")
+    if processes.are_equal and differing:
+        reasons.append(f"{len(differing)} tensors differ, the first is {differing[0]}")
+    if not distance <= processes.loss_rel_max:
+        reasons.append(f"losses differ by {distance:.2g}, more than {processes.loss_rel_max:g}")
+    return reasons
+
+
+def differing_tensors(left: checkpoint.Loaded, right: checkpoint.Loaded) -> list[str]:
+    """Names of the tensors of weights and training state that are not bitwise equal."""
+    ours, theirs = left.model | left.tensors, right.model | right.tensors
+    names = sorted(ours.keys() | theirs.keys())
+    return [n for n in names if not _equal(ours.get(n), theirs.get(n))]
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None or left.dtype != right.dtype:
+        return False
+    return left.shape == right.shape and np.array_equal(tensor_bytes(left), tensor_bytes(right))
+
+
+def loss_distance(straight: Path, killed: Path) -> float:
+    """Largest relative distance of the losses of a step; infinity if the logs do not have the same
+    steps.
+    """
+    ours, theirs = (
+        [(line["step"], float(line["loss_nats"])) for line in RunDir(run).lines("metrics.jsonl")]
+        for run in (straight, killed)
+    )
+    if not ours or [step for step, _ in ours] != [step for step, _ in theirs]:
+        return inf
+    pairs = zip(ours, theirs, strict=True)
+    return max(abs(b - a) / max(abs(a), abs(b)) for (_, a), (_, b) in pairs)
 
 
 def _resumes(run_dir: Path) -> int:

@@ -68,9 +68,9 @@ def train(opened: AbstractContextManager[Trainer]) -> Record | None:
 
             # Save before a request to stop is honoured, so that no step is lost.
             new_best = evaluated and state.best.get("step") == state.step
-            asked = requests.checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
+            asked = requests.agreed_checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
             due = state.step % cfg.checkpoint.every == 0
-            if last or new_best or asked or due or requests.stop:
+            if last or new_best or asked or due or requests.agreed_stop:
                 save(trainer)
                 requests.checkpoint = requests.checkpoint and not asked
             stop_if_asked(trainer, requests, last)
@@ -318,10 +318,10 @@ def stop_if_asked(trainer: Trainer, requests: Requests, last: bool) -> None:
     last step ends the run by itself.
     """
     step, run_dir = trainer.state.step, trainer.output.dir.path
-    if requests.stop is None or last:
+    if requests.agreed_stop is None or last:
         return
     trainer.output.writer.wait()
-    status, exit_code = STATUS_OF_SIGNAL[requests.stop]
+    status, exit_code = STATUS_OF_SIGNAL[requests.agreed_stop]
     raise Stopped(
         f"{status} after step {step}; its checkpoint is good",
         exit_code=exit_code,

@@ -215,6 +215,15 @@ def _other_process(
     return f"steps {begin} to {end} had another process: {changes}" if changes else ""
 
 
+def is_begun(run_dir: Path, *, is_child: bool) -> bool:
+    """Whether a command that is started again continues its run. A child without a checkpoint
+    begins again: its seed is not where it began.
+    """
+    directory = RunDir(run_dir)
+    saved = checkpoint_folders.has_any(directory.checkpoints)
+    return (directory.path / "run.json").is_file() and (saved or not is_child)
+
+
 def refuse_child_at_seed(directory: RunDir, document: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a run without a checkpoint that did not begin at its seed."""
     if document.get("parents") or document["inherited_s"] > 0:

@@ -109,7 +109,8 @@ class RunDir:
 
     def __init__(self, path: Path, *, rank: int = 0):
         """The directory of a run; the other ranks of a run log into one of their own below it."""
-        self.path = path if rank == 0 else rank_folder(path, rank)
+        self.is_main = rank == 0
+        self.path = path if self.is_main else rank_folder(path, rank)
         self.checkpoints = path / "checkpoints"
         self.sha256, self.sealed = "", False  # of run.json, as it was written or read
         self._ended = True  # so far as is known
@@ -120,6 +121,8 @@ class RunDir:
         """Make the folder. Raises UsageError if a run already lives there, EnvironmentUnfit if it
         cannot be written.
         """
+        if not self.is_main:  # rank 0 was ended before it wrote its own, so that no run began
+            (self.path / "run.json").unlink(missing_ok=True)
         if (self.path / "run.json").exists():
             raise UsageError(
                 f"{self.path} already holds a run",

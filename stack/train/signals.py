@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from stackproof.distributed.launch import is_worker
 from stackproof.distributed.ranks import Ranks
 
 STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
@@ -24,10 +25,14 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 @dataclass
 class Requests:
-    """The signals received since the last boundary. `deferred` is whether they wait for it."""
+    """The signals received since the last boundary. `deferred` is whether they wait for it. The
+    agreed ones are those of all ranks, on which all act alike: a signal may come at any moment.
+    """
 
     stop: int | None = None
     checkpoint: bool = False
+    agreed_stop: int | None = None
+    agreed_checkpoint: bool = False
     deferred: bool = False
     # Not shown: signal.signal makes a text of its handler, and this one holds a whole run.
     on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)
@@ -37,9 +42,9 @@ class Requests:
         self.deferred, self.on_checkpoint = True, on_checkpoint
 
     def agree(self, ranks: Ranks) -> None:
-        """Take over the requests that any rank has received."""
+        """Take over the requests that any rank has received so far."""
         stop, checkpoint = ranks.highest(self.stop or 0, self.checkpoint)
-        self.stop, self.checkpoint = stop or None, bool(checkpoint)
+        self.agreed_stop, self.agreed_checkpoint = stop or None, bool(checkpoint)
 
     def _on_stop(self, number: int, frame) -> None:
         # A scheduler repeats SIGTERM until the process ends; only a person means a second Ctrl-C.
@@ -55,14 +60,17 @@ class Requests:
 
 @contextmanager
 def listening() -> Iterator[Requests]:
-    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context."""
+    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context. A
+    rank ignores them afterwards: the launcher sends SIGTERM to all when the first one has ended,
+    and each keeps its own exit code.
+    """
     requests = Requests()
     handlers = {
         signal.SIGINT: requests._on_stop,
         signal.SIGTERM: requests._on_stop,
         signal.SIGUSR1: requests._on_checkpoint,
     }
-    with _handled_by(handlers):
+    with _handled_by(handlers, afterwards=signal.SIG_IGN if is_worker() else None):
         yield requests
 
 
@@ -74,7 +82,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handlers: dict) -> Iterator[None]:
+def _handled_by(handlers: dict, afterwards: signal.Handlers | None = None) -> Iterator[None]:
     former = {}
     try:
         try:
@@ -85,4 +93,4 @@ def _handled_by(handlers: dict) -> Iterator[None]:
         yield
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if afterwards is None else afterwards)

@@ -305,6 +305,7 @@ def setup(
     if document:
         record.continue_record(document["record"], document["started_at"])
         record.command = document["command"]
+    ranks.at(0, "data")
     with ranks.main_first():
         dataset = prepare(cfg.data, on_progress=watching.on_data)
 
@@ -365,6 +366,7 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
     cfg, dataset, device = trainer.cfg, trainer.dataset, trainer.state.device
     trainer.callbacks.on_phase("preflight")
     started, ranks = time.perf_counter(), trainer.output.ranks
+    ranks.at(trainer.state.step, "preflight")
     with ranks.main_first():
         if ranks.is_main:
             # The gates draw random numbers, which must not shift those of the run.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stackproof.contracts.conditions import require
 from stackproof.data.data_loader import Batch
 from stackproof.distributed.communication import Communication
+from stackproof.distributed.tensors import local_part
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.memorization import Memorization
 from stackproof.model import moe
@@ -218,11 +219,10 @@ def on_host(*tensors: Tensor) -> list[tuple[float, ...]]:
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:
-    """Names of parameters and gradients that hold a NaN or infinity."""
-    parameters = list(model.named_parameters())
+    """Names of parameters and gradients that hold a NaN or infinity, in the parts of this rank."""
+    held = {name: local_part(p) for name, p in model.named_parameters()}
+    grads = {n: local_part(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     return {
-        "parameters": [n for n, p in parameters if not bool(p.isfinite().all())],
-        "gradients": [
-            n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())
-        ],
+        "parameters": [n for n, part in held.items() if not bool(part.isfinite().all())],
+        "gradients": [n for n, part in grads.items() if not bool(part.isfinite().all())],
     }

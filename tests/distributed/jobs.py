@@ -31,12 +31,12 @@ from stackproof.distributed.tensors import is_divided, local_part, whole
 from stackproof.model.foreign import plain_name
 from stackproof.recipes import recipe
 from stackproof.spec.errors import DataError, StackproofError, Stopped
-from stackproof.train import checkpoint, start
+from stackproof.train import checkpoint, loop, start
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
-from stackproof.train.loop import train
 from stackproof.train.start import fresh, resume
 from stackproof.train.state import divide, state_around
+from tests.distributed.rows import logged
 
 VOCAB, ROWS, TOKENS = 61, 8, 24
 CPU = torch.device("cpu")
@@ -257,10 +257,12 @@ def announcement_after_a_restart() -> tuple[bool, int]:
 
 
 def run(cfg: RunConfig, folder: Path, cache: str, until: int | None = None) -> str | None:
-    """Train without gates, or go on in the folder of a run. Returns the status of the record on
-    rank 0, or the error. `until` ends the run by a signal after that step.
+    """Train without gates, or go on in the folder of a run; a log beside it has the rows. Returns
+    the status of the record on rank 0, or the error. `until` ends the run by a signal after that
+    step.
     """
     os.environ["STACKPROOF_CACHE"] = cache
+    loop.draw = logged(loop.draw, folder.with_suffix(".rows"))
     without_gates = start.Gatekeeper
     start.Gatekeeper = lambda spec, **given: without_gates(spec, **given | {"only": ()})
     if until is not None:
@@ -273,7 +275,7 @@ def run(cfg: RunConfig, folder: Path, cache: str, until: int | None = None) -> s
                 if known
                 else fresh(cfg, (), folder, ranks=ranks)
             )
-            record = train(opened)
+            record = loop.train(opened)
     except StackproofError as error:
         return f"{type(error).__name__} {error.exit_code}"
     return None if record is None else record.status

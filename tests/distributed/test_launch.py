@@ -17,6 +17,7 @@ from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
 from tests.distributed.jobs import CPU
+from tests.processes import Command
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "stackproof", "train", "pocket")
@@ -65,6 +66,38 @@ def test_a_refused_mesh_starts_no_process(tmp_path):
     )
     assert done.returncode == 2 and "train.tokens_per_step" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "n_starts"),
+    [
+        ("exit 0", 0, 1),
+        ("exit 75", 75, 1),
+        ("exit 4", 4, 1),
+        ("exit 2", 2, 1),
+        ("kill -TERM $$", 75, 1),
+        ("exit 7", 7, 3),
+        ("exit 1", 1, 3),
+        ("kill -KILL $$", 7, 3),
+        ('test "$STACKPROOF_RESTARTS" = 1 || exit 7', 0, 2),
+    ],
+)
+def test_only_a_lost_process_is_started_again(tmp_path, ending, code, n_starts):
+    """Processes that only end, in place of those of a run."""
+    process = tmp_path / "process"
+    process.write_text(f'#!/bin/sh\necho "$STACKPROOF_RESTARTS" >> {tmp_path}/starts\n{ending}\n')
+    process.chmod(0o700)
+    begin = (
+        "import sys; from stackproof.distributed.launch import launch\n"
+        "from stackproof.spec.errors import RankLost; from pathlib import Path\n"
+        f"sys.executable = {str(process)!r}\n"
+        "try: code = launch([], 1, Path('run'), max_restarts=2)\n"
+        "except RankLost as e: code = e.exit_code\n"
+        "sys.exit(code)"
+    )
+    assert Command(folder=tmp_path, code=begin).wait().code == code
+    starts = (tmp_path / "starts").read_text().split()
+    assert starts == [str(n) for n in range(n_starts)]
 
 
 def test_agents_on_two_nodes_find_each_other(tmp_path):

@@ -58,10 +58,20 @@ def test_a_restart_reads_nothing_of_the_ranks_before(answers):
     assert answers("announcement_after_a_restart") == [(False, 2), (False, 2)]
 
 
-def test_the_exit_code_of_a_launch_is_that_of_the_run():
-    assert exit_code({0: 4, 1: 7}) == 4  # rank 0 has the gates
-    assert exit_code({1: -9, 0: 7}) == 7
-    assert exit_code({0: 75, 1: 75}) == 75
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        ([4, 7], 4),
+        ([-9, 75], 7),  # killed; the agent has ended the other one by SIGTERM
+        ([7, -9], 7),
+        ([75, 75], 75),
+        ([-15, -9], 75),  # before it handled signals
+        ([-2], 130),
+        ([200], 7),
+    ],
+)
+def test_the_exit_code_of_a_launch_is_that_of_the_rank_that_ended_first(codes, wanted):
+    assert exit_code(codes) == wanted
 
 
 @pytest.mark.parametrize(
@@ -69,7 +79,7 @@ def test_the_exit_code_of_a_launch_is_that_of_the_run():
     [
         ({1: -9}, 1, "SIGKILL", 7, "RUN/ranks/00001/output.log"),
         ({1: 3, 0: -15}, 1, "exit code 3", 3, "RUN/ranks/00001/output.log"),  # ended by the agent
-        ({2: -9, 1: 4}, 2, "SIGKILL", 4, "RUN/ranks/00002/output.log"),
+        ({2: -9, 0: 75}, 2, "SIGKILL", 7, "RUN/ranks/00002/output.log"),
         ({0: -11, 1: 7}, 0, "SIGSEGV", 7, "RUN/ranks;"),  # it had the terminal
     ],
 )

@@ -10,6 +10,7 @@ from stackproof.spec.rank_log import rank_table
 from stackproof.spec.series import parse_series
 from stackproof.train import checkpoint
 from stackproof.train.run_dir import RunDir
+from tests.distributed.rows import rows_of
 
 STOPPED_AT = 6
 # float32 sums of another number of ranks, over six steps; measured worst case 1.5e-7
@@ -71,6 +72,20 @@ def test_a_resume_on_another_mesh_goes_on(run, cfg, whole_run, stopped_run, tmp_
     ]
     assert rows[0] == rows[1]
     assert [facts["rank"] for facts in table(folder).ranks] == list(range(n_ranks))
+
+
+def test_a_chain_of_meshes_draws_the_rows_of_one_process(run, cfg, stopped_run, tmp_path):
+    folder, alone = shutil.copytree(stopped_run, tmp_path / "run"), tmp_path / "alone"
+    shutil.copy(stopped_run.with_suffix(".rows"), folder.with_suffix(".rows"))
+    assert run(cfg, folder, STOPPED_AT + 3, n_ranks=4) == ["Stopped 75"] * 4
+    assert run(cfg, folder, n_ranks=1) == ["completed"]
+    assert run(cfg, alone, n_ranks=1) == ["completed"]
+    rows = rows_of(alone.with_suffix(".rows"))
+    assert rows_of(folder.with_suffix(".rows")) == rows
+    assert sorted(rows) == list(range(cfg.train.max_steps * cfg.rows_per_step))
+    wanted, found = losses(alone), losses(folder)
+    assert found.keys() == wanted.keys()
+    assert all(abs(found[s] - wanted[s]) <= LOSS_REL_MAX * wanted[s] for s in wanted)
 
 
 def test_only_rank_0_writes_the_record_and_each_rank_its_log(whole_run):

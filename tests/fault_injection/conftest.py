@@ -7,7 +7,8 @@ import pytest
 from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.train import start
-from tests.cli.conftest import cli_cache, in_process  # noqa: F401
+from tests.cli.conftest import cli_cache, in_process, stack  # noqa: F401
+from tests.fault_injection import rank_runs
 from tests.fault_injection.nine_steps import EVERY, FEW, STEPS, begin, killed
 
 
@@ -51,3 +52,21 @@ def interrupted_once(cfg, tmp_path_factory):
 def interrupted(interrupted_once, tmp_path):
     """A run that a kill ended after step 8; its latest checkpoint is of step 6."""
     return shutil.copytree(interrupted_once, tmp_path / "run")
+
+
+@pytest.fixture(scope="session", params=rank_runs.LAYOUTS)
+def undisturbed(request, tmp_path_factory, text_file, cli_cache):  # noqa: F811
+    """A run on two ranks that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = rank_runs.arguments(text_file, rank_runs.LAYOUTS[request.param])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STACKPROOF_CACHE", str(cli_cache))
+        done = rank_runs.launched(*command, folder=folder)
+    assert done.code == 0, done.said()
+    return rank_runs.Undisturbed(request.param, command, folder, done)
+
+
+@pytest.fixture
+def prepared(monkeypatch, cli_cache):  # noqa: F811
+    """All runs read the data that the first one prepared."""
+    monkeypatch.setenv("STACKPROOF_CACHE", str(cli_cache))

@@ -63,7 +63,7 @@ def came(done: Done, fault: str, at: int) -> bool:
     return len(calls(done)) >= at
 
 
-class _Faults:
+class Faults:
     """Counts the calls below a folder, and breaks one of them."""
 
     def __init__(self, fault: str, at: int, below: str):
@@ -88,6 +88,10 @@ class _Faults:
         self.seen.append(f"{name} {named.replace(str(os.getpid()), 'PID')}")
         if len(self.seen) != self.at:
             return
+        self.strike(path)
+
+    def strike(self, path: object) -> None:
+        """The fault, at a call on this path."""
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         number = FAULTS[self.fault]
@@ -102,9 +106,9 @@ class _Faults:
             self.call(event.removeprefix("os."), path)
 
 
-def arm() -> None:
-    """Begin to count in this process, with the fault of its environment."""
-    faults = _Faults(*json.loads(os.environ["FAULT"]))
+def arm(kind: type[Faults] = Faults) -> Faults:
+    """Begin to count in this process, with the fault of its environment. Returns the counter."""
+    faults = kind(*json.loads(os.environ["FAULT"]))
     fsync, fdopen, reserve = os.fsync, os.fdopen, os.posix_fallocate
 
     class Writer(io.BufferedWriter):
@@ -135,3 +139,4 @@ def arm() -> None:
     util.Finalize(
         None, lambda: sys.stderr.write(f"{COUNT}{json.dumps(faults.seen)}\n"), exitpriority=0
     )
+    return faults

@@ -1,0 +1,93 @@
+"""The resume certificate of several processes: what it compares, and real ones."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stackproof.replay.certificate import (
+    LOSS_REL_MAX,
+    Processes,
+    differing_tensors,
+    loss_distance,
+    reasons_against,
+)
+from stackproof.spec.records import read_record
+from tests.cli.conftest import tiny
+from tests.fault_injection.scale import STRESS
+
+STATE = {"step": 8, "cursor": 64, "tokens_seen": 512, "curriculum": {}, "stopper": 1, "best": {}}
+
+
+def loaded(**changes):
+    weights = {"w": torch.tensor([1.0, -0.0])}
+    moments = {"m": torch.tensor([float("nan")])}
+    return SimpleNamespace(model=weights, tensors=moments, state=STATE | changes)
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "distance", "reason"),
+    [
+        ((2, 2), {}, 0.0, None),
+        ((2, 2), {}, 1e-9, "losses differ by 1e-09, more than 0"),
+        ((2, 2), {"best": {"step": 4}}, 0.0, "best differs"),
+        ((2, 4), {"best": {"step": 4}}, LOSS_REL_MAX, None),
+        ((2, 4), {}, 2 * LOSS_REL_MAX, "losses differ by 2e-05, more than 1e-05"),
+        ((2, 4), {}, float("nan"), "losses differ by nan, more than 1e-05"),
+        ((2, 4), {"cursor": 65}, 0.0, "cursor differs"),
+        ((1, 1), {"step": 7}, 0.0, "step differs"),
+    ],
+)
+def test_bits_count_on_one_number_of_processes_and_a_bound_on_another(
+    processes, changes, distance, reason
+):
+    found = reasons_against(Processes(*processes), 8, loaded(), loaded(**changes), [], distance)
+    assert found[:1] == ([reason] if reason else [])
+
+
+def test_one_differing_tensor_counts_on_one_number_of_processes_alone():
+    given = 8, loaded(), loaded(), ["m"], 0.0
+    assert reasons_against(Processes(2, 2), *given) == ["1 tensors differ, the first is m"]
+    assert reasons_against(Processes(2, 1), *given) == []
+
+
+def test_tensors_are_compared_by_their_bits():
+    other = loaded()
+    assert differing_tensors(loaded(), other) == []
+    other.model["w"] = torch.tensor([1.0, 0.0])
+    del other.tensors["m"]
+    assert differing_tensors(loaded(), other) == ["m", "w"]
+
+
+def test_the_distance_of_losses_needs_the_same_steps(tmp_path):
+    def log(name: str, losses: dict[int, float]) -> Path:
+        (tmp_path / name).mkdir()
+        lines = (json.dumps({"loss_nats": nats, "step": step}) for step, nats in losses.items())
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return tmp_path / name
+
+    one, near = log("one", {1: 2.0, 2: 4.0}), log("near", {1: 2.0, 2: 5.0})
+    assert loss_distance(one, one) == 0.0 and loss_distance(one, near) == 0.2
+    assert loss_distance(one, log("short", {1: 2.0})) == float("inf")
+
+
+@pytest.mark.skipif(not STRESS, reason="a dozen processes of Python that import all")
+@pytest.mark.parametrize("resumed", [2, 1])
+def test_a_certificate_of_two_processes_states_both_numbers(stack, text_file, resumed):
+    options = "--steps", "24", "--kills", "1", "--nproc", "2", "--resume-nproc", str(resumed)
+    own = "train.max_steps", "checkpoint.every", "schedule.warmup_steps"
+    pairs = zip(*[iter(tiny(text_file, eval__every="6", sample__every="12"))] * 2, strict=True)
+    sets = [part for pair in pairs if pair[1].split("=")[0] not in own for part in pair]
+    command = "evidence", "certify-resume", "pocket", *options, *sets, "--run-dir", "c", "--json"
+    done = stack(*command)
+    assert done.code == 0, done.err
+    found = done.json["metrics"]
+    assert (found["processes"], found["resumed_processes"], found["resumes"]) == (2, resumed, 1)
+    assert found["weights_equal"] == (resumed == 2)
+    bound = 0.0 if resumed == 2 else LOSS_REL_MAX
+    assert found["loss_rel_distance"] <= found["loss_rel_max"] == bound
+    stated = read_record(stack.folder / "c" / "metadata.json").environment
+    assert (stated["mesh_shard"], stated["resumed_mesh_shard"]) == (2, resumed)
+    print(f"loss_rel_distance {found['loss_rel_distance']:g} on {resumed} processes")
