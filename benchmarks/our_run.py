@@ -14,6 +14,7 @@ from stackproof.contracts.events import (
     WeightsUpdated,
 )
 from stackproof.contracts.gate import resolve
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.train import loop, start
 from stackproof.train import step as steps
@@ -34,19 +35,21 @@ def fed(gate: Gate) -> bool:
     return bool(events) and events <= STEPS and gate.id != "data.rows"
 
 
-def open_run(cfg, overrides, folder: Path) -> Trainer:
-    """A run in a new folder, at step 0, its gates told that it starts.
-    No step is computed twice.
+def open_run(cfg, overrides, folder: Path, ranks: Ranks = ONE_PROCESS) -> Trainer:
+    """A run in a new folder, at step 0, its gates told that it starts; on several ranks with the
+    gates that compare them. No step is computed twice.
     """
-    directory = RunDir(folder)
-    directory.create()
-    run = start.setup(
-        cfg, overrides, directory, only=[g.id for g in load_spec().required("train") if fed(g)]
-    )
+    directory = RunDir(folder, rank=ranks.rank)
+    with ranks.main_first():
+        directory.create()
+    gates = load_spec().required("train")
+    only = [g.id for g in gates if g.subsystem == "distributed" or fed(g)]
+    run = start.setup(cfg, overrides, directory, ranks=ranks, only=only)
+    start.take_part(run)
     run.callbacks = CallbackList(
         [c for c in run.callbacks.callbacks if not isinstance(c, SdcCheck)]
     )
-    announce(run)
+    run.callbacks.on_train_start(run, loop.restart_point(run, None))
     return run
 
 
