@@ -4,7 +4,8 @@ B batch, T tokens, D d_model, V vocab
 
 Tensor parallelism (arXiv:1909.08053) divides heads, inner features and the vocabulary; between the
 matrix products each rank holds a slice of the sequence, on which norms and residuals act
-(arXiv:2205.05198). Sharded data parallelism is torch's FSDP2 (`fully_shard`), around each block.
+(arXiv:2205.05198). Sharded data parallelism is torch's FSDP2 (`fully_shard`), around each block
+that is large enough.
 Collective operations are those of DTensor and FSDP2.
 """
 
@@ -20,9 +21,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
 
+from stackproof.distributed.tensors import local_part
 from stackproof.kernels import dispatch
 from stackproof.model.transformer import Transformer
 
+UNIT_BYTES = 4 * 2**20  # a block with fewer on a rank is gathered and reduced with the rest
 SEQUENCE = 1  # the axis of (B, T, D) that norms and residuals are divided along
 # By the end of a parameter's name: the axis it is divided along. All others are whole on each rank.
 DIVIDED = {
@@ -44,7 +47,9 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
         for block in model.layers:
             block.compile(fullgraph=True, options={"fallback_random": True})
     data_mesh = mesh["replicate", "shard"]
-    for module in (*model.layers, model):
+    # The hooks of a unit cost as much as a small block computes in.
+    blocks = [block for block in model.layers if held_bytes(block) >= UNIT_BYTES]
+    for module in (*blocks, model):
         fully_shard(module, mesh=data_mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -52,6 +57,11 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters of a module on this rank, before FSDP2 divides them."""
+    return sum(local_part(p).nbytes for p in module.parameters())
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------

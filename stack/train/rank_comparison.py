@@ -43,7 +43,6 @@ from stackproof.train import checkpoint
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
-from stackproof.train.losses import count_valid
 from stackproof.train.mask_comparison import PlacesWatch, compare_masks, masks_held
 from stackproof.train.memory import available_bytes
 from stackproof.train.schedule import lr_at
@@ -141,9 +140,8 @@ class RankComparison(Callback):
         """
         if self.compared >= {FIRST, UNEVEN}:
             return set()
-        n_valid = sum(count_valid(batch.labels) for batch in batches)
-        most, least = trainer.state.ranks.highest(n_valid, -n_valid)
-        return {FIRST, *([UNEVEN] if most != -least else [])} - self.compared
+        n_valid = trainer.state.drawn_by_all(batches).n_valid
+        return {FIRST, *([UNEVEN] if len(set(n_valid)) > 1 else [])} - self.compared
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         if not self.wanted:

@@ -131,7 +131,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
         changed_tensor_frac=changed,
         overflow_retries=retries,
         expert_shares=tuple(expert_shares),
-        sample_ids=tuple(window for window, _, _ in state.rows_of_all_ranks(batches)),
+        sample_ids=tuple(window for window, _, _ in state.drawn_by_all(batches).rows),
         epoch=batches[-1].epoch,
         n_tokens=n_tokens,
         n_valid_tokens=n_valid,
