@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from stackproof.config import RunConfig, load_config
 from stackproof.data.data_loader import Batch
 from stackproof.distributed import failure
 from stackproof.distributed.process_group import joined
-from stackproof.distributed.tensors import whole
+from stackproof.distributed.tensors import local_part, whole
+from stackproof.model import parallelize
 from stackproof.model.foreign import plain_name
 from stackproof.recipes import recipe
 from stackproof.spec.errors import StackproofError
@@ -25,7 +27,7 @@ from stackproof.train import start
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.start import fresh, resume
-from stackproof.train.state import divide, state_around
+from stackproof.train.state import TrainState, divide, state_around
 
 VOCAB, ROWS, TOKENS = 61, 8, 24
 CPU = torch.device("cpu")
@@ -62,17 +64,20 @@ def batches_of(cfg: RunConfig, step: int) -> list[Batch]:
     return made
 
 
-def states(cfg: RunConfig, ranks, dtype: torch.dtype) -> tuple:
+def state_of_one(cfg: RunConfig, dtype: torch.dtype) -> TrainState:
+    """A fresh state of one process."""
+    loader = SimpleNamespace(rank=0, world_size=1, rows=1, cursor=0)
+    state = state_around(cfg, VOCAB, loader, CPU)
+    state.model.to(dtype)
+    state.optimizer = opt.make_optimizer(state.model, cfg.optim)
+    return state
+
+
+def states(cfg: RunConfig, ranks, dtype: torch.dtype) -> tuple[TrainState, TrainState]:
     """A state of one process, and an equal one that is divided."""
-    found = []
-    for _ in range(2):
-        loader = SimpleNamespace(rank=0, world_size=1, rows=1, cursor=0)
-        state = state_around(cfg, VOCAB, loader, CPU)
-        state.model.to(dtype)
-        state.optimizer = opt.make_optimizer(state.model, cfg.optim)
-        found.append(state)
-    divide(found[1], ranks)
-    return tuple(found)
+    one, divided = (state_of_one(cfg, dtype) for _ in range(2))
+    divide(divided, ranks)
+    return one, divided
 
 
 def own(batches: list[Batch], ranks) -> list[Batch]:
@@ -84,11 +89,19 @@ def own(batches: list[Batch], ranks) -> list[Batch]:
     ]
 
 
-def gradient_error(mesh: dict, changes: dict, dtype: str) -> tuple[float, float]:
+def gradient_error(
+    mesh: dict, changes: dict, dtype: str, unit_bytes: int | None = None, reduced_in: str = ""
+) -> tuple[float, float]:
     """Relative L2 distance of the gradient of all ranks from that of one process, and the relative
-    distance of the loss.
+    distance of the loss. `unit_bytes` are those from which a block is a unit of FSDP2, and
+    `reduced_in` is another dtype than FSDP2 reduces gradients in.
     """
     cfg = configuration(mesh, changes)
+    if unit_bytes is not None:
+        parallelize.UNIT_BYTES = unit_bytes
+    if reduced_in:
+        policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduced_in))
+        parallelize.fully_shard = partial(parallelize.fully_shard, mp_policy=policy)
     with joined(cfg, CPU) as ranks:
         one, divided = states(cfg, ranks, getattr(torch, dtype))
         batches = batches_of(cfg, 1)
@@ -104,18 +117,52 @@ def gradient_error(mesh: dict, changes: dict, dtype: str) -> tuple[float, float]
     return (distance / size) ** 0.5, loss
 
 
-def loss_distance(mesh: dict, changes: dict, n_steps: int) -> float:
-    """Largest relative distance of the losses of float64 training from those of one process."""
-    cfg = configuration(mesh, changes)
-    worst = 0.0
+def loss_distance(
+    mesh: dict, changes: dict, n_steps: int, dtype: str = "float64", n_permuted: int = 0
+) -> tuple[float, float]:
+    """Largest relative distance of the losses of training from those of one process: of all ranks,
+    and, on rank 0, of `n_permuted` single processes that read the micro-batches of each step in
+    another order.
+    """
+    cfg, draws = configuration(mesh, changes), torch.Generator().manual_seed(0)
+    worst = [0.0, 0.0]
     with joined(cfg, CPU) as ranks:
-        one, divided = states(cfg, ranks, torch.float64)
+        one, divided = states(cfg, ranks, getattr(torch, dtype))
+        permuted = [state_of_one(cfg, getattr(torch, dtype)) for _ in range(n_permuted * ranks.is_main)]
         for step in range(n_steps):
             batches = batches_of(cfg, step)
             alone = steps.train_step(one, batches).loss_nats
             together = steps.train_step(divided, own(batches, ranks)).loss_nats
-            worst = max(worst, abs(together - alone) / alone)
-    return worst
+            others = [
+                steps.train_step(state, [batches[i] for i in torch.randperm(ROWS, generator=draws)])
+                for state in permuted
+            ]
+            of_others = [report.loss_nats for report in others]
+            for i, losses in enumerate(([together], of_others)):
+                worst[i] = max([worst[i], *(abs(loss - alone) / alone for loss in losses)])
+    return tuple(worst)
+
+
+def overflow_on_one_rank(mesh: dict, rank: int) -> tuple[int, float, float, int]:
+    """Retries, loss, clipped norm and loss scale of a float16 step in which one rank's part of the
+    gradients overflows once.
+    """
+    cfg = configuration(mesh, {"train.dtype": "float16"})
+    with joined(cfg, CPU) as ranks:
+        state = states(cfg, ranks, torch.float32)[1]
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        unscale, n_calls = state.scaler.unscale_, []
+
+        def unscale_after_overflow(optimizer):
+            n_calls.append(1)
+            if len(n_calls) == 1 and ranks.rank == rank:
+                local_part(opt.gradients(state.model)[0])[0] = torch.inf
+            unscale(optimizer)
+
+        state.scaler.unscale_ = unscale_after_overflow
+        report = steps.train_step(state, own(batches_of(cfg, 1), ranks))
+        scale = state.scaler.get_scale()
+    return report.overflow_retries, report.loss_nats, report.clipped_grad_norm, scale
 
 
 def masks(mesh: dict, changes: dict) -> dict[tuple[int, int, int, int], bytes]:
