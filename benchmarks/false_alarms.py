@@ -7,9 +7,9 @@ python benchmarks/false_alarms.py --runs 200 --run-dir runs/false-alarms
 Run number n trains configuration n modulo their count with seed 1000 + n. Finished runs of the same
 code in the work folder are taken as they are, so two hundred can be made in parts (--first,
 --runs); each is a process of its own with one thread. With `--ranks` each is a run on 2 or 4 ranks
-of this machine, with one thread each, over meshes and configurations of their own. Writes a record of kind benchmark: per gate
-the runs that held it, its looks, its alarms, and the upper end of the exact 95 % interval of their
-rate. Exit code 0 if no gate fired, 4 if one did, 1 if a run broke.
+of this machine, with one thread each, over meshes and configurations of their own. Writes a record
+of kind benchmark: per gate the runs that held it, its looks, its alarms, and the upper end of the
+exact 95 % interval of their rate. Exit code 0 if no gate fired, 4 if one did, 1 if a run broke.
 """
 
 import argparse
