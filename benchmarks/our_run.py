@@ -2,7 +2,10 @@
 gate of steps looking on.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from stackproof.contracts.events import (
     BatchDrawn,
@@ -14,11 +17,13 @@ from stackproof.contracts.events import (
     WeightsUpdated,
 )
 from stackproof.contracts.gate import resolve
+from stackproof.distributed.process_group import joined
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.train import loop, start
 from stackproof.train import step as steps
 from stackproof.train.callbacks import SdcCheck, declared_plan
+from stackproof.train.device import kernels_of
 from stackproof.train.run_dir import RunDir
 from stackproof.train.trainer import CallbackList, Trainer
 
@@ -53,6 +58,17 @@ def open_run(cfg, overrides, folder: Path, ranks: Ranks = ONE_PROCESS) -> Traine
     return run
 
 
+def open_on_ranks(opened: ExitStack, cfg, overrides, folder: Path) -> Trainer:
+    """A run as `open_run` has it, on the ranks that this process is one of, with one thread and the
+    kernels of its configuration, until `opened` is closed.
+    """
+    device = torch.device(cfg.device)
+    torch.set_num_threads(1)
+    ranks = opened.enter_context(joined(cfg, device))
+    opened.enter_context(kernels_of(cfg, device))
+    return open_run(cfg, overrides, folder, ranks)
+
+
 def announce(run: Trainer) -> None:
     """Tell the gates that steps begin here."""
     run.keeper.observe(Started(step=run.state.step, plan=declared_plan(run)))
@@ -65,6 +81,4 @@ def gated_step(run: Trainer) -> None:
 
 def bare_step(run: Trainer) -> None:
     """The same update with nobody looking."""
-    steps.train_step(
-        run.state, [run.state.data_loader.next_batch() for _ in range(run.cfg.accumulation())]
-    )
+    steps.train_step(run.state, run.state.next_batches())

@@ -77,24 +77,18 @@ def configuration(options, *sets: str):
 def open_ours(opened: ExitStack, mesh: dict[str, int], options) -> Callable[[], None]:
     """A step of `stack train` on this rank, with what its loop does after one."""
     import our_run
-    import torch
 
-    from stackproof.distributed.process_group import joined
-    from stackproof.train.device import kernels_of
     from stackproof.train.signals import Requests
 
     sets = [f"{key}={size or options.ranks}" for key, size in mesh.items()]
-    device = torch.device(options.device)
     cfg, overrides = configuration(options, *sets)
-    ranks = opened.enter_context(joined(cfg, device))
-    opened.enter_context(kernels_of(cfg, device))
-    run = our_run.open_run(cfg, overrides, options.folder / metric_key(options.contestant), ranks)
-    requests = Requests()
+    folder = options.folder / metric_key(options.contestant)
+    run, requests = our_run.open_on_ranks(opened, cfg, overrides, folder), Requests()
 
     def step() -> None:
         our_run.gated_step(run)
         run.callbacks.on_step_end(run, run.report)
-        requests.agree(ranks)
+        requests.agree(run.state.ranks)
 
     return step
 

@@ -63,6 +63,7 @@ FIRST, UNEVEN = "first step", "first uneven step"
 STEP, EVALUATION = "distributed.one-process-step", "distributed.evaluation"
 MASKS = "distributed.dropout"
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # of a weight, by an update in another order
+PROBED_SIZE = 512  # of a product on a CPU: ten take about as long as a step of a small model
 BYTES_PER_PARAMETER = 24  # weights, gradients, two moments, and weights before and after
 # What may differ between the machines of one run.
 OF_A_MACHINE = ("device_uuid", "cpu_count", "os", "allocator")
@@ -158,7 +159,8 @@ class RankComparison(Callback):
             self._masks(trainer, report)
         if self.repeated or report.step % trainer.cfg.parallel.compare_every == 0:
             self._replicas(trainer)
-            speeds = trainer.state.ranks.gathered(probe_peak_flops(trainer.state.device))
+            own = probe_peak_flops(trainer.state.device, PROBED_SIZE)
+            speeds = trainer.state.ranks.gathered(own)
             trainer.keeper.observe(RankSpeeds(report.step, tuple(speeds)))
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
