@@ -128,7 +128,9 @@ def loss_distance(
     worst = [0.0, 0.0]
     with joined(cfg, CPU) as ranks:
         one, divided = states(cfg, ranks, getattr(torch, dtype))
-        permuted = [state_of_one(cfg, getattr(torch, dtype)) for _ in range(n_permuted * ranks.is_main)]
+        permuted = [
+            state_of_one(cfg, getattr(torch, dtype)) for _ in range(n_permuted * ranks.is_main)
+        ]
         for step in range(n_steps):
             batches = batches_of(cfg, step)
             alone = steps.train_step(one, batches).loss_nats
