@@ -11,9 +11,9 @@ are not timed. The peers repeat a few batches of random tokens that they hold, a
 Each rank has one thread on a CPU, one device on a GPU. All heaps are kept, as a run of ours does by
 itself. With `--compiled` all compile each block.
 
-A contestant is a team of processes that lives through all rounds. Teams take turns, and a ratio is
-taken within each round. The interval is that of the median ratio, of 95 % at least, from the order
-of the rounds' ratios.
+A contestant is a team of processes that lives through all rounds, of the larger shapes for one
+round. Teams take turns, and a ratio is taken within each round. The interval is that of the median
+ratio, of 95 % at least, from the order of the rounds' ratios. Processor time is that of rank 0.
 """
 
 import argparse
@@ -130,13 +130,13 @@ def open_peer(opened: ExitStack, options) -> Callable[[], None]:
 
 def contest(opened: ExitStack, options) -> tuple[dict, Callable[[dict], dict]]:
     """Make a rank of a contestant ready, and return how it answers `{"steps": n}`."""
-    import os
-
     import torch
+
+    from stackproof.distributed.process_group import device_of_rank
 
     torch.set_num_threads(1)
     if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device_of_rank())
     mesh = MESHES.get(options.contestant)
     step = open_peer(opened, options) if mesh is None else open_ours(opened, mesh, options)
     wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
@@ -192,11 +192,14 @@ def measure(
                 teams[name] = child.Team(command, options.ranks, env=env)
             answer = teams[name].ask(steps=options.steps)
             cpu_s[name].append(answer["cpu_s"])
+            if shape.fresh:
+                teams.pop(name).close()
             return shape.tokens_per_step / answer["step_s"]
 
         try:
-            rates = alternate({n: partial(rate, n) for n in options.only}, options.rounds)
-            return rates, {n: statistics.median(own[1:]) for n, own in cpu_s.items()}
+            once = {n: partial(rate, n) for n in options.only}
+            rates = alternate(once, options.rounds, thrown_away=0 if shape.fresh else 1)
+            return rates, {n: statistics.median(own) for n, own in cpu_s.items()}
         finally:
             for team in teams.values():
                 team.close()
