@@ -147,6 +147,7 @@ SHAPES = (
 
 RANKS_STEPS = 24
 BFLOAT16 = "train.dtype=bfloat16"
+COMPILED = ("train.compile=true", "schedule.warmup_steps=3")
 HALVES = ",".join(
     f'{{kind="files",name="{n}",paths=["TEXT/half-{i}.jsonl"]}}' for i, n in enumerate("ab")
 )
@@ -184,8 +185,8 @@ SHAPES_ON_RANKS = (
         "train.activation_checkpointing=blocks",
         "model.dropout=0.1",
     ),
-    on_ranks("shard-compiled", {"shard": 2}, "train.compile=true", steps=8),
-    on_ranks("tensor-compiled-bfloat16", {"tensor": 2}, "train.compile=true", BFLOAT16, steps=8),
+    on_ranks("shard-compiled", {"shard": 2}, *COMPILED, steps=10),
+    on_ranks("tensor-compiled-bfloat16", {"tensor": 2}, *COMPILED, BFLOAT16, steps=10),
 )
 
 
