@@ -26,7 +26,7 @@ from stackproof.spec.errors import (
 )
 from stackproof.spec.gates import load_spec
 from stackproof.spec.records import Artefact, read_record
-from stackproof.train import checkpoint, loop, start
+from stackproof.train import checkpoint, checkpoint_folders, loop, start
 from stackproof.train.restart import require_recorded
 from stackproof.train.run_dir import RunDir
 from stackproof.train.trainer import Callback
@@ -321,7 +321,8 @@ def test_a_request_for_a_checkpoint_in_preflight_does_not_end_the_run(cfg, tmp_p
     early = cfg.model_copy(update={"checkpoint": boundary})
     assert begin(early, tmp_path / "run", Signal(signal.SIGUSR1)).status == "completed"
     assert 4 in [
-        checkpoint.step_of(p) for p in checkpoint.step_folders(tmp_path / "run/checkpoints")
+        checkpoint_folders.step_of(p)
+        for p in checkpoint_folders.step_folders(tmp_path / "run/checkpoints")
     ]
 
 
@@ -355,7 +356,7 @@ def test_a_disk_that_fills_up_ends_with_a_record_and_the_run_goes_on_later(
     cfg, straight, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
-    free = checkpoint.free_bytes
+    free = checkpoint_folders.free_bytes
     with monkeypatch.context() as patch:
         full = lambda root: 1000 if (run / "checkpoints/step-00000003").exists() else free(root)  # noqa: E731
         patch.setattr(checkpoint, "free_bytes", full)
