@@ -147,7 +147,6 @@ SHAPES = (
 
 RANKS_STEPS = 24
 BFLOAT16 = "train.dtype=bfloat16"
-COMPILED = ("train.compile=true", "schedule.warmup_steps=3")
 HALVES = ",".join(
     f'{{kind="files",name="{n}",paths=["TEXT/half-{i}.jsonl"]}}' for i, n in enumerate("ab")
 )
@@ -160,12 +159,12 @@ BANDIT = (
 )
 
 
-def on_ranks(name: str, mesh: dict[str, int], *sets: str, steps: int = RANKS_STEPS) -> Shape:
+def on_ranks(name: str, mesh: dict[str, int], *sets: str) -> Shape:
     """A configuration on a mesh, whose ranks are compared every few steps."""
     sizes = (f"parallel.{key}={size}" for key, size in mesh.items())
     n_ranks = math.prod(mesh.values())
     given = (*sizes, "parallel.compare_every=4", *sets)
-    return Shape(f"ranks-{name}", given, steps=steps, n_ranks=n_ranks)
+    return Shape(f"ranks-{name}", given, steps=RANKS_STEPS, n_ranks=n_ranks)
 
 
 SHAPES_ON_RANKS = (
@@ -185,8 +184,8 @@ SHAPES_ON_RANKS = (
         "train.activation_checkpointing=blocks",
         "model.dropout=0.1",
     ),
-    on_ranks("shard-compiled", {"shard": 2}, *COMPILED, steps=10),
-    on_ranks("tensor-compiled-bfloat16", {"tensor": 2}, *COMPILED, BFLOAT16, steps=10),
+    on_ranks("shard-compiled", {"shard": 2}, "train.compile=true"),
+    on_ranks("tensor-compiled-bfloat16", {"tensor": 2}, "train.compile=true", BFLOAT16),
 )
 
 

@@ -177,13 +177,24 @@ class UpdateRule:
     make: Callable[[Groups, Any], torch.optim.Optimizer]
 
 
-def _adamw(groups: Groups, cfg: Optim) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        groups, lr=groups[0]["lr"], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
-    )
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose rule is that of single entries: of divided tensors each rank updates its
+    part, without the dispatch of DTensor.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local_part, tensors)
+        return has_complex
 
 
-ADAMW = UpdateRule(torch.optim.AdamW, ("step", "exp_avg", "exp_avg_sq"), _adamw)
+def _adamw(groups: Groups, cfg: Optim) -> AdamW:
+    betas = cfg.beta1, cfg.beta2
+    return AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=cfg.eps, fused=True)
+
+
+ADAMW = UpdateRule(AdamW, ("step", "exp_avg", "exp_avg_sq"), _adamw)
 MUON = UpdateRule(Muon, ("momentum_buffer",), Muon)
 # By configuration class: the rule of each group.
 # Peak rates and bytes of state are declared by the class, in stack/config/optim.py.
