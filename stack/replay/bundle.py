@@ -227,6 +227,8 @@ def _write_points(path: Path, trainer: Trainer, batch: Batch | None, step: int) 
     """
     if batch is None:
         return "no step had been drawn"
+    if trainer.state.ranks.sizes.world_size > 1:
+        return "the model is divided: a forward needs all ranks, and rank 0 alone writes a bundle"
     try:
         lines = points_lines(trainer.state, batch)
     except (

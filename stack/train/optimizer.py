@@ -6,6 +6,7 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,24 +178,25 @@ class UpdateRule:
     make: Callable[[Groups, Any], torch.optim.Optimizer]
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, whose rule is that of single entries: of divided tensors each rank updates its
-    part, without the dispatch of DTensor.
+def _adamw(groups: Groups, cfg: Optim) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(
+        groups, lr=groups[0]["lr"], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+    )
+    optimizer._init_group = partial(_local_parts, optimizer._init_group)
+    return optimizer
+
+
+def _local_parts(init_group: Callable[..., bool], group: dict, *lists: list[Tensor]) -> bool:
+    """The tensors of an update, of divided ones this rank's part: the rule is that of single
+    entries, and DTensor would dispatch each tensor.
     """
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        has_complex = super()._init_group(group, *lists)
-        for tensors in lists:
-            tensors[:] = map(local_part, tensors)
-        return has_complex
+    has_complex = init_group(group, *lists)
+    for tensors in lists:
+        tensors[:] = map(local_part, tensors)
+    return has_complex
 
 
-def _adamw(groups: Groups, cfg: Optim) -> AdamW:
-    betas = cfg.beta1, cfg.beta2
-    return AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=cfg.eps, fused=True)
-
-
-ADAMW = UpdateRule(AdamW, ("step", "exp_avg", "exp_avg_sq"), _adamw)
+ADAMW = UpdateRule(torch.optim.AdamW, ("step", "exp_avg", "exp_avg_sq"), _adamw)
 MUON = UpdateRule(Muon, ("momentum_buffer",), Muon)
 # By configuration class: the rule of each group.
 # Peak rates and bytes of state are declared by the class, in stack/config/optim.py.

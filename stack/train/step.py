@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stackproof.contracts.conditions import require
 from stackproof.data.data_loader import Batch
+from stackproof.distributed.tensors import local_part
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.memorization import Memorization
 from stackproof.model import moe
@@ -211,11 +212,15 @@ def on_host(*tensors: Tensor) -> list[tuple[float, ...]]:
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:
-    """Names of parameters and gradients that hold a NaN or infinity."""
+    """Names of parameters and gradients that hold a NaN or infinity, of divided ones in the part of
+    this rank: no collective operation, since one rank alone may call it.
+    """
     parameters = list(model.named_parameters())
     return {
-        "parameters": [n for n, p in parameters if not bool(p.isfinite().all())],
+        "parameters": [n for n, p in parameters if not bool(local_part(p).isfinite().all())],
         "gradients": [
-            n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())
+            n
+            for n, p in parameters
+            if p.grad is not None and not bool(local_part(p.grad).isfinite().all())
         ],
     }

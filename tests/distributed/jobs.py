@@ -22,7 +22,9 @@ from stackproof.distributed.process_group import joined
 from stackproof.distributed.tensors import is_divided, local_part, whole
 from stackproof.model import parallelize
 from stackproof.model.foreign import plain_name
+from stackproof.museum.plant import load_museum
 from stackproof.recipes import recipe
+from stackproof.replay.bundle import ReproRecorder
 from stackproof.spec.errors import StackproofError
 from stackproof.train import checkpoint, start
 from stackproof.train import optimizer as opt
@@ -309,6 +311,28 @@ def run_with_full_disk(cfg: RunConfig, folder: Path, cache: str, full: int, at: 
 
     start.take_part = take_part
     return run(cfg, folder, cache)
+
+
+def red_with_bundle(cfg: RunConfig, folder: Path, cache: str) -> str | None:
+    """The status of a run, on rank 0, in which a gate turns red and a bundle is written."""
+    os.environ["STACKPROOF_CACHE"] = cache
+    only = ("distributed.stragglers",)
+    with load_museum()["distributed.slow-rank"].apply(), joined(cfg, CPU) as ranks:
+        record = train(fresh(cfg, (), folder, (ReproRecorder(),), ranks=ranks, only=only))
+    return record and record.status
+
+
+def nonfinite_on_rank_0() -> list[str]:
+    """The names that rank 0 finds alone, of parameters with a NaN in its part."""
+    cfg, found = configuration({"shard": 2}, {}), []
+    with joined(cfg, CPU) as ranks:
+        model = states(cfg, ranks, torch.float32)[1].model
+        if ranks.is_main:
+            with torch.no_grad():
+                local_part(model.final_norm.weight)[0] = torch.nan
+            found = steps.nonfinite_parts(model)["parameters"]
+        ranks.total(1)
+    return found
 
 
 def end_after(step: int) -> None:
