@@ -13,6 +13,7 @@ from stackproof.cli.options import Json, Plugins, Sets, examples
 from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.config import trackers
+from stackproof.distributed import launch, output
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
@@ -133,6 +134,8 @@ def train(
             allowed=", ".join(trackers.NAMES),
             next_step="correct the name",
         )
+    if launch.n_started() > 1 and (folder := resume or run_dir):
+        output.divide_output(folder, launch.rank(), launch.restarts() + 1)
     sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
@@ -141,7 +144,6 @@ def train(
     if dry_run:
         return _dry_run(cfg, overrides, json)
     from stackproof.data import plugins
-    from stackproof.distributed import launch
     from stackproof.train.run_dir import default_run_dir
 
     if resume and run_dir:
@@ -159,13 +161,14 @@ def train(
     if nproc > 1 and not launch.is_worker():
         mesh_sizes(cfg, nproc)
         named = () if resume or run_dir else ("--run-dir", str(directory))
-        return launch.launch((*sys.argv[1:], *named), nproc, max_restarts=restarts)
+        return launch.launch((*sys.argv[1:], *named), nproc, directory, max_restarts=restarts)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
         if launch.restarts() and (directory / "run.json").is_file():
             resume, at = directory, None
-        record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
+        with output.traceback_kept(directory, launch.rank() if launch.n_started() > 1 else None):
+            record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
     if record is None:
         return
     document = {"run_dir": str(directory), "record": record.id}

@@ -3,7 +3,9 @@
 import errno
 import os
 import signal
+import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from stackproof.config import RunConfig, load_config
 from stackproof.data.data_loader import Batch
 from stackproof.distributed import failure
+from stackproof.distributed.communication import Communication, profiled
+from stackproof.distributed.output import divide_output, traceback_kept
 from stackproof.distributed.process_group import joined
 from stackproof.distributed.tensors import is_divided, local_part, whole
 from stackproof.model import parallelize
@@ -25,7 +29,7 @@ from stackproof.model.foreign import plain_name
 from stackproof.museum.plant import load_museum
 from stackproof.recipes import recipe
 from stackproof.replay.bundle import ReproRecorder
-from stackproof.spec.errors import StackproofError
+from stackproof.spec.errors import DataError, StackproofError, Stopped
 from stackproof.train import checkpoint, start
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
@@ -218,6 +222,12 @@ def control_operations() -> dict:
         }
 
 
+def place(mesh: dict) -> dict[str, int]:
+    """The coordinates of this rank, as torch has them."""
+    with joined(configuration(mesh, {}), CPU) as ranks:
+        return dict(zip(ranks.mesh.mesh_dim_names, ranks.mesh.get_coordinate()))
+
+
 def tensor_counts(mesh: dict) -> list[int]:
     """A count to which each data rank adds one."""
     with joined(configuration(mesh, {}), CPU) as ranks:
@@ -242,8 +252,51 @@ def lose_a_rank(how: str) -> tuple[str, int, str]:
                         raise StackproofError("the disk is full")
             ranks.total(1)
     except StackproofError as error:
-        return type(error).__name__, error.exit_code, f"{error.what} {error.value}"
+        return type(error).__name__, error.exit_code, str(error)
     return "", 0, failure.last_operation()
+
+
+def print_and_fail(run_dir: Path, start: int, how: str) -> None:
+    """Print as a library does and as a warning, and end the block as `how` has it."""
+    rank = int(os.environ["RANK"])
+    divide_output(run_dir, rank, start)
+    os.write(1, f"library of {rank}\n".encode())
+    print(f"text of {rank}")
+    warnings.warn(f"warning of {rank}", stacklevel=1)
+    try:
+        with traceback_kept(run_dir, rank):
+            match how:
+                case "failed":
+                    raise DataError("the shard is damaged")
+                case "stopped":
+                    raise Stopped("preempted after step 3", exit_code=75)
+                case "crashed" if rank == 1:
+                    os.abort()
+    except StackproofError:
+        sys.stdout.flush()
+
+
+def communication(late_s: float) -> Communication:
+    """Of a sum for which the last rank is late, followed by a product on each."""
+    with joined(configuration({}, {}), CPU) as ranks, profiled(CPU) as found:
+        ranks.total(1)  # from here on all measure
+        if ranks.rank == ranks.world_size - 1:
+            time.sleep(late_s)
+        ranks.total(1)
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    return found
+
+
+def announcement_after_a_restart() -> tuple[bool, int]:
+    """Whether the second start sees the error that rank 1 of the first one has announced, and its
+    sum.
+    """
+    cfg = configuration({}, {})
+    with joined(cfg, CPU) as ranks:
+        failure.announce(ranks.store, 1, StackproofError("the disk is full"))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    with joined(cfg, CPU) as ranks:
+        return failure.ended(ranks.store, 1) is not None, ranks.total(1)[0]
 
 
 # --- runs -----------------------------------------------------------------------------------------

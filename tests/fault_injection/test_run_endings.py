@@ -346,7 +346,7 @@ def test_a_second_ctrl_c_ends_at_once_with_a_record(cfg, straight, tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_step_1(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda root: 1000)
+    monkeypatch.setattr(checkpoint_folders, "free_bytes", lambda root: 1000)
     with pytest.raises(EnvironmentUnfit, match="no room for 2 checkpoint") as error:
         begin(cfg, tmp_path / "run")
     assert "1000 bytes free" in str(error.value.value)
@@ -359,7 +359,7 @@ def test_a_disk_that_fills_up_ends_with_a_record_and_the_run_goes_on_later(
     free = checkpoint_folders.free_bytes
     with monkeypatch.context() as patch:
         full = lambda root: 1000 if (run / "checkpoints/step-00000003").exists() else free(root)  # noqa: E731
-        patch.setattr(checkpoint, "free_bytes", full)
+        patch.setattr(checkpoint_folders, "free_bytes", full)
         with pytest.raises(EnvironmentUnfit, match="no room for 1 checkpoint"):
             begin(cfg, run)
     record = read_record(run / "metadata.json")
