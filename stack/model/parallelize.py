@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -45,7 +46,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
         divide_matrices(model, mesh["tensor"])
     if compiled:
         for block in model.layers:
-            block.compile(fullgraph=True, options={"fallback_random": True})
+            _compile_training(block)
     data_mesh = mesh["replicate", "shard"]
     # The hooks of a unit cost as much as a small block computes in.
     blocks = [block for block in model.layers if held_bytes(block) >= UNIT_BYTES]
@@ -57,6 +58,18 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
+
+
+def _compile_training(block: nn.Module) -> None:
+    """Compile the forward of a block where gradients are recorded. Evaluation and sampling are
+    eager, as in one process: each length of a text would be another graph.
+    """
+    graph = torch.compile(block._call_impl, fullgraph=True, options={"fallback_random": True})
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        return (graph if torch.is_grad_enabled() else block._call_impl)(*inputs, **options)
+
+    block._compiled_call_impl = call  # where Module.compile keeps its graph
 
 
 def held_bytes(module: nn.Module) -> int:
