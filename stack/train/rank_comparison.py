@@ -213,7 +213,7 @@ class RankComparison(Callback):
                 return
             unknown = alone.unknown
             error = 0.0 if unknown else relative(found, compute(alone))
-            half = rounds_otherwise(trainer)
+            half = rounds_otherwise(trainer, compiled=False)
             trainer.keeper.observe(
                 EvaluationRepeated(trainer.state.step, what, error, n_texts, unknown, half)
             )
@@ -410,17 +410,17 @@ def step_repeated(
             "tokens": (report.n_tokens, n_tokens),
             **choices,
         },
-        half=rounds_otherwise(trainer),
+        half=rounds_otherwise(trainer, compiled=trainer.cfg.train.compile),
     )
 
 
-def rounds_otherwise(trainer: Trainer) -> bool:
+def rounds_otherwise(trainer: Trainer, *, compiled: bool) -> bool:
     """Whether half precision rounds other numbers on the ranks than in one process: the parts of a
-    product that a tensor group adds, and what compiled blocks fuse, which one process computes
+    product that a tensor group adds, and what `compiled` blocks fuse, which one process computes
     eagerly. Data ranks have the micro-batches of one process, and their sums are in float32.
     """
-    cfg, sizes = trainer.cfg, trainer.state.ranks.sizes
-    return cfg.train.dtype != "float32" and (sizes.tensor > 1 or cfg.train.compile)
+    in_parts = trainer.state.ranks.sizes.tensor > 1
+    return trainer.cfg.train.dtype != "float32" and (in_parts or compiled)
 
 
 def _updated(trainer: Trainer, alone: Reference, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
