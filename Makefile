@@ -53,7 +53,7 @@ BENCH_DIR ?= runs/bench
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_TEXT ?=
 BENCH_PARTS := startup checkpoint cpu-kernels memory rank-memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
-	foreign-overhead trace-overhead trace-every trace-plants reader tokenizer build
+	ranks-training ranks-gate-overhead ranks-checkpoint foreign-overhead trace-overhead trace-every trace-plants reader tokenizer build
 BENCH := PYTHONPATH=$(CURDIR)/tools/checkout $(BENCH_PYTHON)
 
 bench: $(if $(FRESH),bench-fresh) $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
@@ -85,6 +85,12 @@ $(BENCH_DIR)/time-to-quality/metadata.json:
 	$(BENCH) benchmarks/time_to_quality.py $(if $(BENCH_TEXT),--text $(BENCH_TEXT)) --set checkpoint.every=20 --run-dir $(@D)
 $(BENCH_DIR)/gate-overhead/metadata.json:
 	$(BENCH) benchmarks/gate_overhead.py --device cpu --run-dir $(@D)
+$(BENCH_DIR)/ranks-training/metadata.json:
+	$(BENCH) benchmarks/ranks_training.py --run-dir $(@D)
+$(BENCH_DIR)/ranks-gate-overhead/metadata.json:
+	$(BENCH) benchmarks/ranks_gate_overhead.py --run-dir $(@D)
+$(BENCH_DIR)/ranks-checkpoint/metadata.json:
+	$(BENCH) benchmarks/ranks_checkpoint.py --run-dir $(@D)
 $(BENCH_DIR)/foreign-overhead/metadata.json:
 	$(BENCH) benchmarks/foreign_overhead.py --device cpu --run-dir $(@D)
 $(BENCH_DIR)/trace-every/metadata.json:

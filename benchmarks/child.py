@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,43 @@ class Child:
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
+
+
+class Team:
+    """Processes of one contestant, each a rank of one process group. `ready` and the answers are
+    those of rank 0.
+    """
+
+    def __init__(self, command: list[str], n_ranks: int, *, env: dict[str, str] | None = None):
+        import torch.distributed as dist
+
+        # As torchrun's agent does: the store outlives the ranks.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = (env or {}) | {
+            "WORLD_SIZE": str(n_ranks),
+            "LOCAL_WORLD_SIZE": str(n_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": "1",
+        }
+        # Each waits for the others while it makes ready, so all are started together.
+        self.threads = ThreadPoolExecutor(n_ranks)
+        own = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_ranks)]
+        self.ranks = list(self.threads.map(lambda env: Child(command, env=env), own))
+        self.ready = self.ranks[0].ready
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Send one question to all ranks, wait for all answers.
+        Raises SystemExit if a process ended instead.
+        """
+        first, *_ = self.threads.map(lambda rank: rank.ask(**question), self.ranks)
+        return first
+
+    def close(self) -> None:
+        """End the processes."""
+        list(self.threads.map(Child.close, self.ranks))
+        self.threads.shutdown()
 
 
 def itself(*arguments: str) -> list[str]:

@@ -2,17 +2,19 @@
 although nothing is wrong?
 
 python benchmarks/false_alarms.py --runs 200 --run-dir runs/false-alarms
-    [--work DIR] [--only NAME …]
+    [--ranks] [--work DIR] [--only NAME …]
 
 Run number n trains configuration n modulo their count with seed 1000 + n. Finished runs of the same
 code in the work folder are taken as they are, so two hundred can be made in parts (--first,
---runs); each is a process of its own with one thread. Writes a record of kind benchmark: per gate
-the runs that held it, its looks, its alarms, and the upper end of the exact 95 % interval of their
-rate. Exit code 0 if no gate fired, 4 if one did, 1 if a run broke.
+--runs); each is a process of its own with one thread. With `--ranks` each is a run on 2 or 4 ranks
+of this machine, with one thread each, over meshes and configurations of their own. Writes a record
+of kind benchmark: per gate the runs that held it, its looks, its alarms, and the upper end of the
+exact 95 % interval of their rate. Exit code 0 if no gate fired, 4 if one did, 1 if a run broke.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -63,7 +65,7 @@ def waived(reason: str, *gates: str) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """One configuration: what it sets, and whether it is stopped,
+    """One configuration: what it sets, on how many ranks, and whether it is stopped,
     resumed or continued in a child at its half.
     """
 
@@ -71,6 +73,7 @@ class Shape:
     sets: tuple[str, ...] = ()
     seam: str = ""
     steps: int = STEPS
+    n_ranks: int = 1
 
 
 SHORT = waived("the text is short for this width", "data.corpus-budget")
@@ -142,6 +145,50 @@ SHAPES = (
 )
 
 
+RANKS_STEPS = 24
+BFLOAT16 = "train.dtype=bfloat16"
+HALVES = ",".join(
+    f'{{kind="files",name="{n}",paths=["TEXT/half-{i}.jsonl"]}}' for i, n in enumerate("ab")
+)
+BANDIT = (
+    "data.corpus.kind=mixture",
+    f"data.corpus.sources=[{HALVES}]",
+    "curriculum.kind=bandit",
+    "curriculum.probe_every=2",
+    "curriculum.probe_windows=1",
+)
+
+
+def on_ranks(name: str, mesh: dict[str, int], *sets: str) -> Shape:
+    """A configuration on a mesh, whose ranks are compared every few steps."""
+    sizes = (f"parallel.{key}={size}" for key, size in mesh.items())
+    n_ranks = math.prod(mesh.values())
+    given = (*sizes, "parallel.compare_every=4", *sets)
+    return Shape(f"ranks-{name}", given, steps=RANKS_STEPS, n_ranks=n_ranks)
+
+
+SHAPES_ON_RANKS = (
+    on_ranks("replicate", {"replicate": 2}),
+    on_ranks("shard", {"shard": 2}),
+    on_ranks("tensor", {"tensor": 2}),
+    on_ranks("replicate-shard", {"replicate": 2, "shard": 2}, "model.dropout=0.1"),
+    on_ranks("shard-tensor", {"shard": 2, "tensor": 2}),
+    on_ranks("replicate-bandit", {"replicate": 2}, *BANDIT),
+    on_ranks("shard-experts", {"shard": 2}, *MOE, "train.micro_batch_size=2"),
+    on_ranks("shard-bfloat16", {"shard": 2}, BFLOAT16, *ADAMW, "train.micro_batch_size=2"),
+    on_ranks("tensor-bfloat16-dropout", {"tensor": 2}, BFLOAT16, "model.dropout=0.1"),
+    on_ranks(
+        "shard-packed-recomputed",
+        {"shard": 2},
+        "data.packing.kind=best-fit",
+        "train.activation_checkpointing=blocks",
+        "model.dropout=0.1",
+    ),
+    on_ranks("shard-compiled", {"shard": 2}, "train.compile=true"),
+    on_ranks("tensor-compiled-bfloat16", {"tensor": 2}, "train.compile=true", BFLOAT16),
+)
+
+
 def sets_of(shape: Shape, seed: int, text: Path) -> list[str]:
     """What a run sets; a later word on the same key counts, so that a shape can differ in anything.
     Kinds come before their keys.
@@ -155,6 +202,7 @@ def sets_of(shape: Shape, seed: int, text: Path) -> list[str]:
         s.split("=", 1)
         for s in (*SMALL, f"train.max_steps={shape.steps}", f"seed={seed}", *corpus, *shape.sets)
     )
+    wanted = {k: v.replace("TEXT", str(text.parent)) for k, v in wanted.items()}
     if "data.tokenizer.kind" in wanted:
         del wanted["data.tokenizer.vocab_size"]
     ordered = sorted(wanted.items(), key=lambda item: not item[0].endswith(".kind"))
@@ -221,7 +269,8 @@ def trained(shape: Shape, seed: int, folder: Path, text: Path, code: Code) -> Re
                 log,
             )
         else:
-            stack(["train", "pocket", *sets, "--run-dir", str(folder)], log)
+            ranks = ["--nproc", str(shape.n_ranks)] if shape.n_ranks > 1 else []
+            stack(["train", "pocket", *ranks, *sets, "--run-dir", str(folder)], log)
     return read_record(folder / "metadata.json") if (folder / "metadata.json").is_file() else None
 
 
@@ -304,8 +353,12 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument(
-        "--only", nargs="*", metavar="NAME", help=f"of {', '.join(s.name for s in SHAPES)}"
+        "--only",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(s.name for s in (*SHAPES, *SHAPES_ON_RANKS))}",
     )
+    parser.add_argument("--ranks", action="store_true", help="runs on several ranks")
     parser.add_argument(
         "--work",
         type=Path,
@@ -318,7 +371,8 @@ def main() -> int:
     text = write_text(options.work)
     source = builder.code if builder else code_state()
     held, fired, looks, broken, skipped = Counter(), Counter(), Counter(), [], []
-    shapes = [s for s in SHAPES if not options.only or s.name in options.only]
+    every = SHAPES_ON_RANKS if options.ranks else SHAPES
+    shapes = [s for s in every if not options.only or s.name in options.only]
     for number in range(options.first, options.first + options.runs):
         shape = shapes[number % len(shapes)]
         name = f"{number:04d}-{shape.name}"
@@ -402,13 +456,18 @@ def show(held: Counter, fired: Counter, looks: Counter, broken: list[str]) -> No
 
 
 def write_text(work: Path) -> Path:
-    """The museum's text as JSON lines: real English that is on every machine."""
+    """The museum's text as JSON lines: real English that is on every machine. Beside it lie its two
+    halves, for mixtures.
+    """
     from stackproof.museum.collection import museum_texts
 
     work.mkdir(parents=True, exist_ok=True)
-    path = work.resolve() / "text.jsonl"
-    if not path.is_file():
-        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
+    texts, path = museum_texts(), work.resolve() / "text.jsonl"
+    parts = {"text.jsonl": texts, "half-0.jsonl": texts[::2], "half-1.jsonl": texts[1::2]}
+    for name, own in parts.items():
+        if not path.with_name(name).is_file():
+            lines = "".join(json.dumps({"text": t}) + "\n" for t in own)
+            path.with_name(name).write_text(lines, "utf-8")
     return path
 
 

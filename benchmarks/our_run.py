@@ -2,7 +2,10 @@
 gate of steps looking on.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from stackproof.contracts.events import (
     BatchDrawn,
@@ -14,10 +17,13 @@ from stackproof.contracts.events import (
     WeightsUpdated,
 )
 from stackproof.contracts.gate import resolve
+from stackproof.distributed.process_group import joined
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.train import loop, start
 from stackproof.train import step as steps
 from stackproof.train.callbacks import SdcCheck, declared_plan
+from stackproof.train.device import kernels_of
 from stackproof.train.run_dir import RunDir
 from stackproof.train.trainer import CallbackList, Trainer
 
@@ -34,20 +40,33 @@ def fed(gate: Gate) -> bool:
     return bool(events) and events <= STEPS and gate.id != "data.rows"
 
 
-def open_run(cfg, overrides, folder: Path) -> Trainer:
-    """A run in a new folder, at step 0, its gates told that it starts.
-    No step is computed twice.
+def open_run(cfg, overrides, folder: Path, ranks: Ranks = ONE_PROCESS) -> Trainer:
+    """A run in a new folder, at step 0, its gates told that it starts; on several ranks with the
+    gates that compare them. No step is computed twice.
     """
-    directory = RunDir(folder)
-    directory.create()
-    run = start.setup(
-        cfg, overrides, directory, only=[g.id for g in load_spec().required("train") if fed(g)]
-    )
+    directory = RunDir(folder, rank=ranks.rank)
+    with ranks.main_first():
+        directory.create()
+    gates = load_spec().required("train")
+    only = [g.id for g in gates if g.subsystem == "distributed" or fed(g)]
+    run = start.setup(cfg, overrides, directory, ranks=ranks, only=only)
+    start.take_part(run)
     run.callbacks = CallbackList(
         [c for c in run.callbacks.callbacks if not isinstance(c, SdcCheck)]
     )
-    announce(run)
+    run.callbacks.on_train_start(run, loop.restart_point(run, None))
     return run
+
+
+def open_on_ranks(opened: ExitStack, cfg, overrides, folder: Path) -> Trainer:
+    """A run as `open_run` has it, on the ranks that this process is one of, with one thread and the
+    kernels of its configuration, until `opened` is closed.
+    """
+    device = torch.device(cfg.device)
+    torch.set_num_threads(1)
+    ranks = opened.enter_context(joined(cfg, device))
+    opened.enter_context(kernels_of(cfg, device))
+    return open_run(cfg, overrides, folder, ranks)
 
 
 def announce(run: Trainer) -> None:
@@ -62,6 +81,4 @@ def gated_step(run: Trainer) -> None:
 
 def bare_step(run: Trainer) -> None:
     """The same update with nobody looking."""
-    steps.train_step(
-        run.state, [run.state.data_loader.next_batch() for _ in range(run.cfg.accumulation())]
-    )
+    steps.train_step(run.state, run.state.next_batches())

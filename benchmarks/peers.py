@@ -106,23 +106,47 @@ def nanogpt_loss(model: nanogpt.NanoGPT, compiled: bool) -> Callable[[Tensor, Te
     return torch.compile(both) if compiled else both
 
 
-def random_batches(shape: Shape, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+class WithLoss(nn.Module):
+    """Our model with its loss, the mean over all labels of the batch: one forward, as DDP and FSDP2
+    expect it.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        from stackproof.kernels import dispatch
+
+        x_BTD, _ = self.model.hidden_states(ids_BT)
+        head_VD, labels_R = self.model.head_weight, labels_BT.flatten()
+        nats, _ = dispatch.linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_R)
+        return nats / labels_R.numel()
+
+
+def random_batches(
+    shape: Shape, device: str, n_rows: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Random ids and the ids after them, the same few batches over and over, held on the device."""
     generator = torch.Generator().manual_seed(SEED)
-    rows = [
-        torch.randint(shape.vocab_size, (shape.rows, shape.seq_len + 1), generator=generator)
-        for _ in range(BATCHES_HELD)
-    ]
+    size = n_rows or shape.rows, shape.seq_len + 1
+    rows = [torch.randint(shape.vocab_size, size, generator=generator) for _ in range(BATCHES_HELD)]
     return cycle(
         (row[:, :-1].contiguous().to(device), row[:, 1:].contiguous().to(device)) for row in rows
     )
 
 
 def update(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: str
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    shape: Shape,
+    device: str,
+    n_rows: int | None = None,
 ) -> Callable[[], None]:
-    """One optimizer step: clear, forward, backward, clip, fused AdamW."""
-    optimizer, batches = nanogpt.make_optimizer(model, lr=LR), random_batches(shape, device)
+    """One optimizer step: clear, forward, backward, clip, fused AdamW. `n_rows` are those of a
+    rank; all of the shape without it.
+    """
+    optimizer, batches = nanogpt.make_optimizer(model, lr=LR), random_batches(shape, device, n_rows)
     dtype = getattr(torch, shape.dtype)
 
     def step() -> None:

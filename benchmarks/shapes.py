@@ -108,6 +108,11 @@ def write_corpus(folder: Path, vocab_size: int, n_tokens: int) -> tuple[str, ...
     )
     texts = ["\n".join(" " + " ".join(line) for line in document) for document in drawn]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return corpus_sets(folder)
+
+
+def corpus_sets(folder: Path) -> tuple[str, ...]:
+    """The corpus that was written to a folder, as `--set` values."""
     return (
         "data.corpus.kind=files",
         f"data.corpus.paths={json.dumps([str(folder / 'texts.jsonl')])}",

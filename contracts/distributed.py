@@ -126,7 +126,10 @@ class OneProcessStep(RuntimeCheck):
             return not_run(event.unknown)
         limits, errors = vars(self.limits), event.errors
         wrong = {name: pair for name, pair in event.counts.items() if len(set(pair)) > 1}
-        allowed = {name: limits[f"{name}_rel_error_max"] for name in errors}
+        measured = {name: f"{name}_rel_error" for name in errors}
+        if event.half:  # the rule of the update computes in one precision
+            measured |= {name: f"half_{m}" for name, m in measured.items() if name != "update"}
+        allowed = {name: limits[f"{m}_max"] for name, m in measured.items()}
         verdict = decide_all(
             (
                 *(
@@ -142,7 +145,7 @@ class OneProcessStep(RuntimeCheck):
                 event.n_compared == 0 and "nothing was compared",
             ),
             f"step {event.step}: ",
-            **{f"{name}_rel_error": worst([error]) for name, error in errors.items()},
+            **{measured[name]: worst([error]) for name, error in errors.items()},
             wrong_counts=len(wrong),
             n_compared=event.n_compared,
         )
@@ -175,14 +178,15 @@ class EvaluationOfOneProcess(RuntimeCheck):
     def observe(self, event: Event) -> Verdict:
         if event.unknown:
             return not_run(event.unknown)
+        measured = "half_rel_error" if event.half else "rel_error"
         return decide_all(
             (
-                not event.rel_error <= self.limits.rel_error_max
+                not event.rel_error <= vars(self.limits)[f"{measured}_max"]
                 and f"its loss is off by {event.rel_error:.2g} of that of one process",
                 event.n_texts != 1 and f"the ranks have {event.n_texts} different texts",
             ),
             f"step {event.step}, {event.what}: ",
-            rel_error=worst([event.rel_error]),
+            **{measured: worst([event.rel_error])},
             n_texts=event.n_texts,
         )
 

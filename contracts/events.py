@@ -422,7 +422,8 @@ class StepRepeated:
 
     `errors` are relative: of `loss`, `grad_norm`, of the clipped `gradient` (the worst tensor,
     `worst`) and of the `update` that the optimizer makes of the gradients of all ranks. `counts`
-    are (all ranks, one process) of valid labels, tokens and expert choices.
+    are (all ranks, one process) of valid labels, tokens and expert choices. `half`: half precision
+    rounds other numbers on the ranks than in one process.
     """
 
     step: int
@@ -431,6 +432,7 @@ class StepRepeated:
     worst: str
     counts: Mapping[str, tuple[int, int]]
     unknown: str = ""
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +449,7 @@ class ReplicasCompared:
 @dataclass(frozen=True, slots=True)
 class EvaluationRepeated:
     """An evaluation or a sample of all ranks was computed again by one process. `n_texts` counts
-    different texts among the ranks.
+    different texts among the ranks. `half` as in StepRepeated.
     """
 
     step: int
@@ -455,6 +457,7 @@ class EvaluationRepeated:
     rel_error: float
     n_texts: int = 1
     unknown: str = ""
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from stackproof.config import RunConfig
 from stackproof.distributed.launch import n_started, restarts
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
-from stackproof.spec.errors import UsageError
+from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RECORDED_OPERATIONS = 2000  # kept by the flight recorder
@@ -30,7 +30,8 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     """The ranks of this run until the block ends: those that torchrun has started, or one process.
 
     Raises ConfigError if the mesh does not fit them, UsageError if another launcher started several
-    processes without connecting them, RankLost if a rank ends or does not answer.
+    processes without connecting them, EnvironmentUnfit if this one has no GPU of its own, RankLost
+    if a rank ends or does not answer.
     """
     world_size = n_started()
     sizes = mesh_sizes(cfg, world_size)
@@ -48,7 +49,7 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     store.set_timeout(timeout)
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device_of_rank())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     ranks = ProcessGroup(store, sizes, device, timeout)
@@ -69,9 +70,24 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def device_of_rank() -> int:
+    """Number of the CUDA device of this rank. Raises EnvironmentUnfit if the machine has fewer
+    devices than ranks: NCCL refuses two ranks on one.
+    """
+    number, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= n:
+        raise EnvironmentUnfit(
+            "a rank has no CUDA device of its own",
+            value=f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, {n} CUDA devices",
+            allowed="at most one rank for each CUDA device",
+            next_step=f"--nproc {n}, more machines, or --device cpu",
+        )
+    return number
+
+
 def _leave_out_known_warnings() -> None:
-    """That a norm or a save reduces over two mesh dimensions one after the other, which costs
-    little, and that an output of the model must not be changed in place, which it is not.
+    """That a save reduces over two mesh dimensions one after the other, which costs little, and
+    that an output of the model must not be changed in place, which it is not.
     """
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

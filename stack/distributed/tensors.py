@@ -1,5 +1,6 @@
 """Tensors that are divided among ranks (DTensor), read without importing torch.distributed."""
 
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,6 +20,14 @@ def local_part(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor assembled from the parts of all ranks: for a DTensor a collective operation."""
     return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def n_holders(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor as this one."""
+    if not is_divided(tensor):
+        return 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())
 
 
 def part_like(divided: Tensor, whole: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ B batch, T tokens, D d_model, V vocab
 
 Tensor parallelism (arXiv:1909.08053) divides heads, inner features and the vocabulary; between the
 matrix products each rank holds a slice of the sequence, on which norms and residuals act
-(arXiv:2205.05198). Sharded data parallelism is torch's FSDP2 (`fully_shard`), around each block.
+(arXiv:2205.05198). Sharded data parallelism is torch's FSDP2 (`fully_shard`), around each block
+that is large enough.
 Collective operations are those of DTensor and FSDP2.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,9 +22,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
 
+from stackproof.distributed.tensors import local_part
 from stackproof.kernels import dispatch
 from stackproof.model.transformer import Transformer
 
+UNIT_BYTES = 4 * 2**20  # a block with fewer on a rank is gathered and reduced with the rest
 SEQUENCE = 1  # the axis of (B, T, D) that norms and residuals are divided along
 # By the end of a parameter's name: the axis it is divided along. All others are whole on each rank.
 DIVIDED = {
@@ -42,9 +46,11 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
         divide_matrices(model, mesh["tensor"])
     if compiled:
         for block in model.layers:
-            block.compile(fullgraph=True, options={"fallback_random": True})
+            _compile_training(block)
     data_mesh = mesh["replicate", "shard"]
-    for module in (*model.layers, model):
+    # The hooks of a unit cost as much as a small block computes in.
+    blocks = [block for block in model.layers if held_bytes(block) >= UNIT_BYTES]
+    for module in (*blocks, model):
         fully_shard(module, mesh=data_mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -52,6 +58,23 @@ def parallelize(model: Transformer, mesh: DeviceMesh, *, compiled: bool = False)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
+
+
+def _compile_training(block: nn.Module) -> None:
+    """Compile the forward of a block where gradients are recorded. Evaluation and sampling are
+    eager, as in one process: each length of a text would be another graph.
+    """
+    graph = torch.compile(block._call_impl, fullgraph=True, options={"fallback_random": True})
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        return (graph if torch.is_grad_enabled() else block._call_impl)(*inputs, **options)
+
+    block._compiled_call_impl = call  # where Module.compile keeps its graph
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters of a module on this rank, before FSDP2 divides them."""
+    return sum(local_part(p).nbytes for p in module.parameters())
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------

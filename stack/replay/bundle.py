@@ -229,8 +229,8 @@ def _write_points(path: Path, trainer: Trainer, batch: Batch | None, step: int) 
     """
     if batch is None:
         return "no step had been drawn"
-    if trainer.output.ranks.sizes.world_size > 1:
-        return "rank 0 cannot run a model of several ranks alone"
+    if trainer.state.ranks.sizes.world_size > 1:
+        return "the model is divided: a forward needs all ranks, and rank 0 alone writes a bundle"
     try:
         lines = points_lines(trainer.state, batch)
     except (

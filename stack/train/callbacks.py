@@ -61,8 +61,8 @@ class RunLog(Callback):
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         names = [s.name for s in trainer.state.data_loader.sampler.sources]
         if len(names) > 1:
-            drawn = trainer.state.rows_of_all_ranks(trainer.batches)
-            rows = Counter(names[source] for _, source, _ in drawn)
+            drawn = trainer.state.drawn_by_all(trainer.batches)
+            rows = Counter(names[source] for _, source, _ in drawn.rows)
             trainer.output.dir.log(
                 "curriculum.jsonl", step=report.step, event="rows", rows=dict(sorted(rows.items()))
             )
@@ -133,8 +133,8 @@ class GateEvents(Callback):
         self.cursor_before = trainer.state.data_loader.cursor
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        windows, sources, epochs = zip(*trainer.state.rows_of_all_ranks(batches))
-        (n_tokens,) = trainer.state.ranks.total(sum(b.input_ids.numel() for b in batches))
+        drawn = trainer.state.drawn_by_all(batches)
+        windows, sources, epochs = zip(*drawn.rows)
         trainer.keeper.observe(
             BatchDrawn(
                 step=trainer.state.step + 1,
@@ -142,7 +142,7 @@ class GateEvents(Callback):
                 cursor_after=trainer.state.data_loader.cursor,
                 sample_ids=windows,
                 epoch=max(epochs),
-                n_tokens=n_tokens,
+                n_tokens=sum(drawn.n_tokens),
                 sources=sources,
                 epochs=epochs,
             )

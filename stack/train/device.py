@@ -83,11 +83,11 @@ def attention_flops_per_step(cfg: RunConfig, vocab_size: int) -> float:
     return (with_attention - without) * cfg.train.tokens_per_step
 
 
-def probe_peak_flops(device: torch.device) -> float:
+def probe_peak_flops(device: torch.device, cpu_size: int = 1024) -> float:
     """Floating-point operations per second of a large float32 (GPU: bfloat16) product by the kernel
-    of linear layers, best of ten.
+    of linear layers, best of ten. On a CPU it has `cpu_size` rows and columns.
     """
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (cpu_size, torch.float32)
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = 0.0
     for _ in range(10):

@@ -6,6 +6,7 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from stackproof.config import optim as declared
 from stackproof.config.optim import Optim
 from stackproof.contracts.conditions import ensure, require
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
-from stackproof.distributed.tensors import local_part, part_like, whole
+from stackproof.distributed.tensors import is_divided, local_part, n_holders, part_like, whole
 
 # --- which parameter is in which group ------------------------------------------------------------
 
@@ -178,9 +179,21 @@ class UpdateRule:
 
 
 def _adamw(groups: Groups, cfg: Optim) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups, lr=groups[0]["lr"], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
     )
+    optimizer._init_group = partial(_local_parts, optimizer._init_group)
+    return optimizer
+
+
+def _local_parts(init_group: Callable[..., bool], group: dict, *lists: list[Tensor]) -> bool:
+    """The tensors of an update, of divided ones this rank's part: the rule is that of single
+    entries, and DTensor would dispatch each tensor.
+    """
+    has_complex = init_group(group, *lists)
+    for tensors in lists:
+        tensors[:] = map(local_part, tensors)
+    return has_complex
 
 
 ADAMW = UpdateRule(torch.optim.AdamW, ("step", "exp_avg", "exp_avg_sq"), _adamw)
@@ -279,10 +292,17 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 @ensure(lambda result: result.ndim == 0, "the norm is one number")
 def global_norm(grads: list[Tensor]) -> Tensor:
-    """L2 norm over all tensors together, and over all parts of divided ones, float32, shape (), on
-    their device.
+    """L2 norm over all tensors together, and over all parts of divided ones, shape (), in their
+    dtype and on their device.
     """
-    return whole(torch.nn.utils.get_total_norm(grads))
+    if not any(is_divided(g) for g in grads):
+        return torch.nn.utils.get_total_norm(grads)
+    # One reduction for all mesh dimensions. DTensor makes one for each, and dispatches each tensor.
+    norms_N = torch.stack(torch._foreach_norm([local_part(g) for g in grads]))
+    holders_N = torch.tensor([n_holders(g) for g in grads], device=norms_N.device)
+    total = (norms_N.double().square() / holders_N).sum()
+    torch.distributed.all_reduce(total)
+    return total.sqrt().to(norms_N.dtype)
 
 
 @require(lambda max_norm: max_norm > 0, "the clip norm is positive")

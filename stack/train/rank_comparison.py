@@ -44,7 +44,6 @@ from stackproof.train import checkpoint
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
-from stackproof.train.losses import count_valid
 from stackproof.train.mask_comparison import PlacesWatch, compare_masks, masks_held
 from stackproof.train.memory import available_bytes
 from stackproof.train.schedule import lr_at
@@ -65,6 +64,7 @@ FIRST, UNEVEN = "first step", "first uneven step"
 STEP, EVALUATION = "distributed.one-process-step", "distributed.evaluation"
 MASKS = "distributed.dropout"
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # of a weight, by an update in another order
+PROBED_SIZE = 512  # of a product on a CPU: ten take about as long as a step of a small model
 BYTES_PER_PARAMETER = 24  # weights, gradients, two moments, and weights before and after
 # What may differ between the machines of one run.
 OF_A_MACHINE = ("device_uuid", "cpu_count", "os", "allocator")
@@ -142,9 +142,8 @@ class RankComparison(Callback):
         """
         if self.compared >= {FIRST, UNEVEN}:
             return set()
-        n_valid = sum(count_valid(batch.labels) for batch in batches)
-        most, least = trainer.state.ranks.highest(n_valid, -n_valid)
-        return {FIRST, *([UNEVEN] if most != -least else [])} - self.compared
+        n_valid = trainer.state.drawn_by_all(batches).n_valid
+        return {FIRST, *([UNEVEN] if len(set(n_valid)) > 1 else [])} - self.compared
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         if not self.wanted:
@@ -161,7 +160,8 @@ class RankComparison(Callback):
             self._masks(trainer, report)
         if self.repeated or report.step % trainer.cfg.parallel.compare_every == 0:
             self._replicas(trainer)
-            speeds = trainer.state.ranks.gathered(probe_peak_flops(trainer.state.device))
+            own = probe_peak_flops(trainer.state.device, PROBED_SIZE)
+            speeds = trainer.state.ranks.gathered(own)
             trainer.keeper.observe(RankSpeeds(report.step, tuple(speeds)))
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
@@ -214,8 +214,9 @@ class RankComparison(Callback):
                 return
             unknown = alone.unknown
             error = 0.0 if unknown else relative(found, compute(alone))
+            half = rounds_otherwise(trainer, compiled=False)
             trainer.keeper.observe(
-                EvaluationRepeated(trainer.state.step, what, error, n_texts, unknown)
+                EvaluationRepeated(trainer.state.step, what, error, n_texts, unknown, half)
             )
 
     def _masks(self, trainer: Trainer, report: StepReport) -> None:
@@ -400,7 +401,17 @@ def step_repeated(
             "tokens": (report.n_tokens, n_tokens),
             **choices,
         },
+        half=rounds_otherwise(trainer, compiled=trainer.cfg.train.compile),
     )
+
+
+def rounds_otherwise(trainer: Trainer, *, compiled: bool) -> bool:
+    """Whether half precision rounds other numbers on the ranks than in one process: the parts of a
+    product that a tensor group adds, and what `compiled` blocks fuse, which one process computes
+    eagerly. Data ranks have the micro-batches of one process, and their sums are in float32.
+    """
+    in_parts = trainer.state.ranks.sizes.tensor > 1
+    return trainer.cfg.train.dtype != "float32" and (in_parts or compiled)
 
 
 def _updated(trainer: Trainer, alone: Reference, gradients: dict[str, Tensor]) -> dict[str, Tensor]:

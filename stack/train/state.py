@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stackproof.config import RunConfig
 from stackproof.data import curriculum
 from stackproof.data.data_loader import Batch, DataLoader, model_inputs
+from stackproof.data.packing import IGNORE_INDEX
 from stackproof.data.prepare import Dataset
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
 from stackproof.distributed.tensors import local_part, whole
@@ -36,6 +37,19 @@ def declared_autocast(cfg: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What the data ranks have drawn for a step: window, source and epoch of every row, in the
+    order of the sampler (micro-step by micro-step, within it rank by rank), and the valid labels
+    and tokens of each data rank. `batches` are those of this rank.
+    """
+
+    batches: tuple[Batch, ...]
+    rows: tuple[tuple[int, int, int], ...]
+    n_valid: tuple[int, ...]
+    n_tokens: tuple[int, ...]
+
+
 @dataclass
 class TrainState:
     """Model, optimizer, loss scaler, data loader, stop rule and counters.
@@ -43,8 +57,9 @@ class TrainState:
 
     `features` is the forward of the model up to its head, compiled if declared; `loads` holds the
     expert loads of each micro-batch of the last step; `best` holds step and loss of the best
-    evaluation. `dropout` holds the masks of the run; without it a forward draws its own. `ranks`
-    are the processes of the run, of which each holds its part of model and optimizer.
+    evaluation; `drawn` is what the ranks have drawn for the latest step. `dropout` holds the masks
+    of the run; without it a forward draws its own. `ranks` are the processes of the run, of which
+    each holds its part of model and optimizer.
     """
 
     cfg: RunConfig
@@ -59,6 +74,7 @@ class TrainState:
     dropout: DropoutStream | None = None
     ranks: Ranks = field(default_factory=OneProcess)
     loads: list = field(default_factory=list)
+    drawn: Drawn | None = None
     step: int = 0
     tokens_seen: int = 0
     ema_loss_nats: float | None = None
@@ -87,23 +103,34 @@ class TrainState:
         row_B4 = self.dropout.of_rows(self.step + 1, rows).to(self.device, non_blocking=True)
         return *given, *[None] * (3 - len(given)), row_B4
 
-    def rows_of_all_ranks(self, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
-        """Window, source and epoch of every row of a step, in the order of the sampler: micro-step
-        by micro-step, within it rank by rank. `batches` are those of this rank.
+    def drawn_by_all(self, batches: Sequence[Batch]) -> Drawn:
+        """What all data ranks have drawn for a step. `batches` are those of this rank; their first
+        call in a step is a collective operation.
         """
+        if self.drawn is None or [*map(id, self.drawn.batches)] != [*map(id, batches)]:
+            self.drawn = self._exchanged(batches)
+        return self.drawn
+
+    def _exchanged(self, batches: Sequence[Batch]) -> Drawn:
+        counts = (
+            sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
+            sum(batch.input_ids.numel() for batch in batches),
+        )
         own = [
             number
             for batch in batches
             for row in zip_longest(batch.sample_ids, batch.sources, batch.epochs, fillvalue=0)
             for number in row
         ]
-        ranks, n = self.ranks.rows(own), len(own) // len(batches)
-        return [
+        ranks, n = self.ranks.rows([*counts, *own]), len(own) // len(batches)
+        rows = tuple(
             tuple(numbers[i : i + 3])
-            for first in range(0, len(own), n)
+            for first in range(len(counts), len(counts) + len(own), n)
             for numbers in ranks
             for i in range(first, first + n, 3)
-        ]
+        )
+        n_valid, n_tokens = (tuple(numbers[i] for numbers in ranks) for i in range(2))
+        return Drawn(tuple(batches), rows, n_valid, n_tokens)
 
     def update_ema(self, loss_nats: float) -> None:
         """Exponential mean of the training loss (decay 0.98) and its minimum so far."""

@@ -139,7 +139,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
         changed_tensor_frac=changed,
         overflow_retries=retries,
         expert_shares=tuple(expert_shares),
-        sample_ids=tuple(window for window, _, _ in state.rows_of_all_ranks(batches)),
+        sample_ids=tuple(window for window, _, _ in state.drawn_by_all(batches).rows),
         epoch=batches[-1].epoch,
         n_tokens=n_tokens,
         n_valid_tokens=n_valid,
@@ -219,10 +219,15 @@ def on_host(*tensors: Tensor) -> list[tuple[float, ...]]:
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:
-    """Names of parameters and gradients that hold a NaN or infinity, in the parts of this rank."""
-    held = {name: local_part(p) for name, p in model.named_parameters()}
-    grads = {n: local_part(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    """Names of parameters and gradients that hold a NaN or infinity, of divided ones in the part of
+    this rank: no collective operation, since one rank alone may call it.
+    """
+    parameters = list(model.named_parameters())
     return {
-        "parameters": [n for n, part in held.items() if not bool(part.isfinite().all())],
-        "gradients": [n for n, part in grads.items() if not bool(part.isfinite().all())],
+        "parameters": [n for n, p in parameters if not bool(local_part(p).isfinite().all())],
+        "gradients": [
+            n
+            for n, p in parameters
+            if p.grad is not None and not bool(local_part(p.grad).isfinite().all())
+        ],
     }

@@ -18,6 +18,7 @@ from torch import ScriptObject, Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,14 +29,17 @@ from stackproof.distributed.communication import Communication, profiled
 from stackproof.distributed.output import divide_output, traceback_kept
 from stackproof.distributed.process_group import joined
 from stackproof.distributed.tensors import is_divided, local_part, whole
+from stackproof.model import parallelize
 from stackproof.model.foreign import plain_name
+from stackproof.museum.plant import load_museum
 from stackproof.recipes import recipe
+from stackproof.replay.bundle import ReproRecorder
 from stackproof.spec.errors import DataError, StackproofError, Stopped
 from stackproof.train import checkpoint, loop, start
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.start import fresh, resume
-from stackproof.train.state import divide, state_around
+from stackproof.train.state import TrainState, divide, state_around
 from tests.distributed.rows import logged
 
 VOCAB, ROWS, TOKENS = 61, 8, 24
@@ -73,17 +77,20 @@ def batches_of(cfg: RunConfig, step: int) -> list[Batch]:
     return made
 
 
-def states(cfg: RunConfig, ranks, dtype: torch.dtype) -> tuple:
+def state_of_one(cfg: RunConfig, dtype: torch.dtype) -> TrainState:
+    """A fresh state of one process."""
+    loader = SimpleNamespace(rank=0, world_size=1, rows=1, cursor=0)
+    state = state_around(cfg, VOCAB, loader, CPU)
+    state.model.to(dtype)
+    state.optimizer = opt.make_optimizer(state.model, cfg.optim)
+    return state
+
+
+def states(cfg: RunConfig, ranks, dtype: torch.dtype) -> tuple[TrainState, TrainState]:
     """A state of one process, and an equal one that is divided."""
-    found = []
-    for _ in range(2):
-        loader = SimpleNamespace(rank=0, world_size=1, rows=1, cursor=0)
-        state = state_around(cfg, VOCAB, loader, CPU)
-        state.model.to(dtype)
-        state.optimizer = opt.make_optimizer(state.model, cfg.optim)
-        found.append(state)
-    divide(found[1], ranks)
-    return tuple(found)
+    one, divided = (state_of_one(cfg, dtype) for _ in range(2))
+    divide(divided, ranks)
+    return one, divided
 
 
 def own(batches: list[Batch], ranks) -> list[Batch]:
@@ -95,11 +102,19 @@ def own(batches: list[Batch], ranks) -> list[Batch]:
     ]
 
 
-def gradient_error(mesh: dict, changes: dict, dtype: str) -> tuple[float, float]:
+def gradient_error(
+    mesh: dict, changes: dict, dtype: str, unit_bytes: int | None = None, reduced_in: str = ""
+) -> tuple[float, float]:
     """Relative L2 distance of the gradient of all ranks from that of one process, and the relative
-    distance of the loss.
+    distance of the loss. `unit_bytes` are those from which a block is a unit of FSDP2, and
+    `reduced_in` is another dtype than FSDP2 reduces gradients in.
     """
     cfg = configuration(mesh, changes)
+    if unit_bytes is not None:
+        parallelize.UNIT_BYTES = unit_bytes
+    if reduced_in:
+        policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduced_in))
+        parallelize.fully_shard = partial(parallelize.fully_shard, mp_policy=policy)
     with joined(cfg, CPU) as ranks:
         one, divided = states(cfg, ranks, getattr(torch, dtype))
         batches = batches_of(cfg, 1)
@@ -115,18 +130,54 @@ def gradient_error(mesh: dict, changes: dict, dtype: str) -> tuple[float, float]
     return (distance / size) ** 0.5, loss
 
 
-def loss_distance(mesh: dict, changes: dict, n_steps: int) -> float:
-    """Largest relative distance of the losses of float64 training from those of one process."""
-    cfg = configuration(mesh, changes)
-    worst = 0.0
+def loss_distance(
+    mesh: dict, changes: dict, n_steps: int, dtype: str = "float64", n_permuted: int = 0
+) -> tuple[float, float]:
+    """Largest relative distance of the losses of training from those of one process: of all ranks,
+    and, on rank 0, of `n_permuted` single processes that read the micro-batches of each step in
+    another order.
+    """
+    cfg, draws = configuration(mesh, changes), torch.Generator().manual_seed(0)
+    worst = [0.0, 0.0]
     with joined(cfg, CPU) as ranks:
-        one, divided = states(cfg, ranks, torch.float64)
+        one, divided = states(cfg, ranks, getattr(torch, dtype))
+        permuted = [
+            state_of_one(cfg, getattr(torch, dtype)) for _ in range(n_permuted * ranks.is_main)
+        ]
         for step in range(n_steps):
             batches = batches_of(cfg, step)
             alone = steps.train_step(one, batches).loss_nats
             together = steps.train_step(divided, own(batches, ranks)).loss_nats
-            worst = max(worst, abs(together - alone) / alone)
-    return worst
+            others = [
+                steps.train_step(state, [batches[i] for i in torch.randperm(ROWS, generator=draws)])
+                for state in permuted
+            ]
+            of_others = [report.loss_nats for report in others]
+            for i, losses in enumerate(([together], of_others)):
+                worst[i] = max([worst[i], *(abs(loss - alone) / alone for loss in losses)])
+    return tuple(worst)
+
+
+def overflow_on_one_rank(mesh: dict, rank: int) -> tuple[int, float, float, int]:
+    """Retries, loss, clipped norm and loss scale of a float16 step in which one rank's part of the
+    gradients overflows once.
+    """
+    cfg = configuration(mesh, {"train.dtype": "float16"})
+    with joined(cfg, CPU) as ranks:
+        state = states(cfg, ranks, torch.float32)[1]
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        unscale, n_calls = state.scaler.unscale_, []
+
+        def unscale_after_overflow(optimizer):
+            n_calls.append(1)
+            if len(n_calls) == 1 and ranks.rank == rank:
+                local_part(opt.gradients(state.model)[0])[0] = torch.inf
+            unscale(optimizer)
+
+        state.scaler.unscale_ = unscale_after_overflow
+        report = steps.train_step(state, own(batches_of(cfg, 1), ranks))
+        scale = state.scaler.get_scale()
+    return report.overflow_retries, report.loss_nats, report.clipped_grad_norm, scale
 
 
 def masks(mesh: dict, changes: dict) -> dict[tuple[int, int, int, int], bytes]:
@@ -320,6 +371,28 @@ def run_with_full_disk(cfg: RunConfig, folder: Path, cache: str, full: int, at: 
 
     start.take_part = take_part
     return run(cfg, folder, cache)
+
+
+def red_with_bundle(cfg: RunConfig, folder: Path, cache: str) -> str | None:
+    """The status of a run, on rank 0, in which a gate turns red and a bundle is written."""
+    os.environ["STACKPROOF_CACHE"] = cache
+    only = ("distributed.stragglers",)
+    with load_museum()["distributed.slow-rank"].apply(), joined(cfg, CPU) as ranks:
+        record = train(fresh(cfg, (), folder, (ReproRecorder(),), ranks=ranks, only=only))
+    return record and record.status
+
+
+def nonfinite_on_rank_0() -> list[str]:
+    """The names that rank 0 finds alone, of parameters with a NaN in its part."""
+    cfg, found = configuration({"shard": 2}, {}), []
+    with joined(cfg, CPU) as ranks:
+        model = states(cfg, ranks, torch.float32)[1].model
+        if ranks.is_main:
+            with torch.no_grad():
+                local_part(model.final_norm.weight)[0] = torch.nan
+            found = steps.nonfinite_parts(model)["parameters"]
+        ranks.total(1)
+    return found
 
 
 def end_after(step: int) -> None:

@@ -1,11 +1,20 @@
 """Gates of a run on several ranks, in real processes."""
 
 import pytest
+import torch
 
-from stackproof.contracts.distributed import MasksOfOneProcess
+from stackproof.config import load_config
+from stackproof.contracts.distributed import (
+    EvaluationOfOneProcess,
+    MasksOfOneProcess,
+    OneProcessStep,
+)
+from stackproof.contracts.events import EvaluationRepeated, StepRepeated
 from stackproof.contracts.gate import limits_of
 from stackproof.museum.prove import Prover
+from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.gates import load_spec
+from stackproof.train.device import refuse_emulated
 from stackproof.train.mask_comparison import Masks, compare_masks
 
 GATES = [g for g in load_spec().gates.values() if g.subsystem == "distributed"]
@@ -61,6 +70,61 @@ def test_gate_of_other_trainers_is_green_and_red_on_a_plant(prover, clean_script
     seen = prover.planted(gate, plant)
     assert seen.outcome == "killed", seen.verdict.message
     assert seen.touches > 0
+
+
+@pytest.fixture
+def half_units():
+    """Skips where a run in bfloat16 is refused."""
+    try:
+        refuse_emulated(torch.bfloat16, torch.device("cpu"), "train.dtype")
+    except EnvironmentUnfit as e:
+        pytest.skip(str(e.what))
+
+
+STEP = "distributed.one-process-step"
+
+
+def in_bfloat16(prover, plant_id=None):
+    """The verdict on a step of a tensor group in bfloat16."""
+    fixed = {"train.dtype": "bfloat16", "parallel.tensor": 2, "model.dropout": 0.1}
+    gate = load_spec().gates[STEP]
+    cfg = prover.config(gate)
+    cfg = load_config(cfg, fixed={key: (value, "test") for key, value in fixed.items()})[0]
+    job = cfg, (STEP,), plant_id, prover.root / "cache", prover.run_dir()
+    first, _ = prover._ranks.run("stackproof.museum.ranks:judge", *job)
+    assert not first.raised
+    return first.value.verdicts[STEP][0]
+
+
+def test_step_in_half_precision_is_green_and_red_on_a_plant(prover, half_units):
+    green = in_bfloat16(prover)
+    # Red by the limits of float32: the parts of a product are rounded before they are added.
+    assert green.outcome == "pass" and 1e-3 < green.measured["half_gradient_rel_error"] <= 3e-2
+    red = in_bfloat16(prover, "distributed.norm-gradient-of-a-slice")
+    assert red.outcome == "fail" and red.measured["half_gradient_rel_error"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "gradient", "update"])
+@pytest.mark.parametrize("half", [False, True])
+def test_each_error_of_a_step_has_a_limit(name, half):
+    limits = limits_of(load_spec().gates[STEP])
+    key = f"half_{name}" if half and name != "update" else name
+    limit = getattr(limits, f"{key}_rel_error_max")
+    none = dict.fromkeys(("loss", "grad_norm", "gradient", "update"), 0.0)
+    for error, outcome in ((limit, "pass"), (1.01 * limit, "fail"), (float("nan"), "fail")):
+        event = StepRepeated(1, 20, none | {name: error}, "embed.weight", {}, half=half)
+        verdict = OneProcessStep(limits).observe(event)
+        assert verdict.outcome == outcome
+        assert (f"the {name} of" in verdict.message) == (outcome == "fail")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_evaluation_has_a_limit_in_each_precision(half):
+    limits = limits_of(load_spec().gates["distributed.evaluation"])
+    limit = limits.half_rel_error_max if half else limits.rel_error_max
+    for error, outcome in ((limit, "pass"), (1.01 * limit, "fail"), (float("nan"), "fail")):
+        event = EvaluationRepeated(1, "sample", error, half=half)
+        assert EvaluationOfOneProcess(limits).observe(event).outcome == outcome
 
 
 @pytest.fixture

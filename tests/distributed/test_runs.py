@@ -94,6 +94,18 @@ def test_only_rank_0_writes_the_record_and_each_rank_its_log(whole_run):
     assert losses(whole_run / "ranks" / "00001") == losses(whole_run)
 
 
+def test_a_red_gate_on_rank_0_waits_for_no_rank(ranks, cfg, cache, tmp_path):
+    found = ranks.run("tests.distributed.jobs:red_with_bundle", cfg, tmp_path / "run", cache)
+    assert [(a.value, a.raised) for a in found] == [("completed", ""), (None, "")]
+    (bundle,) = (tmp_path / "run" / "repro").glob("distributed.stragglers-step-*")
+    assert "divided" in json.loads((bundle / "repro.json").read_text())["no_points"]
+
+
+def test_one_rank_alone_finds_its_nonfinite_parts(ranks):
+    found = ranks.run("tests.distributed.jobs:nonfinite_on_rank_0")
+    assert [(a.value, a.raised) for a in found] == [(["final_norm.weight"], ""), ([], "")]
+
+
 def test_the_ranks_and_their_communication_are_in_the_record(whole_run):
     record = json.loads((whole_run / "metadata.json").read_text())
     assert "ranks.jsonl" in [series["path"] for series in record["series"]]
