@@ -15,6 +15,7 @@ from stackproof.config import load_config
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
+from tests.cli.conftest import tiny
 from tests.distributed.jobs import CPU
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +29,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def test_one_command_trains_on_two_processes_under_all_gates(tmp_path):
+def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file):
     run_dir = tmp_path / "run"
-    sets = "train.max_steps=30", "checkpoint.every=30", "parallel.compare_every=10"
-    arguments = [option for value in sets for option in ("--set", value)]
+    arguments = tiny(text_file, train__max_steps="12", parallel__compare_every="4")
     done = subprocess.run(
         [*TRAIN, "--nproc", "2", *arguments, "--run-dir", str(run_dir), "--json"],
         env=environment(),
@@ -42,7 +42,7 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path):
     record = json.loads((run_dir / "metadata.json").read_text())
     assert record["status"] == "completed" and record["environment"]["world_size"] == 2
     verdicts = {gate["id"]: gate["verdict"] for gate in record["gates"]}
-    assert sum(name.startswith("distributed.") for name in verdicts) == 7
+    assert sum(name.startswith("distributed.") for name in verdicts) == 8
     assert set(verdicts.values()) == {"pass"}, verdicts
     assert json.loads(done.stdout)["record"] == record["id"]  # one document, of rank 0
 
