@@ -8,6 +8,7 @@ gates one: more than most of these commands.
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,15 +20,24 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = "from stackproof.cli import main; main()"
-# For what is claimed of the run itself: preflight is most of the time that a run of seconds takes.
-NO_PREFLIGHT = f"""
+
+
+def preflight_of(*gates: str) -> str:
+    """`stack …` with these gates alone before step 1, and all later ones: preflight is most of the
+    time that a run of seconds takes.
+    """
+    return f"""
 from stackproof.spec.gates import load_spec
 from stackproof.train import start
 later = [g.id for g in load_spec().gates.values() if g.moment != "preflight"]
-keeper = start.Gatekeeper
-start.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
+keeper, only = start.Gatekeeper, [*{gates}, *later]
+start.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": only}})
 {STACK}
 """
+
+
+# For what is claimed of the run itself.
+NO_PREFLIGHT = preflight_of()
 # The longest command takes a minute in a short round, and half an hour in a long one.
 HANGING_S = 3 * 3600 if os.environ.get("STRESS") else 1800
 PRELOADED = [
@@ -106,6 +116,24 @@ class Command:
             self.process.exitcode,
             *((self.said / name).read_text("utf-8") for name in ("out", "err")),
         )
+
+
+@dataclass
+class Forking:
+    """Stands for `subprocess` in a module that starts `python -P -m stackproof …`: runs `code` with
+    the same arguments in a fork. `light` is that of Command.
+    """
+
+    code: str = STACK
+    light: bool = False
+
+    def Popen(self, command: list[str], **streams) -> Command:
+        assert command[:4] == [sys.executable, "-P", "-m", "stackproof"], command
+        return Command(*command[4:], folder=Path.cwd(), code=self.code, light=self.light)
+
+    def run(self, command: list[str], **streams) -> subprocess.CompletedProcess:
+        done = self.Popen(command).wait()
+        return subprocess.CompletedProcess(command, done.code, done.out, done.err)
 
 
 def _become(
