@@ -5,6 +5,7 @@ Importing torch and all that hangs on it takes three to five seconds, and hashin
 gates one: more than most of these commands.
 """
 
+import gc
 import json
 import os
 import signal
@@ -146,6 +147,7 @@ def _become(
         os.close(file)
     # a fork inherits streams that a test runner has put in their place
     sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+    gc.freeze()  # what is inherited stays: no collection of garbage goes over it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

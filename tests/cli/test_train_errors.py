@@ -11,7 +11,7 @@ import pytest
 
 from stackproof.spec.architecture import D_FF, ONES, TABLE, Dim, Part, Seen, Value, Vector
 from tests.cli.conftest import Stack, tiny
-from tests.processes import NO_PREFLIGHT, STACK, preflight_of
+from tests.processes import HANGING_S, NO_PREFLIGHT, STACK, preflight_of
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_contract_levels(stack, text_file, level, code):
     ]
     environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=HANGING_S
     )
     assert done.returncode == code, done.stderr
     assert (

@@ -31,7 +31,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file):
     run_dir = tmp_path / "run"
-    arguments = tiny(text_file, train__max_steps="12", parallel__compare_every="4")
+    arguments = tiny(text_file, parallel__compare_every="8")
     done = subprocess.run(
         [*TRAIN, "--nproc", "2", *arguments, "--run-dir", str(run_dir), "--json"],
         env=environment(),
