@@ -281,9 +281,8 @@ def test_contract_levels(stack, text_file, level, code):
         "run",
     ]
     environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=HANGING_S
-    )
+    where = {"cwd": stack.folder, "env": environment, "timeout": HANGING_S}
+    done = subprocess.run(command, capture_output=True, text=True, **where)
     assert done.returncode == code, done.stderr
     assert (
         code
