@@ -151,14 +151,19 @@ def _survives(
     return "" if after in (before, before + 1) else f"latest went from step {before} to {after}"
 
 
+def _tensor_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _flip(folder: Path) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
+    path = _tensor_files(folder)[0]
+    data = bytearray(path.read_bytes())
     data[-3] ^= 0x40
-    (folder / "model.safetensors").write_bytes(bytes(data))
+    path.write_bytes(bytes(data))
 
 
 def _truncate(folder: Path) -> None:
-    path = folder / "state.safetensors"
+    path = _tensor_files(folder)[-1]
     path.write_bytes(path.read_bytes()[:-16])
 
 
@@ -177,7 +182,7 @@ def _drop_key(folder: Path) -> None:
 
 
 def _pickle_instead(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\x80\x04\x95" + b"\x00" * 64)
+    _tensor_files(folder)[0].write_bytes(b"\x80\x04\x95" + b"\x00" * 64)
 
 
 _DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -191,8 +196,8 @@ _DAMAGES: dict[str, Callable[[Path], None]] = {
 def _refuses(root: Path, damage: Callable[[Path], None], load: Callable) -> bool:
     copy = root.parent / (root.name + "-damaged")
     shutil.copytree(root, copy)
+    damage(copy / (copy / "latest").read_text().strip())
     try:
-        damage(copy / (copy / "latest").read_text().strip())
         load(copy)
     except Exception:
         return True

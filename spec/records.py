@@ -48,7 +48,7 @@ Name = Annotated[str, Field(pattern=PLAIN)]
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
 BESIDE_TRAINING = (
-    *("train.log_every", "checkpoint.keep", "trace.every", "gates.waive"),
+    *("train.log_every", "checkpoint.keep", "checkpoint.layout", "trace.every", "gates.waive"),
     *(f"parallel.{key}" for key in ("replicate", "shard", "tensor", "timeout_s", "compare_every")),
 )
 

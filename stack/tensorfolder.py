@@ -118,10 +118,10 @@ def compare(folder: Path, content: Content, manifest: bytes) -> None:
         try:
             future.result()
         except tensorfile.BadTensorFile as e:
-            raise _changed(path, str(e)) from e
+            raise changed(path, str(e)) from e
     for name, written in (("state.json", content.document), ("manifest.json", manifest)):
         if not holds(folder / name, written):
-            raise _changed(folder / name, "it is not what was written")
+            raise changed(folder / name, "it is not what was written")
 
 
 def verify(folder: Path, files: Mapping[str, Declared], *, by_tensor: bool) -> None:
@@ -130,7 +130,7 @@ def verify(folder: Path, files: Mapping[str, Declared], *, by_tensor: bool) -> N
 
     Raises CheckpointError naming the file and what differs.
     """
-    with ThreadPoolExecutor(len(files)) as pool:
+    with ThreadPoolExecutor(max(1, len(files))) as pool:
         verified = [
             pool.submit(verify_file, folder / name, entry, by_tensor=by_tensor)
             for name, entry in files.items()
@@ -176,7 +176,8 @@ def verify_file(path: Path, entry: Declared, *, by_tensor: bool) -> None:
         raise damaged
 
 
-def _changed(path: Path, what: str) -> CheckpointError:
+def changed(path: Path, what: str) -> CheckpointError:
+    """The error of a file that is not, when it is read, what was written."""
     return CheckpointError(
         f"{path} was written and read back otherwise: {what}",
         allowed="the bytes in memory, which nothing may change while a checkpoint is written",

@@ -7,6 +7,11 @@ import json
 from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A claim does not depend on how busy the machine is.
+settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-speed")
 
 SLOW_ROOMS = ("tests/cli/", "tests/train/test_variants.py", "tests/train/test_trainer.py")
 

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from stackproof.cli import (
+    checkpoint,
     data,
     doctor,
     evaluate,
@@ -31,7 +32,8 @@ app = typer.Typer(
 )
 
 
-for module in (train, evaluate, inspect, trace, export, data, tokenizer, gates, evidence, doctor):
+VERBS = train, evaluate, inspect, trace, export, checkpoint, data, tokenizer, gates, evidence
+for module in (*VERBS, doctor):
     app.add_typer(module.app)
 
 

@@ -57,7 +57,7 @@ def audit_models(
     for folder in folders:
         opened = open_model(folder, tokenizer)
         record = record or _open(opened, suite_input, run_dir, json)
-        record.input(opened.folder / "model.safetensors", opened.run_dir)
+        record.input(opened.weights_file, opened.run_dir)
         step = int(opened.state["step"])
         with _progress(f"asking {opened.folder}", sum(len(d.prompts) for d in made.domain)) as tell:
             answers += audit.audit(opened.model, opened.tokenizer, made, step=step, tell=tell)

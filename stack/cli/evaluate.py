@@ -145,7 +145,7 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
     """The documents to score and their description. Adds the inputs to the record."""
     from stackproof.spec.records import Artefact
 
-    record.input(opened.folder / "model.safetensors", opened.run_dir)
+    record.input(opened.weights_file, opened.run_dir)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     if text is not None:
         try:

@@ -75,7 +75,7 @@ def export(
     parent = opened.state["record"]
     config = opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}}
     record, keeper = _open(EXPORTED, config, run_dir=run_dir, json=json, parents=(parent,))
-    record.input(opened.folder / "model.safetensors", opened.run_dir)
+    record.input(opened.weights_file, opened.run_dir)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "parent": parent}
     facts["step"] = opened.state["step"]

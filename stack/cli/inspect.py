@@ -90,7 +90,7 @@ def _problems(run: Path) -> Iterator[str]:
     and record.
     """
     from stackproof.spec import checksums
-    from stackproof.train import checkpoint
+    from stackproof.train import checkpoint, checkpoint_folders
     from stackproof.train.run_dir import RunDir
 
     directory = RunDir(run)
@@ -101,21 +101,24 @@ def _problems(run: Path) -> Iterator[str]:
             yield e.what
     for path in directory.odd_entries():
         yield f"{path} is no regular file with a printable name"
-    for folder in checkpoint.step_folders(directory.checkpoints):
+    for folder in checkpoint_folders.step_folders(directory.checkpoints):
+        names = {p.name for p in folder.iterdir()}
         try:
+            known = {path.name for path in checkpoint.files_of(folder)}
+            for name in sorted(names - known):
+                yield f"{folder / name} is no file of a checkpoint"
             state = checkpoint.verify(folder)
             if not _is_file_of(state["tokenizer_sha256"], run / "tokenizer.json"):
                 yield f"{run / 'tokenizer.json'} is not the tokenizer of {folder.name}"
-            if state["run"] and folder == checkpoint.pointed(directory.checkpoints, "latest"):
+            if state["run"] and folder == checkpoint_folders.pointed(
+                directory.checkpoints, "latest"
+            ):
                 directory.require_logs(state["run"]["logs"])
         except StackproofError as e:
             yield e.what
-        names = {p.name for p in folder.iterdir()}
-        for name in sorted(names - {*checkpoint.FILES, "manifest.json"}):
-            yield f"{folder / name} is no file of a checkpoint"
     for pointer in ("latest", "best"):
         try:
-            folder = checkpoint.pointed(directory.checkpoints, pointer)
+            folder = checkpoint_folders.pointed(directory.checkpoints, pointer)
         except CheckpointError as e:
             yield e.what
             continue
@@ -164,8 +167,9 @@ def _described(folder: Path) -> dict:
     """
 
     from stackproof.config import recorded_config
+    from stackproof.spec.canonical import sha256_file
     from stackproof.spec.errors import CheckpointError
-    from stackproof.train import checkpoint
+    from stackproof.train import checkpoint, checkpoint_folders
 
     try:
         loaded = checkpoint.load(folder)
@@ -186,8 +190,9 @@ def _described(folder: Path) -> dict:
         "model": state["config"]["model"],
         "n_params": sum(t["numel"] for t in tensors),
         "n_tensors": len(tensors),
-        "bytes": sum((folder / f).stat().st_size for f in (*checkpoint.FILES, "manifest.json")),
-        "sha256": checkpoint.read_manifest(folder).files["model.safetensors"].sha256,
-        "best": checkpoint.pointed(folder.parent, "best") == folder,
+        "layout": checkpoint.layout_in(folder),
+        "bytes": sum(path.stat().st_size for path in checkpoint.files_of(folder)),
+        "sha256": sha256_file(checkpoint.weights_file(folder)),
+        "best": checkpoint_folders.pointed(folder.parent, "best") == folder,
         "tensors": tensors,
     }

@@ -24,6 +24,7 @@ class OpenedModel:
     folder: Path
     run_dir: Path
     state: dict
+    weights_file: Path  # which stands for the weights in a record
 
 
 def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
@@ -42,8 +43,8 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
     if tokenizer_file is not None:
         tokenizer_at(tokenizer_file)
     run_dir = folder.parent.parent
-    held = (folder / file for file in checkpoint.FILES)
-    require_free(sum(p.stat().st_size for p in held if p.is_file()), f"the checkpoint {folder}")
+    held = (path for path in folder.iterdir() if path.is_file())
+    require_free(sum(p.stat().st_size for p in held), f"the checkpoint {folder}")
     loaded = checkpoint.load(folder)
     for key, kind in STATED.items():
         if type(value := loaded.state[key]) is not kind:
@@ -76,7 +77,8 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
     with torch.no_grad():
         checkpoint.load_model(model, loaded.model)
     model.eval()
-    return OpenedModel(model, tokenizer, cfg, folder, run_dir, loaded.state)
+    weights_file = checkpoint.weights_file(folder)
+    return OpenedModel(model, tokenizer, cfg, folder, run_dir, loaded.state, weights_file)
 
 
 def _require_described(cfg: Any, vocab_size: int, loaded: Any) -> None:
@@ -92,7 +94,7 @@ def _require_described(cfg: Any, vocab_size: int, loaded: Any) -> None:
         raise CheckpointError(
             f"the configuration in {loaded.path} describes another model than its tensors",
             value=f"{described} parameters",
-            allowed=f"the {held} of model.safetensors",
+            allowed=f"the {held} of its files",
             next_step="resume from an older step folder",
         )
     require_free(model_bytes(cfg, vocab_size), f"the model of {loaded.path}")
@@ -166,7 +168,7 @@ def _load(path: Path) -> TraceModel:
         opened.cfg.model.max_seq_len,
         opened.cfg.to_dict(),
         encode=lambda text: [tokenizer.eos_id, *_complete(tokenizer.encode(text))],
-        files=(opened.folder / "model.safetensors", opened.run_dir / "tokenizer.json"),
+        files=(opened.weights_file, opened.run_dir / "tokenizer.json"),
         root=opened.run_dir,
         parents=(opened.state["record"],),
         facts={"step": int(opened.state["step"])},

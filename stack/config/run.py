@@ -153,6 +153,13 @@ class CheckpointConfig(Frozen):
             "continues"
         ),
     )
+    layout: Literal["auto", "single", "sharded"] = Field(
+        "auto",
+        description=(
+            "single: whole tensors in two files, which rank 0 writes; sharded: a file of each rank "
+            "by torch's distributed checkpoint; auto: sharded on several ranks"
+        ),
+    )
     signal_boundary: int = Field(
         100, ge=1, description="SIGUSR1 saves after the next step that is a multiple of this"
     )

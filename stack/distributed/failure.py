@@ -24,12 +24,16 @@ def _end_of(rank: int) -> str:
     return f"stackproof/ended/{rank}"
 
 
+def document(error: BaseException) -> dict[str, Any]:
+    """What the other ranks are told of an error."""
+    what = error.what if isinstance(error, StackproofError) else f"{type(error).__name__}: {error}"
+    return {"what": what[:2000], "exit_code": getattr(error, "exit_code", 1)}
+
+
 def announce(store: dist.Store, rank: int, error: BaseException) -> None:
     """State in the store that a rank ends with this error."""
-    what = error.what if isinstance(error, StackproofError) else f"{type(error).__name__}: {error}"
-    document = {"what": what[:2000], "exit_code": getattr(error, "exit_code", 1)}
     try:
-        store.set(_end_of(rank), json.dumps(document))
+        store.set(_end_of(rank), json.dumps(document(error)))
     except RuntimeError:  # the store is gone with its host, and all ranks with it
         return
 
@@ -56,8 +60,8 @@ def find(store: dist.Store, rank: int, world_size: int) -> RankLost | None:
     until = time.monotonic() + SURVIVORS_S
     while True:
         for other in range(world_size):
-            if other != rank and (document := ended(store, other)):
-                return lost(other, document)
+            if other != rank and (end := ended(store, other)):
+                return lost(other, end)
         silent = [r for r in range(world_size) if not store.check([f"stackproof/alive/{r}"])]
         if time.monotonic() > until or not silent:
             break
@@ -65,10 +69,10 @@ def find(store: dist.Store, rank: int, world_size: int) -> RankLost | None:
     return _silent(store, silent, last_operation()) if silent else None
 
 
-def lost(rank: int, document: dict[str, Any]) -> RankLost:
+def lost(rank: int, end: dict[str, Any]) -> RankLost:
     """The error of the ranks that lost one which had announced its own."""
-    error = RankLost(f"rank {rank} ended: {document['what']}")
-    error.exit_code = document["exit_code"]
+    error = RankLost(f"rank {rank} ended: {end['what']}")
+    error.exit_code = end["exit_code"]
     return error
 
 

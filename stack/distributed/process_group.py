@@ -44,14 +44,14 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    ranks = ProcessGroup(store, sizes, device, timeout)
     try:
-        ranks = ProcessGroup(store, sizes, device, timeout)
         with ranks.watched():
             yield ranks
             # No rank leaves before the others are done: its store and sockets would go with it.
             ranks.highest(0)
     finally:
-        dist.destroy_process_group()
+        ranks.close()
 
 
 def _leave_out_known_warnings() -> None:

@@ -7,9 +7,9 @@ data ranks read different rows.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ class Ranks(Protocol):
     rank: int
     data_rank: int
     sizes: MeshSizes
+    control: dist.ProcessGroup | None  # of small messages; None in one process
 
     @property
     def is_main(self) -> bool:
@@ -75,6 +76,15 @@ class Ranks(Protocol):
         """The document of rank 0. Those of the others are not looked at."""
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks leave alike: if it fails on one, that one raises its error, and
+        the others RankLost, which names it.
+        """
+
+    def behind(self) -> "Ranks":
+        """The same ranks, for operations of a thread beside training."""
+
+    @contextmanager
     def main_first(self) -> Iterator[None]:
         """A block that rank 0 ends before the others begin it.
         If it fails on rank 0, the others raise RankLost.
@@ -98,6 +108,7 @@ class OneProcess:
     data_rank: int = 0
     sizes: MeshSizes = ONE_RANK
     is_main: bool = True
+    control: None = None
 
     def total(self, *counts: int) -> list[int]:
         return list(counts)
@@ -136,6 +147,13 @@ class OneProcess:
         return document
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+    def behind(self) -> "OneProcess":
+        return self
+
+    @contextmanager
     def main_first(self) -> Iterator[None]:
         yield
 
@@ -166,16 +184,20 @@ class ProcessGroup:
         self.data_rank = self.rank // sizes.tensor
         self.data_group = self.mesh["replicate", "shard"]._flatten("data").get_group()
         self.control = dist.new_group(backend="gloo", timeout=timeout)
+        # for the collective operations of a save behind training
+        self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
         self._turns = 0
+
+    def close(self) -> None:
+        """Leave the groups. One that is held until the interpreter ends can abort the process:
+        its threads then wait for an interpreter that is gone.
+        """
+        del self.data_group, self.control, self.checkpoint_group, self.mesh
+        dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @cached_property
-    def checkpoint_group(self) -> dist.ProcessGroup:
-        """A group for the collective operations of a save behind training."""
-        return dist.new_group(backend="gloo", timeout=self.timeout)
 
     def total(self, *counts: int) -> list[int]:
         # every tensor rank holds the same number, which counts once
@@ -243,6 +265,27 @@ class ProcessGroup:
         found = [document]
         dist.broadcast_object_list(found, src=0, group=self.control)
         return found[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        error = None
+        try:
+            yield
+        except Exception as e:
+            if failure.of_a_collective(e):
+                raise
+            error = e
+        ends = self.gathered(error and failure.document(error))
+        if error is not None:
+            raise error
+        for rank, end in enumerate(ends):
+            if end is not None:
+                raise failure.lost(rank, end)
+
+    def behind(self) -> "ProcessGroup":
+        other = copy(self)
+        other.control = self.checkpoint_group
+        return other
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

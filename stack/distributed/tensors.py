@@ -22,8 +22,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_like(divided: Tensor, whole: Tensor) -> Tensor:
-    """A whole tensor, which every rank holds, divided as another one is."""
-    if not is_divided(divided):
+    """A whole tensor, which every rank holds, divided as another one is. One that is divided
+    already is returned.
+    """
+    if not is_divided(divided) or is_divided(whole):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -36,11 +38,17 @@ def place_of_part(tensor: Tensor) -> str:
     """Where the part of this rank begins in the whole tensor; empty for a tensor that is whole."""
     if not is_divided(tensor):
         return ""
+    return f"{list(offset_of_part(tensor))}+{list(local_part(tensor).shape)}"
+
+
+def offset_of_part(tensor: Tensor) -> tuple[int, ...]:
+    """Where the part of this rank begins in the whole tensor, in each dimension."""
+    if not is_divided(tensor):
+        return (0,) * tensor.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes = tensor.shape, tensor.device_mesh, tensor.placements
-    shape, offset = compute_local_shape_and_global_offset(*sizes)
-    return f"{list(offset)}+{list(shape)}"
+    return tuple(compute_local_shape_and_global_offset(*sizes)[1])
 
 
 def reshard(model: nn.Module) -> None:

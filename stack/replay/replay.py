@@ -33,7 +33,7 @@ from stackproof.evidence import repro
 from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.spec.gates import load_spec
-from stackproof.train import checkpoint, loop
+from stackproof.train import checkpoint, checkpoint_writer, loop
 from stackproof.train.callbacks import GateEvents, PointTracing, SdcCheck
 from stackproof.train.device import kernels_of, resolve_device
 from stackproof.train.memory import predict_bytes, require_free
@@ -302,7 +302,7 @@ def _open(
     return Trainer(
         state=open_state(cfg, bundle, tensors, device),
         dataset=SimpleNamespace(tokenizer=tokenizer),
-        output=RunOutput(directory, record=None, writer=checkpoint.SyncWriter()),
+        output=RunOutput(directory, record=None, writer=checkpoint_writer.SyncWriter()),
         keeper=keeper,
         callbacks=CallbackList(callbacks),
         peak_flops=bundle.peak_flops,

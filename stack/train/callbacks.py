@@ -39,7 +39,7 @@ from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.records import Record
 from stackproof.trace.points_log import points_lines
-from stackproof.train import checkpoint, losses
+from stackproof.train import checkpoint_folders, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
@@ -233,7 +233,7 @@ class GateEvents(Callback):
 
     def on_train_end(self, trainer: Trainer, status: str) -> None:
         pointed = {
-            f"{name}_step": checkpoint.pointed_step(trainer.output.dir.checkpoints, name)
+            f"{name}_step": checkpoint_folders.pointed_step(trainer.output.dir.checkpoints, name)
             for name in ("latest", "best")
         }
         trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))

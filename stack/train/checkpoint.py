@@ -1,18 +1,19 @@
 """Checkpoints: hashed, atomic, complete.
 A new folder is written and verified before `latest` names it.
 
-checkpoints/step-00000200/   model.safetensors  state.safetensors  state.json  manifest.json
+checkpoints/step-00000200/   state.json  manifest.json, and in the single layout
+                             model.safetensors  state.safetensors
+                             or in the sharded layout one file of each rank
 checkpoints/latest, best     text files naming a step folder
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,26 @@ from torch import Tensor, nn
 from stackproof import tensorfile, tensorfolder
 from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
+from stackproof.distributed.launch import n_started
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.distributed.tensors import local_part, part_like, whole
 from stackproof.model.foreign import plain_name
 from stackproof.spec.canonical import canonical_json, read_json, sha256_json
-from stackproof.spec.checksums import require_unchanged
-from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError
-from stackproof.spec.files import (
-    open_regular,
-    read_bytes,
-    remedy,
-    remove_folder,
-    require_own,
-    write_atomically,
-)
+from stackproof.spec.errors import CheckpointError, IntegrityError
+from stackproof.spec.files import open_regular, require_own
 from stackproof.spec.tables import validated
 from stackproof.tensorfolder import OLDER
 from stackproof.train import optimizer as opt
+from stackproof.train import sharded_checkpoint as sharded
+from stackproof.train.checkpoint_folders import (
+    not_written,
+    point,
+    pointed,
+    require_free,
+    step_folders,
+    step_name,
+    step_of,
+)
 from stackproof.train.checkpoint_format import STATE_KEYS, Manifest, StateDocument
 from stackproof.train.rng import default_rng_state, set_default_rng_state
 from stackproof.train.state import TrainState
@@ -46,18 +51,53 @@ FORMER = ("stackproof/checkpoint/3", "stackproof/checkpoint/2")
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 # Fields of the training state that the document holds as they are.
 COUNTERS = ("step tokens_seen wall_s ema_loss_nats min_ema_loss_nats last_val_nats best").split()
-STEP = re.compile(r"step-(\d{8})")
-SPARE_BYTES = 16 * 2**20  # left free beside checkpoints, for logs and the record
+MODEL, STATE = FILES[:2]
+# The tensors of state.safetensors, by the beginning of their names.
+OF_STATE = ("optim.", "rng.")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint in memory: model tensors, state tensors and the state document."""
+    """A verified checkpoint: its state document, and its tensors, which are read when they are
+    needed. Those of a sharded one are assembled.
+    """
 
     path: Path
-    model: dict[str, Tensor]
-    tensors: dict[str, Tensor]
     state: dict
+
+    @cached_property
+    def model(self) -> dict[str, Tensor]:
+        """Parameters and buffers by plain name, in host memory."""
+        return self._read(MODEL, lambda name: not name.startswith(OF_STATE))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Moments and random state by name, in host memory."""
+        return self._read(STATE, lambda name: name.startswith(OF_STATE))
+
+    def _read(self, file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        match layout_in(self.path):
+            case "single":
+                return _read_tensors(self.path / file)
+            case "sharded":
+                targets = sharded.empty(self.path, wanted=wanted)
+                sharded.read(self.path, targets)
+                return targets
+
+
+Layout = Literal["single", "sharded"]
+
+
+def layout_of(cfg: CheckpointConfig) -> Layout:
+    """The layout in which this process and those started with it write checkpoints."""
+    if cfg.layout == "auto":
+        return "sharded" if n_started() > 1 else "single"
+    return cfg.layout
+
+
+def layout_in(folder: Path) -> Layout:
+    """The layout of a step folder. Raises CheckpointError."""
+    return "sharded" if read_manifest(folder).schema_ == sharded.SCHEMA else "single"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -80,17 +120,21 @@ def optimizer_slots(state: TrainState) -> dict[str, tuple[Tensor, str]]:
 
 
 def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """Every tensor of a checkpoint, live, by file and name; divided ones are assembled."""
+    """Every tensor of a checkpoint, live, by file and name; of divided ones the parts of this
+    rank.
+    """
     held = state.optimizer.state
     moments = {
-        name: whole(held[parameter][field].detach())
+        name: held[parameter][field].detach()
         for name, (parameter, field) in optimizer_slots(state).items()
         if field in held.get(parameter, ())
     }
-    return {
-        "model.safetensors": {n: whole(t) for n, t in model_tensors(state.model).items()},
-        "state.safetensors": moments | default_rng_state(),
-    }
+    return {MODEL: model_tensors(state.model), STATE: moments | default_rng_state()}
+
+
+def assembled(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same tensors, whole. All ranks call this."""
+    return {file: {n: whole(t) for n, t in group.items()} for file, group in tensors.items()}
 
 
 def state_document(
@@ -138,22 +182,50 @@ class Snapshot:
         return sum(t.nbytes for g in groups for t in g.values()) + len(self.content.document)
 
 
-def step_name(step: int) -> str:
-    """Name of the folder of a step."""
-    return f"step-{step:08d}"
-
-
 @require(lambda document: set(document) == STATE_KEYS, "the document has exactly the declared keys")
-def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
-    """Snapshot of a state: its live tensors, or with `copied` copies in host memory that
-    later steps do not change.
+def capture(
+    state: TrainState, document: dict, *, copied: bool
+) -> Snapshot | sharded.ShardedSnapshot | None:
+    """Snapshot of a state in the layout of its run: its live tensors, or with `copied` copies in
+    host memory that later steps do not change. All ranks call this; None where a rank has nothing
+    to write.
     """
     tensors = tensors_of(state)
+    match layout_of(state.cfg.checkpoint):
+        case "single":
+            return _captured(state, assembled(tensors), document, copied=copied)
+        case "sharded":
+            held = tensors[MODEL] | tensors[STATE]
+            held = sharded.copies(held) if copied else held
+            behind = state.ranks.behind()
+            return sharded.ShardedSnapshot(state.step, held, canonical_json(document), behind)
+
+
+def _captured(
+    state: TrainState, tensors: dict[str, dict[str, Tensor]], document: dict, *, copied: bool
+) -> Snapshot | None:
+    if not state.ranks.is_main:
+        return None
     if copied:
         tensors = {file: copies(group) for file, group in tensors.items()}
-    metadata = {"step": str(state.step)}
-    content = tensorfolder.Content(SCHEMA, tensors, metadata, canonical_json(document))
-    return Snapshot(state.step, content)
+    return single_snapshot(tensors, document)
+
+
+def snapshot_of(loaded: Loaded, layout: Layout) -> Snapshot | sharded.ShardedSnapshot:
+    """What one process writes of a loaded checkpoint, in another layout."""
+    document = loaded.state | {"schema": SCHEMA}
+    match layout:
+        case "single":
+            return single_snapshot({MODEL: loaded.model, STATE: loaded.tensors}, document)
+        case "sharded":
+            data, tensors = canonical_json(document), loaded.model | loaded.tensors
+            return sharded.ShardedSnapshot(document["step"], tensors, data, ONE_PROCESS)
+
+
+def single_snapshot(tensors: dict[str, dict[str, Tensor]], document: dict) -> Snapshot:
+    """Whole tensors by file, and a state document, to be written in the single layout."""
+    step, data = document["step"], canonical_json(document)
+    return Snapshot(step, tensorfolder.Content(SCHEMA, tensors, {"step": str(step)}, data))
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,7 +247,9 @@ def save(root: Path, state: TrainState, document: dict) -> Path:
 
 @ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
 def write(
-    root: Path, snapshot: Snapshot, judge: Callable[[Path], None] = lambda folder: None
+    root: Path,
+    snapshot: Snapshot | sharded.ShardedSnapshot,
+    judge: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write `root/step-XXXXXXXX`, compare it with memory, `judge` it, and point `latest` at it.
     Returns the folder.
@@ -183,6 +257,8 @@ def write(
     Raises CheckpointError if anything fails, and what `judge` raises; the earlier checkpoints and
     pointers are then unchanged, and the folder is gone.
     """
+    if isinstance(snapshot, sharded.ShardedSnapshot):
+        return sharded.write(root, snapshot, judge)
     final = root / step_name(snapshot.step)
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
@@ -200,110 +276,8 @@ def write(
         point(root, "latest", final)
     except (OSError, tensorfile.BadTensorFile) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {snapshot.step} could not be written: {e}",
-            value=f"{free_bytes(root)} bytes free below {root}",
-            allowed="a disk with room for two checkpoints",
-            next_step=f"{remedy(e)}, then stack train --resume; earlier checkpoints are intact",
-        ) from e
+        raise not_written(root, snapshot.step, e) from e
     return final
-
-
-def free_bytes(root: Path) -> int:
-    """Bytes that this process may still write below a folder that may not exist yet."""
-    return shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
-
-
-def require_free(root: Path, n_bytes: int, n_checkpoints: int = 1) -> None:
-    """Raises EnvironmentUnfit unless that many checkpoints of `n_bytes` fit on the disk, with room
-    for logs and record.
-    """
-    needed, free = n_checkpoints * n_bytes + SPARE_BYTES, free_bytes(root)
-    if needed > free:
-        raise EnvironmentUnfit(
-            f"the disk below {root} has no room for {n_checkpoints} checkpoint(s)",
-            value=f"{free} bytes free",
-            allowed=f"at least {needed} bytes",
-            next_step=(
-                "free space, then stack train --resume; or another --run-dir; checkpoint.keep sets "
-                "how many are kept"
-            ),
-        )
-
-
-def point(root: Path, name: str, folder: Path) -> None:
-    """Point `name` (`latest` or `best`) at a step folder, atomically."""
-    write_atomically(root / name, folder.name.encode())
-
-
-def point_best(root: Path, step: int | None) -> None:
-    """Point `best` at the folder of a step. If there is no such folder, as in a child run whose
-    best step is its parent's, or after an older step was taken, nothing is called best.
-    """
-    if step is None or not (folder := root / step_name(step)).is_dir():
-        (root / "best").unlink(missing_ok=True)
-    elif pointed(root, "best") != folder:
-        point(root, "best", folder)
-
-
-def pointed(root: Path, name: str) -> Path | None:
-    """The step folder that the pointer `name` names, whether or not it exists;
-    None without such a pointer. Raises CheckpointError if the file holds anything else.
-    """
-    if not os.path.lexists(root / name):
-        return None
-    try:
-        data = read_bytes(root / name, 64)
-        text = data.decode("ascii").strip()
-        if root.name == "checkpoints":
-            require_unchanged(root.parent, f"checkpoints/{name}", data)
-    except IntegrityError as e:
-        raise CheckpointError(e.what, value=e.value, allowed=e.allowed, next_step=OLDER) from e
-    except (OSError, UnicodeDecodeError) as e:
-        text = str(e)
-    if not STEP.fullmatch(text):
-        raise CheckpointError(
-            f"{root / name} does not name a step folder",
-            value=repr(text),
-            allowed="the name of a folder, such as step-00000200",
-            next_step="give the folder of a step, or --resume DIR --at STEP",
-        )
-    return root / text
-
-
-def step_of(folder: Path) -> int | None:
-    """The step of a step folder, by its name; None for other names."""
-    found = STEP.fullmatch(folder.name)
-    return int(found[1]) if found else None
-
-
-def pointed_step(root: Path, name: str) -> int | None:
-    """Step of the folder that the pointer `name` names; None unless that folder is complete."""
-    folder = pointed(root, name)
-    complete = folder is not None and (folder / "manifest.json").is_file()
-    return step_of(folder) if complete else None
-
-
-def step_folders(root: Path) -> list[Path]:
-    """The step folders below `root`, oldest first. Links are left out."""
-    found = (p for p in root.glob("step-*") if step_of(p) is not None)
-    return sorted(p for p in found if p.is_dir() and not p.is_symlink())
-
-
-def retain(root: Path, keep: int, *, with_later: bool = True) -> None:
-    """Delete all step folders but the newest `keep` and those a pointer names, and leftovers of
-    interrupted writes. Folders of steps after `latest` belong to a part of the run that was taken
-    back; they go too, `with_later`.
-    """
-    kept = {pointed(root, n) for n in ("latest", "best")}
-    newest = pointed(root, "latest")
-    folders = step_folders(root)
-    current = [p for p in folders if newest is None or p.name <= newest.name]
-    for folder in folders if with_later else current:
-        if folder not in kept and folder not in current[-keep:]:
-            remove_folder(folder)
-    for leftover in (*root.glob(".writing-*"), *root.glob(".replaced-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def find(path: Path) -> Path:
@@ -335,11 +309,6 @@ def find(path: Path) -> Path:
         allowed="the folder as the run has written it",
         next_step=f"{root / step_name(intact)} is intact" if intact else "restore it",
     )
-
-
-def has_any(root: Path) -> bool:
-    """Whether a save of the run has reached its place."""
-    return bool(step_folders(root)) or any(root.glob(".replaced-*"))
 
 
 def at(root: Path, step: int) -> Path:
@@ -384,28 +353,31 @@ def _refuse_file(path: Path) -> None:
     )
 
 
-def load(folder: Path) -> Loaded:
+def load(folder: Path, ranks: Ranks = ONE_PROCESS) -> Loaded:
     """Read and verify a step folder: every file by size and sha256, every tensor by CRC-32,
-    the exact set of keys.
+    the exact set of keys. Several ranks share the files, and all call this.
 
     Never unpickles. The former version has no CRC-32.
     Raises CheckpointError naming the file and what differs.
     """
-    document = verify(folder)
-    return Loaded(
-        folder,
-        _read_tensors(folder / "model.safetensors"),
-        _read_tensors(folder / "state.safetensors"),
-        document,
-    )
+    return Loaded(folder, verify(folder, ranks))
 
 
-def verify(folder: Path) -> dict:
-    """Verify a step folder as `load` does, without keeping a tensor. Returns the state document."""
+def verify(folder: Path, ranks: Ranks = ONE_PROCESS) -> dict:
+    """Verify a step folder as `load` does. Returns the state document."""
     # The manifest comes first, as it declares what the other files must be.
     manifest = read_manifest(folder)
     # Verify the bytes before anything reads their content.
-    tensorfolder.verify(folder, manifest.files, by_tensor=manifest.schema_ != FORMER[1])
+    own = sorted(manifest.files)[ranks.rank :: ranks.sizes.world_size]
+    files = {name: manifest.files[name] for name in own}
+    problem = None
+    try:
+        tensorfolder.verify(folder, files, by_tensor=manifest.schema_ != FORMER[1])
+    except CheckpointError as e:
+        problem = {"what": e.what, "value": e.value, "allowed": e.allowed, "next_step": e.next_step}
+    for found in ranks.gathered(problem):
+        if found is not None:
+            raise CheckpointError(**found)
     return _read_state(folder, manifest)
 
 
@@ -425,20 +397,55 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = validated(Manifest, document, origin=str(path))
     except IntegrityError as e:
         raise CheckpointError(e.what, value=e.value, next_step=OLDER) from e
-    if manifest.schema_ not in (SCHEMA, *FORMER) or set(manifest.files) != set(FILES):
+    held = set(manifest.files)
+    match manifest.schema_:
+        case sharded.SCHEMA:
+            known = all(map(sharded.FILE.fullmatch, held - {"state.json"})) and "state.json" in held
+        case schema:
+            known = schema in (SCHEMA, *FORMER) and held == set(FILES)
+    if not known:
         raise CheckpointError(
             f"{path} is not a manifest of {SCHEMA}",
-            value=f"{manifest.schema_}, {', '.join(sorted(manifest.files))}",
-            allowed=f"{SCHEMA}, {' or '.join(FORMER)}, with {', '.join(FILES)}",
+            value=f"{manifest.schema_}, {', '.join(sorted(held)[:6])}",
+            allowed=(
+                f"{SCHEMA}, {' or '.join(FORMER)}, with {', '.join(FILES)}; or {sharded.SCHEMA}"
+            ),
             next_step="use the version of stackproof that wrote it: its record names the commit",
         )
+    _require_alone(folder, held)
     return manifest
+
+
+def _require_alone(folder: Path, declared: set[str]) -> None:
+    """Raise CheckpointError for a tensor file that no manifest declares: readers take what lies in
+    the folder.
+    """
+    for path in folder.glob("*.safetensors"):
+        if path.name not in declared:
+            raise CheckpointError(
+                f"{path} is no file of this checkpoint",
+                allowed=", ".join(sorted(declared)[:6]),
+                next_step=f"remove it, or: {OLDER}",
+            )
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a step folder, its manifest last. Raises CheckpointError."""
+    return [folder / name for name in (*sorted(read_manifest(folder).files), "manifest.json")]
+
+
+def weights_file(folder: Path) -> Path:
+    """The file that stands for the weights in a record: the weights themselves, or the manifest
+    that states the hashes of their parts. Raises CheckpointError.
+    """
+    return folder / (MODEL if layout_in(folder) == "single" else "manifest.json")
 
 
 def _read_state(folder: Path, manifest: Manifest) -> dict:
     document = _read_json(folder / "state.json")
     # A missing key would start again at its default, so the set of keys must be exact.
-    keys = STATE_KEYS if manifest.schema_ == SCHEMA else STATE_KEYS - {"run"}
+    current = manifest.schema_ not in FORMER
+    keys = STATE_KEYS if current else STATE_KEYS - {"run"}
     if set(document) != keys:
         odd = sorted(set(document) ^ keys)
         raise CheckpointError(
@@ -448,7 +455,7 @@ def _read_state(folder: Path, manifest: Manifest) -> dict:
             next_step=OLDER,
         )
     config = document["config"]
-    if manifest.schema_ == SCHEMA and document["config_sha256"] != sha256_json(config):
+    if current and document["config_sha256"] != sha256_json(config):
         raise CheckpointError(
             f"{folder / 'state.json'}: the configuration does not match its hash", next_step=OLDER
         )
@@ -507,7 +514,7 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
     and data do not have them.
     """
     # In any order, but complete: a part that is left out starts again, and no loss curve shows it.
-    document = loaded.state
+    document, loaded = loaded.state, held_by(state, loaded)
     load_model(state.model, loaded.model)
     restore_optimizer(state, loaded.tensors)
     set_default_rng_state(loaded.tensors)
@@ -522,6 +529,25 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
     # The probe compares with its last call: from here on with the loaded weights.
     state.probe.changed_frac()
     return state.data_loader.sampler.load_state_dict(document["curriculum"])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of the tensors of a checkpoint what this rank holds: as `Loaded`, divided as a state is."""
+
+    model: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+
+def held_by(state: TrainState, loaded: Loaded) -> Loaded | Parts:
+    """The tensors of a checkpoint for a state, which may be divided. All ranks call this."""
+    if state.ranks.sizes.world_size == 1:
+        return loaded
+    own = model_tensors(state.model) | {n: p for n, (p, _) in optimizer_slots(state).items()}
+    targets = sharded.empty(loaded.path, like=own)
+    sharded.read(loaded.path, targets, state.ranks)
+    of_state = {n: t for n, t in targets.items() if n.startswith(OF_STATE)}
+    return Parts({n: t for n, t in targets.items() if n not in of_state}, of_state)
 
 
 def restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
@@ -542,53 +568,3 @@ def restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
         tensor = tensors[name].to(parameter.device)
         moment = part_like(parameter, tensor) if tensor.shape == parameter.shape else tensor
         state.optimizer.state[parameter][field] = moment.clone()
-
-
-class SyncWriter:
-    """Writes a checkpoint while training waits; it may write the live tensors themselves."""
-
-    copied = False
-
-    def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
-        """Run `job`, then `then` with its result."""
-        then(job())
-
-    def wait(self) -> None:
-        """Nothing is ever left to wait for."""
-
-
-class AsyncWriter:
-    """Writes one checkpoint at a time in a background thread, from a copy of the state.
-
-    `then` runs in the calling thread, at the next `start` or `wait`.
-    """
-
-    copied = True
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: tuple[Future[Path], Callable[[Path], None]] | None = None
-
-    def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
-        """Begin a job after the previous one. Raises what the previous one raised."""
-        self.wait()
-        self._running = self._pool.submit(job), then
-
-    def wait(self) -> None:
-        """Wait for the job, if any, and run its `then`. Raises what it raised, once."""
-        if self._running is None:
-            return
-        job, then = self._running
-        error = job.exception()
-        self._running = None
-        if error is not None:
-            raise error
-        then(job.result())
-
-
-Writer = SyncWriter | AsyncWriter
-
-
-def make_writer(cfg: CheckpointConfig) -> Writer:
-    """The writer that the configuration names."""
-    return AsyncWriter() if cfg.async_save else SyncWriter()

@@ -15,11 +15,12 @@ from stackproof.evaluate.sampling import generate, sample_loss
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, Stopped
 from stackproof.spec.files import remedy
 from stackproof.spec.records import Record
-from stackproof.subject.checkpoints import WrittenCheckpoint
-from stackproof.train import checkpoint
+from stackproof.subject.checkpoints import WrittenCheckpoint, WrittenShards, parts_in_memory
+from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train import step as steps
 from stackproof.train.callbacks import declared_plan
 from stackproof.train.rng import generator
+from stackproof.train.sharded_checkpoint import ShardedSnapshot
 from stackproof.train.signals import STATUS_OF_SIGNAL, Requests, StoppedAtOnce, listening
 from stackproof.train.state import live_crc32
 from stackproof.train.trainer import RestartPoint, Sample, Trainer, close
@@ -200,7 +201,7 @@ def save(trainer: Trainer) -> None:
     # One write at a time, and a failed one ends the run before the next save.
     writer.wait()
     # Capture all that the checkpoint states before a background write lets training continue.
-    point = restart_point(trainer, root / checkpoint.step_name(state.step))
+    point = restart_point(trainer, root / checkpoint_folders.step_name(state.step))
     document = checkpoint.state_document(
         state,
         tokenizer_sha256=tokenizer.sha256,
@@ -211,30 +212,48 @@ def save(trainer: Trainer) -> None:
     )
     with trainer.read_only("save"):
         snapshot = checkpoint.capture(state, document, copied=writer.copied)
-        written = written_checkpoint(trainer, point.folder)
-        # Every rank takes part in assembling the state; rank 0 writes it.
-        if state.ranks.is_main:
+        layout = checkpoint.layout_of(trainer.cfg.checkpoint)
+        written = written_checkpoint(trainer, point.folder, layout)
+        if snapshot is not None:
             write = partial(_write, trainer, snapshot, written)
             writer.start(write, partial(_written, trainer, point))
         trainer.callbacks.on_save(trainer, point.folder)
 
 
 def written_checkpoint(
-    trainer: Trainer, folder: Path, *, published: bool = False
-) -> WrittenCheckpoint:
+    trainer: Trainer, folder: Path, layout: checkpoint.Layout, *, published: bool = False
+) -> WrittenCheckpoint | WrittenShards:
     """The folder of this step's checkpoint, with the live state to compare it with."""
     state, model = trainer.state, trainer.state.model
     tied = model.head_weight is model.embed.weight
-    return WrittenCheckpoint(folder, state.step, tied, live_crc32(state), published)
+    match layout:
+        case "single":
+            return WrittenCheckpoint(folder, state.step, tied, live_crc32(state), published)
+        case "sharded":
+            held = parts_in_memory(state)
+            return WrittenShards(folder, state.step, tied, held, state.ranks.behind(), published)
 
 
-def _write(trainer: Trainer, snapshot: checkpoint.Snapshot, saved: WrittenCheckpoint) -> Path:
+def _write(
+    trainer: Trainer,
+    snapshot: checkpoint.Snapshot | ShardedSnapshot,
+    saved: WrittenCheckpoint | WrittenShards,
+) -> Path:
     """Write a checkpoint behind its logs, and judge it by the artifact gates before `latest` names
     it. Reads nothing that a training step changes.
     """
     trainer.output.dir.sync_logs()
-    judge = lambda folder: trainer.keeper.artifact(Subject(saved=saved), step=saved.step)  # noqa: E731
-    return checkpoint.write(trainer.output.dir.checkpoints, snapshot, judge)
+    root = trainer.output.dir.checkpoints
+    return checkpoint.write(root, snapshot, lambda folder: _judge(trainer, saved))
+
+
+def _judge(trainer: Trainer, saved: WrittenCheckpoint | WrittenShards) -> None:
+    """Judge a written checkpoint by the artifact gates, on rank 0. All ranks call this for one
+    that all have written.
+    """
+    found = saved.read()
+    if trainer.state.ranks.is_main:
+        trainer.keeper.artifact(Subject(saved=found), step=saved.step)
 
 
 def _written(
@@ -244,9 +263,11 @@ def _written(
     announce the new one. Raises CheckpointError if the disk refuses.
     """
     root = trainer.output.dir.checkpoints
+    if not trainer.state.ranks.is_main:
+        return
     try:
-        checkpoint.point_best(root, point.best_step)
-        checkpoint.retain(root, trainer.cfg.checkpoint.keep, with_later=with_later)
+        checkpoint_folders.point_best(root, point.best_step)
+        checkpoint_folders.retain(root, trainer.cfg.checkpoint.keep, with_later=with_later)
     except OSError as e:
         raise CheckpointError(
             f"old checkpoints below {root} could not be cleared away: {e}",
@@ -262,13 +283,11 @@ def complete_save(trainer: Trainer, folder: Path) -> None:
     """
     point = restart_point(trainer, folder)
     with trainer.read_only("save"):
-        saved = written_checkpoint(trainer, folder, published=True)
+        layout = checkpoint.layout_in(folder)
+        _judge(trainer, written_checkpoint(trainer, folder, layout, published=True))
         if trainer.state.ranks.is_main:
-            trainer.keeper.artifact(Subject(saved=saved), step=trainer.state.step)
-            checkpoint.point(trainer.output.dir.checkpoints, "latest", folder)
+            checkpoint_folders.point(trainer.output.dir.checkpoints, "latest", folder)
         trainer.callbacks.on_save(trainer, folder)
-    if not trainer.state.ranks.is_main:
-        return
     # Later folders, if an older step was chosen, stay until the next save has succeeded.
     _written(trainer, point, folder, with_later=False)
 

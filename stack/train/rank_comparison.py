@@ -344,7 +344,7 @@ def reference_of(trainer: Trainer, compute: Callable[[Reference], Reference]) ->
     the other ranks, which give their parts. Random state is not changed.
     """
     state = trainer.state
-    tensors = checkpoint.tensors_of(state)
+    tensors = checkpoint.assembled(checkpoint.tensors_of(state))
     if not state.ranks.is_main:
         return None
     n_bytes = BYTES_PER_PARAMETER * sum(t.numel() for t in tensors["model.safetensors"].values())

@@ -10,6 +10,7 @@ from typing import Any
 
 from stackproof.config import RunConfig
 from stackproof.contracts.gate import Verdict, failed
+from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import leaves, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
@@ -17,7 +18,7 @@ from stackproof.spec.files import holds, write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Series
 from stackproof.spec.renamed_keys import translated
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.checkpoint_format import Process
 from stackproof.train.run_dir import RunDir
 
@@ -25,14 +26,16 @@ ALLOCATED = ("allocator",)  # how memory was laid out; it decides no bit
 UNKNOWN = Process(after=0, differs=None)
 
 
-def latest_checkpoint(directory: RunDir, at: int | None) -> checkpoint.Loaded | None:
-    """The checkpoint to continue from, loaded and verified; None for the seed.
+def latest_checkpoint(
+    directory: RunDir, at: int | None, ranks: Ranks = ONE_PROCESS
+) -> checkpoint.Loaded | None:
+    """The checkpoint to continue from, verified; None for the seed. All ranks call this.
     Raises CheckpointError naming a step that is intact.
     """
     root = directory.checkpoints
     if at == 0:
         return None
-    if at is None and not checkpoint.has_any(root):
+    if at is None and not checkpoint_folders.has_any(root):
         _refuse_lost(directory)
         if not directory.sealed:
             raise CheckpointError(
@@ -41,7 +44,8 @@ def latest_checkpoint(directory: RunDir, at: int | None) -> checkpoint.Loaded | 
             )
         return None
     try:
-        return checkpoint.load(checkpoint.at(root, at) if at else checkpoint.find(directory.path))
+        folder = checkpoint.at(root, at) if at else checkpoint.find(directory.path)
+        return checkpoint.load(folder, ranks)
     except CheckpointError as e:
         intact = checkpoint.newest_intact(root)
         found = f"step {intact} is intact" if intact else "no checkpoint is intact"

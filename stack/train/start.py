@@ -39,7 +39,7 @@ from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
 from stackproof.spec.renamed_keys import current_override
 from stackproof.subject.assemble import subject_of
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, checkpoint_folders, checkpoint_writer
 from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, SdcCheck, TrainingSplit
 from stackproof.train.device import (
     flops_per_step,
@@ -104,7 +104,7 @@ def fresh(
     closes the record of the run and propagates.
     """
     # The parent is verified before anything is created: a damaged one leaves no half-made child.
-    loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
+    loaded = checkpoint.load(checkpoint.find(parent), ranks) if parent else None
     if loaded:
         _refuse_finished(cfg, loaded)
     if continued:
@@ -178,7 +178,7 @@ def resume(
     own = directory if ranks.is_main else RunDir(run_dir, rank=ranks.rank)
     own.path.mkdir(parents=True, exist_ok=True)
     with file_lock(own.path, "run"), kernels_of(changed, device, environment_then):
-        loaded = latest_checkpoint(directory, at)
+        loaded = latest_checkpoint(directory, at, ranks)
         if loaded is None:
             refuse_child_at_seed(directory, document)
         marks = marks_of(directory, document, loaded)
@@ -328,7 +328,7 @@ def setup(
         )
 
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
-    checkpoint.require_free(directory.checkpoints, STATE_BYTES_PER_PARAMETER * n_params, 2)
+    checkpoint_folders.require_free(directory.checkpoints, STATE_BYTES_PER_PARAMETER * n_params, 2)
     watching.on_setup(cfg, dataset, n_params, directory.path)
     keeper = Gatekeeper(
         spec,
@@ -345,7 +345,7 @@ def setup(
     trainer = Trainer(
         state=build_state(cfg, dataset, device),
         dataset=dataset,
-        output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint), ranks),
+        output=RunOutput(directory, record, checkpoint_writer.make_writer(cfg.checkpoint), ranks),
         keeper=keeper,
         callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, *watching_too]),
         peak_flops=probe_peak_flops(device),
@@ -518,7 +518,7 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
     document = {
         "parent": loaded.state["record"],
         "step": loaded.state["step"],
-        "model_sha256": sha256_file(loaded.path / "model.safetensors"),
+        "model_sha256": sha256_file(checkpoint.weights_file(loaded.path)),
         **changes,
         "archived": {p.name: sha256_file(p) for p in sorted(archive.iterdir())},
     }

@@ -31,7 +31,7 @@ from stackproof.spec.files import remedy
 from stackproof.spec.formulas import parameter_count, perplexity
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Artefact, Record
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, checkpoint_folders, checkpoint_writer
 from stackproof.train.checkpoint_format import Process
 from stackproof.train.run_dir import SERIES, RunDir
 from stackproof.train.signals import StoppedAtOnce, uninterrupted
@@ -182,7 +182,7 @@ class RunOutput:
 
     dir: RunDir
     record: RecordBuilder
-    writer: checkpoint.Writer
+    writer: checkpoint_writer.Writer
     ranks: Ranks = ONE_PROCESS
     inherited_s: float = 0.0
     carried: list[Artefact] = field(default_factory=list)
@@ -368,9 +368,8 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
 def _written_files(output: RunOutput) -> list[Artefact]:
     """The files of the latest checkpoint with the tokenizer, files of a parent, and bundles."""
     root, files = output.dir.path, []
-    if folder := checkpoint.pointed(output.dir.checkpoints, "latest"):
-        files = [folder / f for f in (*checkpoint.FILES, "manifest.json")]
-        files.append(root / "tokenizer.json")
+    if folder := checkpoint_folders.pointed(output.dir.checkpoints, "latest"):
+        files = [*checkpoint.files_of(folder), root / "tokenizer.json"]
     bundles = sorted(root.glob("repro/*/repro.json"))
     of_run, of_bundles = ([artefact(p, root=root) for p in ps] for ps in (files, bundles))
     return of_run + output.carried + of_bundles

@@ -314,9 +314,7 @@ DOCUMENT = st.one_of(
 )
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(DOCUMENT, max_size=25),
     st.lists(DOCUMENT, max_size=25),

@@ -435,9 +435,7 @@ def bodies(items):
     ]
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(LINE, max_size=20),
     st.integers(1, 60),

@@ -1,5 +1,6 @@
 """What the tests of this room run on every rank of a pool."""
 
+import errno
 import os
 import signal
 import time
@@ -11,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 
 from stackproof.config import RunConfig, load_config
 from stackproof.data.data_loader import Batch
 from stackproof.distributed import failure
 from stackproof.distributed.process_group import joined
-from stackproof.distributed.tensors import whole
+from stackproof.distributed.tensors import is_divided, whole
 from stackproof.model.foreign import plain_name
 from stackproof.recipes import recipe
 from stackproof.spec.errors import StackproofError
+from stackproof.train import checkpoint, start
 from stackproof.train import optimizer as opt
-from stackproof.train import start
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.start import fresh, resume
@@ -217,6 +219,47 @@ def run(cfg: RunConfig, folder: Path, cache: str, until: int | None = None) -> s
     except StackproofError as error:
         return f"{type(error).__name__} {error.exit_code}"
     return None if record is None else record.status
+
+
+def parts_read(cfg: RunConfig, folder: Path, cache: str, mesh: dict) -> int:
+    """How many tensors of a checkpoint, read in parts on a mesh, are those that one process reads.
+    Raises AssertionError if one is another.
+    """
+    sizes = {f"parallel.{name}": (size, "test") for name, size in mesh.items()}
+    cfg = load_config(cfg, fixed=sizes)[0]
+    with joined(cfg, CPU) as ranks:
+        loaded = checkpoint.load(folder, ranks)
+        loader = SimpleNamespace(rank=0, world_size=1, rows=1, cursor=0)
+        state = state_around(cfg, loaded.state["vocab_size"], loader, CPU)
+        divide(state, ranks)
+        held = checkpoint.held_by(state, loaded)
+        wanted = loaded.model | loaded.tensors
+        found = held.model | held.tensors
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(whole(found[name]), wanted[name]) for name in wanted)
+        return sum(is_divided(tensor) for tensor in found.values())
+
+
+def run_with_full_disk(cfg: RunConfig, folder: Path, cache: str, full: int, at: int) -> str | None:
+    """`run`, in which the disk of one rank has no room for the `at`-th file that DCP writes."""
+    written = filesystem._write_files_from_queue
+    calls = [0]
+
+    def refused(*arguments, **named):
+        calls[0] += int(os.environ["RANK"]) == full
+        if calls[0] == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(*arguments, **named)
+
+    # Behind the preflight, which saves on rank 0 alone.
+    began = start.take_part
+
+    def take_part(trainer):
+        filesystem._write_files_from_queue = refused
+        began(trainer)
+
+    start.take_part = take_part
+    return run(cfg, folder, cache)
 
 
 def end_after(step: int) -> None:

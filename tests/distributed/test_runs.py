@@ -4,10 +4,8 @@ import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file
 
-from stackproof.config import load_config
-from stackproof.museum.ranks import SETTINGS
+from stackproof.train import checkpoint
 from stackproof.train.run_dir import RunDir
 
 STOPPED_AT = 6
@@ -16,36 +14,22 @@ LOSS_REL_MAX = 1e-5
 
 
 @pytest.fixture(scope="module")
-def cfg(small_cfg):
-    fixed = {key: (value, "test") for key, value in (SETTINGS | {"model.dropout": 0.1}).items()}
-    return load_config(small_cfg, fixed=fixed)[0]
-
-
-@pytest.fixture(scope="module")
-def whole_run(ranks, cfg, cache, tmp_path_factory):
-    """A run on two ranks that nothing has stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(ranks, cfg, folder, cache) == ["completed", None]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stopped_run(ranks, cfg, cache, tmp_path_factory):
+def stopped_run(run, cfg, tmp_path_factory):
     """A run on two ranks, of which one got a SIGTERM after a step."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    assert run(ranks, cfg, folder, cache, STOPPED_AT) == ["Stopped 75", "Stopped 75"]
+    assert run(cfg, folder, STOPPED_AT) == ["Stopped 75", "Stopped 75"]
     return folder
 
 
-def run(ranks, *arguments, n_ranks: int = 2) -> list:
-    found = ranks.run("tests.distributed.jobs:run", *arguments, n_ranks=n_ranks)
-    assert not [a.raised for a in found if a.raised]
-    return [answer.value for answer in found]
+def tensors(folder):
+    """Weights, moments and random state of the latest checkpoint of a run, whole."""
+    loaded = checkpoint.load(checkpoint.find(folder))
+    return loaded.model | loaded.tensors
 
 
-def weights(folder):
-    (latest,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
-    return load_file(latest / "model.safetensors")
+def assert_same(found, wanted):
+    assert wanted.keys() == found.keys()
+    assert all(wanted[name].equal(found[name]) for name in wanted)
 
 
 def losses(folder):
@@ -60,21 +44,17 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(stopped_run):
     assert record["environment"]["world_size"] == 2 and record["environment"]["mesh_shard"] == 2
 
 
-def test_a_resume_on_the_same_mesh_is_bitwise(ranks, cfg, cache, whole_run, stopped_run, tmp_path):
+def test_a_resume_on_the_same_mesh_is_bitwise(run, cfg, whole_run, stopped_run, tmp_path):
     folder = shutil.copytree(stopped_run, tmp_path / "run")
-    assert run(ranks, cfg, folder, cache) == ["completed", None]
-    wanted, found = weights(whole_run), weights(folder)
-    assert wanted.keys() == found.keys()
-    assert all(wanted[name].equal(found[name]) for name in wanted)
+    assert run(cfg, folder) == ["completed", None]
+    assert_same(tensors(folder), tensors(whole_run))
     assert losses(folder) == losses(whole_run)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 4])
-def test_a_resume_on_another_mesh_goes_on(
-    ranks, cfg, cache, whole_run, stopped_run, tmp_path, n_ranks
-):
+def test_a_resume_on_another_mesh_goes_on(run, cfg, whole_run, stopped_run, tmp_path, n_ranks):
     folder = shutil.copytree(stopped_run, tmp_path / "run")
-    assert run(ranks, cfg, folder, cache, n_ranks=n_ranks)[0] == "completed"
+    assert run(cfg, folder, n_ranks=n_ranks)[0] == "completed"
     wanted, found = losses(whole_run), losses(folder)
     assert found.keys() == wanted.keys()
     assert all(abs(found[s] - wanted[s]) <= LOSS_REL_MAX * wanted[s] for s in wanted)

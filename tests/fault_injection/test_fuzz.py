@@ -49,7 +49,7 @@ from stackproof.spec.records import parse_record
 from stackproof.spec.registry import read_registry
 from stackproof.spec.releases import parse_releases
 from stackproof.spec.tables import read_tables
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, sharded_checkpoint
 from stackproof.train.run_dir import RunDir
 from tests.fault_injection.mutations import of_bytes, of_json, of_lines, of_toml
 from tests.fault_injection.scale import SEED, chance, scaled
@@ -211,6 +211,23 @@ def tensors(folder: Path) -> Target:
     path = folder / "x.safetensors"
     tensorfile.write(path, {"a": torch.zeros(2, 3), "b": torch.ones(4).bfloat16()}, {"k": "v"})
     return Target(path, path.read_bytes(), of_header, lambda data: tensorfile.digests(path))
+
+
+def places(folder: Path) -> Target:
+    """The header by which a file of the sharded layout states where its parts begin."""
+    parts = {"a": {"saved_offsets": [0, 0]}, "b": {"saved_offsets": [0]}}
+    path, metadata = folder / "x.safetensors", {"DCP_SHARDING_INFO": json.dumps(parts)}
+    tensorfile.write(path, {"a": torch.zeros(2, 3), "b": torch.ones(4)}, metadata)
+
+    def of_places(data: bytes, chance: random.Random) -> bytes:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        stated = of_json(json.dumps(parts).encode(), chance).decode(errors="replace")
+        header["__metadata__"] = {"DCP_SHARDING_INFO": stated}
+        damaged = json.dumps(header).encode()
+        return len(damaged).to_bytes(8, "little") + damaged + data[8 + size :]
+
+    return Target(path, path.read_bytes(), of_places, lambda data: sharded_checkpoint.parts(folder))
 
 
 def tokenizer(folder: Path) -> Target:
@@ -465,7 +482,17 @@ def kernel_parity(folder: Path) -> Target:
 
 TARGETS = (
     *(strict, lines, record, ledger, archive, releases, carried, run_json, run_lines, rewound),
-    *(manifest, state, pointer, tensors, tokenizer, own_tokenizer, their_config, their_index),
+    *(
+        manifest,
+        state,
+        pointer,
+        tensors,
+        places,
+        tokenizer,
+        own_tokenizer,
+        their_config,
+        their_index,
+    ),
     *(
         their_settings,
         gguf_header,

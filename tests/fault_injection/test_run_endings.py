@@ -26,7 +26,7 @@ from stackproof.spec.errors import (
 )
 from stackproof.spec.gates import load_spec
 from stackproof.spec.records import Artefact, read_record
-from stackproof.train import checkpoint, loop, start
+from stackproof.train import checkpoint, checkpoint_folders, loop, start
 from stackproof.train.restart import require_recorded
 from stackproof.train.run_dir import RunDir
 from stackproof.train.trainer import Callback
@@ -321,7 +321,8 @@ def test_a_request_for_a_checkpoint_in_preflight_does_not_end_the_run(cfg, tmp_p
     early = cfg.model_copy(update={"checkpoint": boundary})
     assert begin(early, tmp_path / "run", Signal(signal.SIGUSR1)).status == "completed"
     assert 4 in [
-        checkpoint.step_of(p) for p in checkpoint.step_folders(tmp_path / "run/checkpoints")
+        checkpoint_folders.step_of(p)
+        for p in checkpoint_folders.step_folders(tmp_path / "run/checkpoints")
     ]
 
 
@@ -345,7 +346,7 @@ def test_a_second_ctrl_c_ends_at_once_with_a_record(cfg, straight, tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_step_1(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda root: 1000)
+    monkeypatch.setattr(checkpoint_folders, "free_bytes", lambda root: 1000)
     with pytest.raises(EnvironmentUnfit, match="no room for 2 checkpoint") as error:
         begin(cfg, tmp_path / "run")
     assert "1000 bytes free" in str(error.value.value)
@@ -355,10 +356,10 @@ def test_a_disk_that_fills_up_ends_with_a_record_and_the_run_goes_on_later(
     cfg, straight, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
-    free = checkpoint.free_bytes
+    free = checkpoint_folders.free_bytes
     with monkeypatch.context() as patch:
         full = lambda root: 1000 if (run / "checkpoints/step-00000003").exists() else free(root)  # noqa: E731
-        patch.setattr(checkpoint, "free_bytes", full)
+        patch.setattr(checkpoint_folders, "free_bytes", full)
         with pytest.raises(EnvironmentUnfit, match="no room for 1 checkpoint"):
             begin(cfg, run)
     record = read_record(run / "metadata.json")

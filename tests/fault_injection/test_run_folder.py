@@ -24,7 +24,7 @@ from stackproof.spec.errors import (
     UsageError,
 )
 from stackproof.spec.records import Code, read_record
-from stackproof.train import checkpoint, loop, restart, start
+from stackproof.train import checkpoint, checkpoint_folders, loop, restart, start
 from stackproof.train.run_dir import SEAL, RunDir
 from stackproof.train.trainer import Callback
 from tests.fault_injection.nine_steps import (
@@ -218,7 +218,9 @@ def test_a_damaged_latest_checkpoint_names_the_intact_step_and_at_takes_it(inter
 
 def test_later_checkpoints_stay_until_the_next_save_has_succeeded(interrupted, cfg):
     def folders():
-        return [checkpoint.step_of(p) for p in sorted(interrupted.glob("checkpoints/step-*"))]
+        return [
+            checkpoint_folders.step_of(p) for p in sorted(interrupted.glob("checkpoints/step-*"))
+        ]
 
     found = []
 

@@ -17,7 +17,7 @@ from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import CheckpointError
 from stackproof.subject.run import small_run
 from stackproof.subject.training import advance
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.state import build_state, crc32_by_name, differing, digest, live_crc32
 from tests.processes import Command
 from tests.subjects import TINY
@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 from stackproof.config import RunConfig
 from stackproof.data.prepare import prepare
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.state import build_state
 from tests.processes import Command
 from tests.train.test_checkpoint import document
@@ -66,7 +66,7 @@ def begun(n_saves):
         for n in range(n_saves):
             state.step = 1 + n % 4
             checkpoint.save(root, state, document(state, dataset))
-            checkpoint.retain(root, 2)
+            checkpoint_folders.retain(root, 2)
         os._exit(0)
     os.close(writing)
     os.read(reading, 1)
@@ -109,9 +109,9 @@ def test_retain_keeps_the_newest_the_best_and_nothing_torn(state, dataset, tmp_p
         state.step = step
         folder = checkpoint.save(tmp_path, state, document(state, dataset))
         if step == 2:
-            checkpoint.point(tmp_path, "best", folder)
+            checkpoint_folders.point(tmp_path, "best", folder)
         (tmp_path / f".writing-step-{step}").mkdir()
-        checkpoint.retain(tmp_path, 2)
+        checkpoint_folders.retain(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best",
         "latest",
@@ -433,7 +433,7 @@ def test_a_kill_between_any_two_renames_of_the_same_step_leaves_it_loadable(
     assert checkpoint.load(checkpoint.find(tmp_path)).state["step"] == 0
     for _ in range(2):
         checkpoint.save(tmp_path, state, document(state, dataset))
-    checkpoint.retain(tmp_path, 1)
+    checkpoint_folders.retain(tmp_path, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000000"]
 
 
