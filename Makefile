@@ -52,7 +52,7 @@ prove: $(VENV)/.train
 BENCH_DIR ?= runs/bench
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_TEXT ?=
-BENCH_PARTS := startup checkpoint cpu-kernels memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
+BENCH_PARTS := startup checkpoint cpu-kernels memory rank-memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
 	foreign-overhead trace-overhead trace-every trace-plants reader tokenizer build
 BENCH := PYTHONPATH=$(CURDIR)/tools/checkout $(BENCH_PYTHON)
 
@@ -71,6 +71,8 @@ $(BENCH_DIR)/cpu-kernels/metadata.json:
 	$(BENCH) benchmarks/cpu_kernels.py --run-dir $(@D)
 $(BENCH_DIR)/memory/metadata.json:
 	$(BENCH) benchmarks/memory.py --run-dir $(@D)
+$(BENCH_DIR)/rank-memory/metadata.json:
+	$(BENCH) benchmarks/rank_memory.py --run-dir $(@D)
 $(BENCH_DIR)/generation/metadata.json:
 	$(BENCH) benchmarks/generation.py --run-dir $(@D)
 $(BENCH_DIR)/training-a/metadata.json:

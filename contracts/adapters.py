@@ -36,6 +36,12 @@ RANK_EVENTS = (
     events.RankSpeeds,
     events.MasksCompared,
 )
+FOREIGN_RANK_EVENTS = (
+    events.RanksJoined,
+    events.RowsDealt,
+    events.StepRepeated,
+    events.ReplicasCompared,
+)
 FOREIGN_EVENTS = (
     events.Started,
     events.StateRestored,
@@ -86,13 +92,26 @@ ADAPTERS = (
     Adapter("import", "stack import", "import"),
     Adapter("data", "stack data build", "data"),
     Adapter("evaluate", "stack evaluate", "evaluate"),
-    Adapter("plain", "with gated(model, optimizer): …", "foreign", FOREIGN_EVENTS),
+    Adapter(
+        "plain",
+        "with gated(model, optimizer): …",
+        "foreign",
+        FOREIGN_EVENTS,
+        FOREIGN_RANK_EVENTS,
+    ),
     Adapter(
         "huggingface",
         "transformers.Trainer or a trainer of TRL, with GateCallback",
         "foreign",
         FOREIGN_EVENTS,
+        FOREIGN_RANK_EVENTS,
     ),
-    Adapter("lightning", "lightning.Trainer with GateCallback", "foreign", FOREIGN_EVENTS),
+    Adapter(
+        "lightning",
+        "lightning.Trainer with GateCallback",
+        "foreign",
+        FOREIGN_EVENTS,
+        FOREIGN_RANK_EVENTS,
+    ),
     Adapter("pytest", "pytest --stack-gates", "foreign", moments=("preflight",)),
 )

@@ -1,14 +1,14 @@
 """Gates of a run on several ranks: that it is the run of one process, only divided."""
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from stackproof.contracts.events import (
     EvaluationRepeated,
     Event,
-    Finished,
     MasksCompared,
     RanksJoined,
     RankSpeeds,
@@ -27,6 +27,18 @@ from stackproof.contracts.gate import (
     not_run,
     worst,
 )
+
+
+def compare_parts(found: Sequence[Mapping[str, Any]]) -> tuple[int, tuple[str, ...]]:
+    """How many of the named parts of the ranks several of them hold, and the names of those that
+    differ among them.
+    """
+    holders: dict[str, list[str]] = defaultdict(list)
+    for own in found:
+        for name, value in own.items():
+            holders[name].append(repr(value))
+    shared = {name: values for name, values in holders.items() if len(values) > 1}
+    return len(shared), tuple(sorted(n for n, values in shared.items() if len(set(values)) > 1))
 
 
 @decides("distributed.ranks")
@@ -98,25 +110,24 @@ class RowsOnce(RuntimeCheck):
 
 @decides("distributed.one-process-step")
 class OneProcessStep(RuntimeCheck):
-    """A step of all ranks has the loss, counts, gradients and update of one process."""
+    """A step of all ranks has the loss, counts, gradients and update of one process. Green only if
+    every step that was to be judged could be.
+    """
 
-    events = (StepRepeated, Finished)
+    events = (StepRepeated,)
 
     def __init__(self, limits: SimpleNamespace):
         super().__init__(limits)
         self.unknown = ""
 
-    def observe(self, event: Event) -> Verdict | None:
-        match event:
-            case Finished():
-                return not_run(self.unknown) if self.unknown else None
-            case StepRepeated(unknown=reason) if reason:
-                self.unknown = reason
-                return not_run(reason)
+    def observe(self, event: Event) -> Verdict:
+        if event.unknown:
+            self.unknown = event.unknown
+            return not_run(event.unknown)
         limits, errors = vars(self.limits), event.errors
         wrong = {name: pair for name, pair in event.counts.items() if len(set(pair)) > 1}
         allowed = {name: limits[f"{name}_rel_error_max"] for name in errors}
-        return decide_all(
+        verdict = decide_all(
             (
                 *(
                     not errors[name] <= allowed[name]
@@ -135,6 +146,7 @@ class OneProcessStep(RuntimeCheck):
             wrong_counts=len(wrong),
             n_compared=event.n_compared,
         )
+        return not_run(self.unknown) if verdict.passed and self.unknown else verdict
 
 
 @decides("distributed.replicas")

@@ -169,20 +169,20 @@ def _without_escapes(texts: list[bytes]) -> list[Any] | None:
     return values if is_strict else None
 
 
-def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES, *, max_values: int | None = None) -> Any:
     """The strictly parsed value of a JSON file.
 
     Raises OSError as `read_bytes`, IntegrityError as `parse_strict`.
     """
-    return parse_strict(read_bytes(path, max_bytes), origin=str(path))
+    return parse_strict(read_bytes(path, max_bytes), origin=str(path), max_values=max_values)
 
 
-def parse_strict(data: bytes, *, origin: str) -> Any:
+def parse_strict(data: bytes, *, origin: str, max_values: int | None = None) -> Any:
     """Parse untrusted JSON strictly.
 
     Raises IntegrityError naming `origin` for other encodings than UTF-8, a byte-order mark,
     duplicate keys, NaN, overflow, deep nesting, over-long integers, lone surrogates, text above
-    MAX_TEXT_BYTES or more than MAX_JSON_VALUES values.
+    MAX_TEXT_BYTES or more than `max_values` (MAX_JSON_VALUES) values.
     """
     if len(data) > MAX_TEXT_BYTES:
         raise IntegrityError(
@@ -190,13 +190,14 @@ def parse_strict(data: bytes, *, origin: str) -> Any:
             value=f"{len(data)} bytes",
             allowed=f"at most {MAX_TEXT_BYTES}",
         )
+    max_values = MAX_JSON_VALUES if max_values is None else max_values
     # a shorter text has no room for more values
-    n_values = 0 if len(data) <= MAX_JSON_VALUES else sum(map(data.count, (b",", b"[", b"{")))
-    if n_values > MAX_JSON_VALUES:
+    n_values = 0 if len(data) <= max_values else sum(map(data.count, (b",", b"[", b"{")))
+    if n_values > max_values:
         raise IntegrityError(
             f"{origin} holds too many values to be a record",
             value=f"up to {n_values}",
-            allowed=f"at most {MAX_JSON_VALUES}",
+            allowed=f"at most {max_values}",
         )
     try:
         if (known := _without_escapes([data])) is not None:

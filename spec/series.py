@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -98,6 +98,34 @@ class Draw(Line):
     focus: str | None = None
 
 
+class RankFacts(Line):
+    rank: Count
+    replicate: Count
+    shard: Count
+    tensor: Count
+    device: str
+    device_name: str | None = None
+
+
+class OverRanks(Line):
+    ranks: Annotated[tuple[Number, ...], Field(strict=False)]
+    min: Number
+    median: Number
+    max: Number
+
+
+class RankLine(Line):
+    step: Count
+    event: Literal["mesh", "times"]
+    mesh: dict[str, Count] = {}
+    ranks: Annotated[tuple[RankFacts, ...], Field(strict=False)] = ()
+    n_steps: Count = 0
+    step_s: OverRanks | None = None
+    own_s: OverRanks | None = None
+    communication_frac: OverRanks | None = None
+    exposed_frac: OverRanks | None = None
+
+
 class Red(Line):
     seconds: float
 
@@ -119,6 +147,7 @@ KINDS: Mapping[str, type[Line]] = {
     "audits.jsonl": Answer,
     "sources.jsonl": Source,
     "curriculum.jsonl": Draw,
+    "ranks.jsonl": RankLine,
     "matrix.jsonl": MatrixRow,
 }
 

@@ -14,7 +14,7 @@ from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import untouched
 from stackproof.contracts.callbacks.record import End, trainer_of
 from stackproof.contracts.callbacks.run import GatedRun
-from stackproof.contracts.callbacks.session import ROWS_GATE
+from stackproof.contracts.callbacks.session import ROWS_GATES
 from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
 from stackproof.contracts.callbacks.watch import Watch, phase_by_grad
 from stackproof.contracts.subject import SavedCheckpoint
@@ -26,6 +26,7 @@ LOSS_GATES = (
     "data.learnable-batch",
     "runtime.trend",
     "runtime.loss-spike",
+    "distributed.one-process-step",
 )
 
 
@@ -52,9 +53,9 @@ class GateCallback(GatedRun, TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         trained = Trained(model, optimizer, lr_scheduler, tokenizer, state.global_step)
         self._leave_out_gates(args)
-        if args.process_index == 0:
-            kind = type(self._trainer) if self._trainer else Trainer
-            self._open_record(trained, trainer_of(kind, "transformers"), _configured(args))
+        kind = type(self._trainer) if self._trainer else Trainer
+        configured = _configured(args) | _data(self._trainer)
+        self._open_record(trained, trainer_of(kind, "transformers"), configured)
         self._preflight(trained)
         phase = (lambda: self._phase) if self._trainer else phase_by_grad
         self._watch = Watch(trained, self.session, self._settings(args, trained), phase=phase)
@@ -80,20 +81,27 @@ class GateCallback(GatedRun, TrainerCallback):
             return
         # All processes compare their weights after the first has written the folder.
         if other := digest.other_replica(model):
-            self.session.artifact(other, step)
+            with self.session.alike():
+                self.session.artifact(other, step)
         self._saved(step, folder if args.process_index == 0 else None)
         if not self._reloaded:
             with untouched(model):
                 self.session.artifact(self._reload(model, folder), step)
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._watch is not None and logs and "loss" in logs:
+            self._watch.ranks.logged(float(logs["loss"]))
+
     def on_train_end(self, args, state, control, **kwargs):
-        self._detach()
         if self.session is None:
             return
+        if self._watch is not None:
+            self._watch.ranks.end(state.global_step)
         end = End.of(None)
         if state.global_step < state.max_steps:
             reason = f"the trainer stopped at step {state.global_step} of {state.max_steps}"
             end = End("early_stopped", reason)
+        self._detach()
         self.session.end(end)
 
     def _leave_out_gates(self, args) -> None:
@@ -105,11 +113,12 @@ class GateCallback(GatedRun, TrainerCallback):
                     gate_id, f"{name} does not learn the next token by cross-entropy"
                 )
         if (passes := getattr(args, "num_iterations", 1)) > 1:
-            self.session.leave_out(
-                ROWS_GATE,
-                f"num_iterations = {passes}: the trainer goes over each buffer of rows again on "
-                "purpose",
-            )
+            for gate_id in ROWS_GATES:
+                self.session.leave_out(
+                    gate_id,
+                    f"num_iterations = {passes}: the trainer goes over each buffer of rows again "
+                    "on purpose",
+                )
 
     def _reload(self, model: PreTrainedModel, folder: Path) -> SavedCheckpoint:
         """The checkpoint, loaded by the class of the model."""
@@ -164,6 +173,7 @@ class GateCallback(GatedRun, TrainerCallback):
             max_grad_norm=args.max_grad_norm if clips else math.inf,
             ticks_per_update=scaler is None,
             absolute=args.world_size <= 1,
+            mean_of_ranks=not args.average_tokens_across_devices,
             warmup_steps=args.get_warmup_steps(trainer.state.max_steps) if trainer else 0,
         )
 
@@ -173,6 +183,16 @@ def _configured(args) -> dict[str, Any]:
     defaults = {f.name: f.default for f in fields(args)}
     given = args.to_sanitized_dict().items()
     return {k: v for k, v in given if k not in PRIVATE and str(v) != str(defaults.get(k))}
+
+
+def _data(trainer: Trainer | None) -> dict[str, Any]:
+    """The number of rows of the training data, and their fingerprint if they are of `datasets`."""
+    data = getattr(trainer, "train_dataset", None)
+    found = {
+        "rows": len(data) if hasattr(data, "__len__") else None,
+        "data_fingerprint": getattr(data, "_fingerprint", None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _caller() -> tuple[Trainer | None, Any]:

@@ -46,7 +46,7 @@ class GateCallback(GatedRun, Callback):
         schedule = trainer.lr_scheduler_configs[0] if trainer.lr_scheduler_configs else None
         scheduler = schedule.scheduler if schedule else None
         trained = Trained(model, optimizer, scheduler, self._tokenizer, trainer.global_step)
-        if trainer.is_global_zero and optimizer is not None:
+        if optimizer is not None:
             configured = {
                 "max_grad_norm": trainer.gradient_clip_val,
                 "precision": trainer.precision,
@@ -84,6 +84,8 @@ class GateCallback(GatedRun, Callback):
         self._document = checkpoint.get(STATE)
 
     def on_fit_end(self, trainer, pl_module):
+        if self._watch is not None:
+            self._watch.ranks.end(trainer.global_step)
         self._detach()
         self.session.end(End.of(None))
 

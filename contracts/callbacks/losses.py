@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.callbacks.reading import Reading, Unread, read
+from stackproof.contracts.callbacks.repeat import Call
 from stackproof.contracts.callbacks.settings import TrainerSettings
 from stackproof.contracts.events import LossMeasured
 
@@ -27,6 +28,7 @@ class LossPlace:
     n_labels: Tensor | None
     loss: Tensor | None
     autocast: torch.dtype | None = None
+    call: Call | None = None  # where the pass is to be made again
     done: bool = False
 
 
@@ -94,6 +96,11 @@ class LossReader:
     def n_expected(self) -> int:
         """Tokens to learn in this step."""
         return sum(r.n_expected for r in self._readings)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """The fetched readings of the step."""
+        return self._readings
 
     def measured(self, step: int) -> LossMeasured:
         """The event of the step."""

@@ -21,7 +21,7 @@ class Gate(GatedRun):
     optional.
     """
 
-    def batch(self, batch: Any, *, epoch: int = 0) -> None:
+    def batch(self, batch: Any, *, epoch: int | None = None) -> None:
         """The batch that comes next: a mapping, or (ids, labels). Needed if the model is not given
         mask and labels, and for resume.
         """
@@ -90,6 +90,7 @@ def gated(
     error = None
     try:
         yield gate
+        gate._watch.ranks.end(gate._watch.step)
     except BaseException as e:
         error = e
         raise

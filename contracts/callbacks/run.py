@@ -9,6 +9,7 @@ from torch import nn
 
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import untouched
+from stackproof.contracts.callbacks.ranks import Ranks
 from stackproof.contracts.callbacks.record import LOG, Cost, RunRecord
 from stackproof.contracts.callbacks.session import Mode, Options, Session, timed
 from stackproof.contracts.callbacks.settings import Trained
@@ -57,21 +58,24 @@ class GatedRun:
     # --- events of the trainer --------------------------------------------------------------------
 
     def _open(self, folder: str | Path | None = None) -> None:
-        """Training begins: install the gates. `folder` holds the log if no path was given."""
+        """Training begins: install the gates. `folder` holds the log if no path was given. All
+        ranks must call this together.
+        """
         select_vector_functions()
         self._detach()
         self._watch = None
         options = self._options
         if (home := self._record or folder) and not options.get("log_path"):
             options = options | {"log_path": Path(home) / LOG}
-        self.session = Session(self._mode, options, self._detach)
+        self.session = Session(self._mode, options, self._detach, Ranks.joined())
 
     def _open_record(
         self, trained: Trained, trainer: Mapping[str, Any], configured: Mapping[str, Any]
     ) -> None:
-        """Open the record of the run, if there is to be one."""
-        if folder := self._record:
-            session = self.session
+        """Open the record of the run, if there is to be one, on the rank that writes."""
+        session = self.session
+        session.configured = {**trainer, **configured}
+        if (folder := self._record) and session.ranks.is_main:
             gates = {"mode": session.mode, "left_out": sorted(session.left_out)}
             session.record = RunRecord(folder, session.spec, trained, trainer, configured, gates)
 
@@ -84,12 +88,14 @@ class GatedRun:
             subject = foreign_subject(trained.model, None, trained.tokenizer)
             training = ForeignTraining(owner, trained.optimizer)
             self.session.preflight(replace(subject, training=training))
+        self.session.exchange()
 
     @timed
-    def _drawn(self, batch: Any, epoch: int, step: int) -> None:
-        """The trainer has drawn a training batch."""
+    def _drawn(self, batch: Any, epoch: int | None, step: int) -> None:
+        """The trainer has drawn a training batch. `epoch` is None where it does not state it."""
         self._watch.inputs.batch = _by_name(batch)
-        if event := self._saves.drawn(batch, epoch, step):
+        self._watch.ranks.epoch = epoch
+        if event := self._saves.drawn(batch, epoch or 0, step):
             self.session.observe(event)
 
     def _saved(self, step: int | None = None, folder: Path | None = None) -> dict:

@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 import torch
 from torch import nn
 
 from stackproof.contracts.callbacks.probe import untouched
+from stackproof.contracts.callbacks.ranks import ALONE, Ranks
 from stackproof.contracts.callbacks.record import Cost, End, RunRecord, append_line
 from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.events import StepTaken
@@ -23,7 +26,7 @@ from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import GateResult
 
 KIND = "foreign"
-ROWS_GATE = "data.fresh-rows"
+ROWS_GATES = ("data.fresh-rows", "distributed.rows")
 Mode = Literal["raise", "log"]
 logger = logging.getLogger("stackproof.gates")
 
@@ -68,9 +71,14 @@ class Session:
     Every verdict of a preflight or artifact gate, and every red one of a runtime gate, is written
     to the option `log_path` as one line, and to logging. Raises ConfigError for an unknown mode or
     gate.
+
+    On several ranks each judges what it computes. A red gate is raised at the next `exchange`, on
+    all of them, so that none waits for another; rank 0 alone writes.
     """
 
-    def __init__(self, mode: Mode, options: Options, on_halt: Callable[[], None]):
+    def __init__(
+        self, mode: Mode, options: Options, on_halt: Callable[[], None], ranks: Ranks = ALONE
+    ):
         if mode not in ("raise", "log"):
             raise ConfigError("mode is neither raise nor log", value=mode, allowed="raise | log")
         skip, only = options.get("skip", ()), options.get("only")
@@ -83,14 +91,27 @@ class Session:
                 f"other trainers have no gate {odd[0]}", allowed=", ".join(sorted(known))
             )
         installed = (known if only is None else set(only)) - set(skip)
-        self.mode, self.log_path, self.on_halt = mode, Path(log_path) if log_path else None, on_halt
-        self.keeper = Gatekeeper(spec, kind=KIND, only=installed, on_verdict=self._log)
+        self.mode, self.on_halt, self.ranks = mode, on_halt, ranks
+        self.log_path = Path(log_path) if log_path and ranks.is_main else None
+        self.keeper = Gatekeeper(
+            spec,
+            kind=KIND,
+            only=installed,
+            n_ranks=max(ranks.world_size, ranks.n_started),
+            on_verdict=self._log,
+        )
+        # Red verdicts since the last exchange, and the first of them that halts.
+        self._defers = ranks.world_size > 1
+        self._red: list[tuple[str, int | None, Verdict]] = []
+        self._halting: GateFailed | None = None
         self.left_out = known - installed
         self.record: RunRecord | None = None
+        self.configured: Mapping[str, Any] = {}  # what the trainer states of itself
         self.preflight_s, self.watching_s, self.steps, self.in_gates = 0.0, 0.0, 0, False
         self._absent: list[GateResult] = []
         if options.get("reuses_rows"):
-            self.leave_out(ROWS_GATE, "reuses_rows: rows come again on purpose")
+            for gate_id in ROWS_GATES:
+                self.leave_out(gate_id, "reuses_rows: rows come again on purpose")
 
     def leave_out(self, gate_id: str, why: str) -> None:
         """Remove a gate that has no meaning in this run; its verdict is `not_run` with the
@@ -124,9 +145,46 @@ class Session:
             self.record.step(event)
         self._guard(lambda: self.keeper.observe(event))
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Within it all ranks judge the same, so that each raises at once what is red."""
+        defers, self._defers = self._defers, False
+        try:
+            yield
+        finally:
+            self._defers = defers
+
+    def alone(self) -> Ranks:
+        """Exchange nothing any more, as where ranks have taken different numbers of steps."""
+        self._defers, self.ranks = False, Ranks(self.ranks.rank)
+        return self.ranks
+
     def artifact(self, saved: SavedCheckpoint, step: int) -> None:
         """Run the artifact gates on a checkpoint. Raises GateFailed in mode `raise`."""
         self._guard(lambda: self.keeper.artifact(Subject(saved=saved), step=step))
+
+    def exchange(self, document: Any = None) -> list[Any]:
+        """The documents of all ranks, in order of rank; all must call this together. Red verdicts
+        are exchanged with them.
+
+        In mode `raise`, raises GateFailed on every rank if a gate that halts is red on one.
+        """
+        if self.ranks.world_size == 1:
+            return [document]
+        error = self._halting
+        halting = error and (error.gate_id, error.what, error.value, error.allowed, error.next_step)
+        found = self.ranks.gathered((self._red, halting, document))
+        self._red, self._halting = [], None
+        for rank, (red, _, _) in enumerate(found):
+            for gate_id, step, verdict in red if rank != self.ranks.rank else ():
+                stated = replace(verdict, message=f"rank {rank}: {verdict.message}")
+                if gate_id in self.keeper.states:
+                    self.keeper.carry(gate_id, step or 0, stated)
+                self._write(gate_id, step, stated)
+        halted = [(rank, parts) for rank, (_, parts, _) in enumerate(found) if parts]
+        if halted and self.mode == "raise":
+            self._halt(error if halted[0][0] == self.ranks.rank else _on_rank(*halted[0]))
+        return [one for _, _, one in found]
 
     def end(self, end: End) -> None:
         """The run has ended: its record is written. A second call does nothing."""
@@ -148,12 +206,24 @@ class Session:
         try:
             judge()
         except GateFailed as e:
-            if self.mode == "raise":
-                self.on_halt()
-                self.end(End.of(e))
-                raise
+            if self._defers:
+                self._halting = self._halting or e
+            elif self.mode == "raise":
+                self._halt(e)
+
+    def _halt(self, error: GateFailed) -> NoReturn:
+        self.on_halt()
+        self.end(End.of(error))
+        raise error
 
     def _log(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+        if verdict.outcome == "fail" and self._defers:
+            self._red.append((gate_id, step, verdict))
+        self._write(gate_id, step, verdict)
+
+    def _write(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+        if not self.ranks.is_main:
+            return
         level = logging.WARNING if verdict.outcome == "fail" else logging.DEBUG
         logger.log(level, "%s %s at step %s: %s", gate_id, verdict.outcome, step, verdict.message)
         if self.log_path is not None:
@@ -166,6 +236,15 @@ class Session:
                 "measured": verdict.measured,
             }
             append_line(self.log_path, line)
+
+
+def _on_rank(rank: int, parts: tuple) -> GateFailed:
+    """The error of a gate that halts on another rank."""
+    gate_id, what, value, allowed, next_step = parts
+    what = what.removeprefix(f"gate {gate_id} failed: ")
+    return GateFailed(
+        gate_id, what=f"rank {rank}: {what}", value=value, allowed=allowed, next_step=next_step
+    )
 
 
 def preflight_gates() -> list[Gate]:

@@ -30,7 +30,8 @@ class TrainerSettings:
     `max_grad_norm` is None where unknown and infinity where nothing is clipped. `ticks_per_update`:
     the schedule ticks once per update; otherwise it may tick more rarely. `loss_scale()` is the
     factor of a loss scaler. `absolute`: the weight of a token can be compared with 1/N, as in one
-    process. `warmup_steps` are those of the learning rate.
+    process. `mean_of_ranks`: the loss is declared as a mean over ranks of the mean of each, and
+    not as one over all tokens. `warmup_steps` are those of the learning rate.
     """
 
     pad_id: int | None = None
@@ -41,6 +42,7 @@ class TrainerSettings:
     ticks_per_update: bool = False
     loss_scale: Callable[[], float] = lambda: 1.0
     absolute: bool = True
+    mean_of_ranks: bool = False
     warmup_steps: int = 12
 
     @classmethod

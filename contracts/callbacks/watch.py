@@ -18,12 +18,14 @@ from stackproof.contracts.callbacks.gradients import GradientReader
 from stackproof.contracts.callbacks.inputs import InputReader
 from stackproof.contracts.callbacks.losses import LossPlace, LossReader
 from stackproof.contracts.callbacks.movement import MovementTracker
+from stackproof.contracts.callbacks.rank_watch import RankWatch
 from stackproof.contracts.callbacks.rates import RateReader
 from stackproof.contracts.callbacks.reading import IGNORE, resolve, silent_places
+from stackproof.contracts.callbacks.repeat import Call
 from stackproof.contracts.callbacks.session import Session, timed
 from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
 from stackproof.contracts.causality import difference
-from stackproof.contracts.events import ModuleModes, Started, StepTaken
+from stackproof.contracts.events import ModuleModes, RowHashes, Started, StepTaken
 
 # Weights are compared between updates after an evaluation, and at every update of this number.
 COMPARED_EVERY = 16
@@ -62,10 +64,12 @@ class Watch:
         self.gradients = GradientReader(model, settings)
         self.movement = MovementTracker(model)
         self.rates = RateReader(optimizer, trained.scheduler, settings)
+        self.ranks = RankWatch(session, trained, settings, late=backward_in_step)
         self.forward = ForwardHooks(self, phase)
         self._leave_out_gates()
         plan = {"warmup_steps": settings.warmup_steps, "random_loss_nats": math.inf}
         session.observe(Started(self.step, plan))
+        self.ranks.begin()
         before = self.compare_weights if backward_in_step else self.before_update
         self._handles = [
             *self.forward.attach(),
@@ -110,6 +114,8 @@ class Watch:
             # Queued twice, as a wrapper may average gradients in a callback of its own.
             _when_done(lambda: _when_done(self._end_pass))
         self.loss.add(place, values, gradient, head)
+        if place.call is not None:
+            self.ranks.repeat.add(place.call, gradient, head, place.autocast)
 
     @timed
     def _end_pass(self) -> None:
@@ -132,14 +138,23 @@ class Watch:
             self.session.observe(self.movement.between(self.step + 1))
 
     def _judge_step(self) -> None:
-        """Judge loss and gradients, once per step."""
+        """Judge loss and gradients, once per step, and what the ranks have found."""
         if self._judged:
             return
         self.rates.read()
         self.movement.prepare(self.optimizer)
-        if not self.gradients.passes:
-            return
-        self._judged = True
+        loss, factor = math.nan, 1.0
+        if self.gradients.passes:
+            self._judged = True
+            loss, factor = self._judge_own()
+        if (repeat := self.ranks.repeat) and repeat.wanted:
+            self.forward.repeat_passes()
+        self.ranks.before_update(self.step + 1, self.loss.readings, loss, factor)
+
+    def _judge_own(self) -> tuple[float, float]:
+        """Judge what this process has computed. Returns its loss, and what gradients were divided
+        by after the last backward pass.
+        """
         step, observe = self.step + 1, self.session.observe
         scale, maximum = self.settings.loss_scale(), self.settings.max_grad_norm
         # Everything is fetched with one copy from the device.
@@ -167,6 +182,7 @@ class Watch:
         if self.loss.finite and math.isfinite(norm):
             observe(self.loss.measured(step))
             observe(self.gradients.accumulated(step, after, used, stale, lost))
+        return loss, float(after.norm() / used.norm())
 
     @timed
     def after_update(self) -> None:
@@ -205,6 +221,7 @@ class ForwardHooks:
         self.watch, self.session, self.phase = watch, watch.session, phase
         self.evaluated = False  # since the weights were compared last
         self._outermost: nn.Module | None = None
+        self._call: Call | None = None  # the pass, where it is to be made again
         self._repeating, self._repeat_due = False, True
         self._inner: dict[str, Any] = {}  # outputs of modules inside of the current forward pass
 
@@ -238,14 +255,28 @@ class ForwardHooks:
         if (ids := probe.ids_of(named)) is None:
             return
         self._outermost, self._inner = module, {}
+        self._call, repeat = None, self.watch.ranks.repeat
         inputs, step, events = self.watch.inputs, self.watch.step, ()
         if phase == "evaluation":
             self.evaluated = True
             events = inputs.evaluation(step, module, named, ids)
         elif torch.is_grad_enabled():
             events = inputs.training(step + 1, module, named, ids)
+            if repeat is not None and repeat.wanted:
+                self.repeat_passes()
+                self._call = Call.of(module, args, kwargs)
         for event in events:
             self.session.observe(event)
+            if isinstance(event, RowHashes) and phase == "training":
+                self.watch.ranks.rows += event.rows
+
+    def repeat_passes(self) -> None:
+        """Make the passes of earlier micro-steps again, unseen by these hooks."""
+        outermost, self._outermost, self._repeating = self._outermost, None, True
+        try:
+            self.watch.ranks.repeat.settle()
+        finally:
+            self._outermost, self._repeating = outermost, False
 
     @timed
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -282,6 +313,7 @@ class ForwardHooks:
                 if torch.is_autocast_enabled(ids.device.type)
                 else None
             ),
+            call=self._call,
         )
 
     def _sources(

@@ -10,6 +10,7 @@ from stackproof.cli.options import Checkpoint, Json
 from stackproof.cli.output import emit, print_facts, print_line, print_table
 from stackproof.cli.paths import model_at
 from stackproof.spec.errors import CheckpointError, IntegrityError, StackproofError, UsageError
+from stackproof.spec.rank_log import FIGURES, FILE, RankTable, rank_table
 
 app = Typer()
 
@@ -37,8 +38,12 @@ def inspect(
     document = _described(checkpoint.find(model_at(model)))
     if document["checksum"] == "VALID":
         document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
+    if table := _ranks_of(model_at(model)):
+        document |= {"mesh": dict(table.mesh), "ranks": table.rows()}
     if not emit(document, json):
-        print_facts("Checkpoint", document, "tensors", "model")
+        print_facts("Checkpoint", document, "tensors", "model", "mesh", "ranks")
+        if table:
+            _print_ranks(table)
         if "tensors" in document:
             rows = [
                 [t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"]
@@ -51,6 +56,40 @@ def inspect(
             value=document["value"],
             next_step="stack train --resume DIR --at STEP takes an older step folder",
         )
+
+
+def _ranks_of(model: Path) -> RankTable | None:
+    """The ranks of the run that a run directory, or a checkpoint in one, belongs to; None for a run
+    of one process. Raises IntegrityError if their log has another form.
+    """
+    from stackproof.train.run_dir import RunDir, parent_run
+
+    directory = RunDir(parent_run(model))
+    try:
+        return rank_table(directory.lines(FILE))
+    except (ValueError, TypeError, LookupError) as e:
+        raise IntegrityError(
+            f"{directory.path / FILE} cannot be read",
+            value=f"{type(e).__name__}: {e}",
+            allowed="the lines that a run has written",
+            next_step="restore the file",
+        ) from e
+
+
+def _print_ranks(table: RankTable) -> None:
+    """The mesh, and a row of each rank."""
+    mesh = " × ".join(f"{name} {size}" for name, size in table.mesh.items())
+    rows = [
+        [
+            row["rank"],
+            f"{row['replicate']}, {row['shard']}, {row['tensor']}",
+            row.get("device_name") or row.get("cpu", row["device"]),
+            *(f"{row[name]:.3g}" if name in row else "–" for name in FIGURES),
+        ]
+        for row in table.rows()
+    ]
+    columns = ["rank", "place", "device", "step, s", "own, s", "communication", "exposed"]
+    print_table(f"Mesh: {mesh}", columns, rows)
 
 
 def _verify(run: Path, json: bool) -> None:

@@ -13,6 +13,7 @@ from stackproof.cli.options import Json, Plugins, Sets, examples
 from stackproof.cli.output import emit, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.config import trackers
+from stackproof.distributed import launch, output
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
@@ -28,6 +29,7 @@ EXAMPLES = examples(
     "stack train --data data/mix --set curriculum.kind=bandit",
     "stack train --continue-from runs/pocket-1 --set curriculum.caps.wikitext=0.2",
     "stack train --depth 3 --dry-run",
+    "stack train gpt2-124m --nproc 1024 --dry-run --assume memory_bytes=40e9",
 )
 REACHED_SHARE = (
     0.5  # share of the matrix-product rate; small models spend the rest on memory traffic
@@ -88,8 +90,20 @@ def train(
     ] = None,
     dry_run: Annotated[
         bool,
-        Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop."),
+        Option(
+            "--dry-run",
+            help="Print the resolved configuration and its arithmetic, then stop. With --nproc "
+            "also the memory, communication and predicted step time of each rank.",
+        ),
     ] = False,
+    assume: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            help="With --nproc and --dry-run: what the prediction assumes of the machines, such as "
+            "memory_bytes=80e9. Repeatable.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> int | None:
     """Train a model with its gates and write a record.
@@ -133,15 +147,22 @@ def train(
             allowed=", ".join(trackers.NAMES),
             next_step="correct the name",
         )
+    if launch.n_started() > 1 and (folder := resume or run_dir):
+        output.divide_output(folder, launch.rank(), launch.restarts() + 1)
     sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
         sets = ("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}", *sets)
     cfg, overrides = _resolve(recipe, depth, data, resume, parent, sets=sets, device=device)
+    if assume and not (dry_run and nproc > 1):
+        raise UsageError(
+            "--assume is for the plan of a run on several ranks",
+            value=f"--assume {assume[0]}",
+            next_step="add --dry-run and --nproc N with N of at least 2, or drop it",
+        )
     if dry_run:
-        return _dry_run(cfg, overrides, json)
+        return _dry_run(cfg, overrides, nproc, assume or (), json)
     from stackproof.data import plugins
-    from stackproof.distributed import launch
     from stackproof.train.run_dir import default_run_dir
 
     if resume and run_dir:
@@ -159,13 +180,14 @@ def train(
     if nproc > 1 and not launch.is_worker():
         mesh_sizes(cfg, nproc)
         named = () if resume or run_dir else ("--run-dir", str(directory))
-        return launch.launch((*sys.argv[1:], *named), nproc, max_restarts=restarts)
+        return launch.launch((*sys.argv[1:], *named), nproc, directory, max_restarts=restarts)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
         if launch.restarts() and (directory / "run.json").is_file():
             resume, at = directory, None
-        record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
+        with output.traceback_kept(directory, launch.rank() if launch.n_started() > 1 else None):
+            record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
     if record is None:
         return
     document = {"run_dir": str(directory), "record": record.id}
@@ -241,19 +263,26 @@ def _resolve(
     return load_config(base, run_file=file, sets=sets, fixed=fixed)
 
 
-def _dry_run(cfg: Any, overrides: Any, as_json: bool) -> None:
-    """Print the configuration and the quantities computed from it. Reads no data and builds no
-    model.
+def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_json: bool) -> None:
+    """Print the configuration and the quantities computed from it, also those of each of several
+    ranks. Reads no data, and builds no model but one without values.
     """
+    if nproc > 1:
+        mesh_sizes(cfg, nproc)
     if cfg.data.corpus.kind in ("mixture", "built"):
         from stackproof.data.curriculum import apply_shares, declared_sources
 
         apply_shares(cfg.curriculum, declared_sources(cfg.data))
     derived = _derived(cfg)
+    ranks = {}
+    if nproc > 1 and (vocab_size := _vocab_size(cfg)) is not None:
+        from stackproof.cli.rank_plan import planned
+
+        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed)}
     document = {
         "config": cfg.to_dict(),
         "overrides": [o.model_dump(by_alias=True) for o in overrides],
-        "derived": derived,
+        "derived": derived | ranks,
     }
     if emit(document, as_json):
         return
@@ -262,6 +291,10 @@ def _dry_run(cfg: Any, overrides: Any, as_json: bool) -> None:
         print_line(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""))
     for key, value in derived.items():
         print_line(f"# {key}: {value if isinstance(value, str) else format(value, ',')}")
+    if ranks:
+        from stackproof.cli.rank_plan import print_plan
+
+        print_plan(ranks["ranks"])
     if cfg.data.tokenizer.kind == "bpe":
         print_line(
             "# a corpus too small for this number of merges gives a smaller vocabulary and fewer "

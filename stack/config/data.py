@@ -282,8 +282,12 @@ class DataConfig(Frozen):
         "wrap",
         description="at the end of the data: begin another epoch, or end the run with exit code 3",
     )
-    verify: Literal["full", "size"] = Field(
-        "full", description="at start, compare the hash of every shard, or only its size"
+    verify: Literal["full", "size", "drawn"] = Field(
+        "full",
+        description=(
+            "compare the hash of every shard at start, or only its size, or only the length of "
+            "each shard when a row of it is first drawn"
+        ),
     )
 
 

@@ -66,9 +66,12 @@ def build(
     folder: Path,
     *,
     workers: int = 1,
+    pool: Callable[[Path], Pool] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict:
-    """Build the data set in `folder` and return its manifest. Resumes an interrupted build.
+    """Build the data set in `folder` and return its manifest. Resumes an interrupted build. The
+    jobs run in `workers` processes, or in the pool that `pool` makes of the work folder; the
+    written files are the same.
 
     Raises DataError for an unreadable source, an empty split, or a source that changed meanwhile;
     UsageError if the folder holds another data set. Writes to no other folder.
@@ -91,7 +94,7 @@ def build(
             if manifest_path.is_file():
                 return _finished(manifest_path, plan)
             remove_leftovers(folder)
-            return _Build(cfg, folder, plan, jobs, on_progress).run(workers)
+            return _Build(cfg, folder, plan, jobs, on_progress).run(workers, pool)
     except (OSError, BadTensorFile) as e:
         raise Unwritable(
             f"the data set could not be written to {folder}: {e}",
@@ -243,18 +246,19 @@ class _Build:
     def work(self) -> Path:
         return self.folder / ".work"
 
-    def run(self, workers: int) -> dict:
+    def run(self, workers: int, pool: Callable[[Path], Pool] | None = None) -> dict:
         """Every stage in order, then the manifest."""
         cfg, folder, work = self.cfg, self.folder, self.work
         _open_work(folder, self.plan)
         grams = _evaluation_grams(cfg, work)
         n_bytes = sum(j.part.n_bytes for j in self.jobs)
-        with Pool(workers if n_bytes > corpus.PART_BYTES else 1) as pool:
-            self.receipts = self._filter(pool, n_bytes)
+        own = Pool(workers if n_bytes > corpus.PART_BYTES else 1)
+        with pool(work) if pool else own as running:
+            self.receipts = self._filter(running, n_bytes)
             self.chunks = self._drop_repeats()
             by_source = self._by_source()
             tokenizer = self._tokenizer()
-            encoded = self._encode(pool)
+            encoded = self._encode(running)
         if _plan(cfg, work)[0] != self.plan:
             raise changed_meanwhile()
         manifest = self._manifest(by_source, tokenizer, encoded, grams)

@@ -11,6 +11,8 @@ from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
 
 FILE = "manifest.json"
+# Of a document with a manifest: 32 MiB of text have room for 170,000 shards, of seven values each.
+MAX_VALUES = 1_200_000
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 
 
@@ -148,7 +150,7 @@ def read_manifest(path: Path, *, schema: str = "") -> dict[str, Any]:
 
     Raises OSError, and IntegrityError naming file and field.
     """
-    document = read_json(path)
+    document = read_json(path, max_values=MAX_VALUES)
     if not (schema and isinstance(document, dict) and document.get("schema", schema) != schema):
         validated(_Manifest, document, origin=str(path))
     return document

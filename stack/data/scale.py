@@ -1,7 +1,17 @@
-"""The per-document stages as blocks of datatrove, for corpora that one process cannot hold.
-Needs the extra `[scale]`.
+"""A build of a data set as tasks of datatrove, and its per-document stages as blocks, for corpora
+that one process cannot hold. Needs the extra `[scale]`.
 
-A pipeline is a list of blocks, independent of the executor:
+`TaskPool` divides the jobs of `build` among the tasks of an executor, on one machine or on many.
+The data set has the bytes of one that one process builds, with duplicates removed:
+
+    from stackproof.data.build import build
+    from stackproof.data.scale import TaskPool
+
+    build(cfg, folder, pool=TaskPool.on(tasks=8, workers=4))
+    build(cfg, folder, pool=TaskPool.on(SlurmPipelineExecutor, tasks=512, **slurm))
+
+For corpora whose documents one machine cannot compare, the stages are also blocks. A pipeline is a
+list of blocks, independent of the executor:
 
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 
@@ -21,17 +31,18 @@ A task processes every `tasks`-th file in sorted order and writes its own folder
 when it is complete. A failed task leaves no part; a repeated task replaces its part by the same
 bytes; a task marked as done in `logging_dir` is not started again. Paths are local or on a file
 system that all tasks share. The hidden folder of a task that was killed is removed by its next
-attempt on the same host; on another host it is not known that the process has ended. Duplicates are
-not removed here, because that needs all documents.
+attempt on the same host; on another host it is not known that the process has ended. Blocks do not
+remove duplicates, because that needs all documents.
 """
 
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from stackproof.config import Files, Language
 from stackproof.contracts.conditions import require
@@ -39,6 +50,7 @@ from stackproof.data import corpus, shards
 from stackproof.data.files import Unreadable
 from stackproof.data.filters import rejection
 from stackproof.data.tokenizer import Encoding, Tokenizer, load_tokenizer
+from stackproof.data.workers import Pool
 from stackproof.evidence.file_lock import remove_abandoned
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError, EnvironmentUnfit, IntegrityError
@@ -47,6 +59,8 @@ from stackproof.tensorfile import BadTensorFile
 
 try:
     from datatrove.data import Document
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.executor.base import PipelineExecutor
     from datatrove.pipeline.base import PipelineStep
     from datatrove.pipeline.filters.base_filter import BaseFilter
     from datatrove.pipeline.writers.disk_base import DiskWriter
@@ -59,6 +73,62 @@ except ModuleNotFoundError as e:
 
 FORMAT = "stackproof/part/1"
 LANGUAGES, DROPPED = get_args(Language), "dropped_"
+
+
+class JobsBlock(PipelineStep):
+    """A task's share of the jobs of a stage of `build`: jobs rank, rank + world_size, …, each of
+    which writes its result into the folder of the data set.
+    """
+
+    name, type = "stackproof build", "🧱 - BUILD"
+
+    def __init__(self, function: Callable[[Any], dict], jobs: Sequence[Any]):
+        super().__init__()
+        self.function, self.jobs = function, jobs
+
+    def run(
+        self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Run the jobs. A finished one is not run again."""
+        for job in self.jobs[rank::world_size]:
+            self.function(job)
+            self.stat_update("total")
+
+
+class TaskPool(Pool):
+    """Runs the jobs of a build as tasks of a datatrove executor, one pipeline for each stage."""
+
+    def __init__(self, make_executor: Callable[..., PipelineExecutor], logs: Path):
+        super().__init__(workers=1)
+        self.make_executor, self.logs = make_executor, logs
+
+    @classmethod
+    def on(
+        cls, executor: type[PipelineExecutor] = LocalPipelineExecutor, **options: Any
+    ) -> Callable[[Path], "TaskPool"]:
+        """The argument `pool` of `build`, from a class of executors and its options."""
+        return lambda work: cls(partial(executor, **options), work / "tasks")
+
+    def __call__(
+        self, function: Callable[[Any], dict], jobs: Iterable[Any]
+    ) -> Iterator[tuple[Any, dict]]:
+        """Run a stage, and yield (job, result) of its jobs in order. Raises DataError if tasks have
+        not finished, as those of an executor that only submits them.
+        """
+        jobs = list(jobs)
+        executor = self.make_executor(
+            [JobsBlock(function, jobs)], logging_dir=str(self.logs / function.__name__)
+        )
+        executor.run()
+        if missing := executor.get_incomplete_ranks(skip_completed=True):
+            raise DataError(
+                f"tasks of {function.__name__} have not finished",
+                value=f"{len(missing)} of {executor.world_size}",
+                allowed="all tasks, before the next stage begins",
+                next_step=f"wait for them, see {self.logs}, then build again: finished parts stay",
+            )
+        # A finished job returns the result that its task has written.
+        yield from super().__call__(function, jobs)
 
 
 class ReadBlock(PipelineStep):

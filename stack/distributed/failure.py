@@ -5,10 +5,12 @@ and those that lose a rank find out which one it was, and where it stood.
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from stackproof.distributed.output import output_of
 from stackproof.spec.errors import RankLost, StackproofError
 
 SURVIVORS_S = 5.0  # that the ranks which noticed a loss wait for one another
@@ -25,7 +27,7 @@ def _end_of(rank: int) -> str:
 
 
 def document(error: BaseException) -> dict[str, Any]:
-    """What the other ranks are told of an error."""
+    """An error as it is sent to the other ranks."""
     what = error.what if isinstance(error, StackproofError) else f"{type(error).__name__}: {error}"
     return {"what": what[:2000], "exit_code": getattr(error, "exit_code", 1)}
 
@@ -71,7 +73,10 @@ def find(store: dist.Store, rank: int, world_size: int) -> RankLost | None:
 
 def lost(rank: int, end: dict[str, Any]) -> RankLost:
     """The error of the ranks that lost one which had announced its own."""
-    error = RankLost(f"rank {rank} ended: {end['what']}")
+    error = RankLost(
+        f"rank {rank} ended: {end['what']}",
+        next_step=f"its traceback is in {output_of(Path('RUN'), rank)}",
+    )
     error.exit_code = end["exit_code"]
     return error
 
@@ -86,8 +91,8 @@ def _silent(store: dist.Store, ranks: Sequence[int], operation: str) -> RankLost
         value=operation,
         allowed="an answer of every rank within parallel.timeout_s",
         next_step=(
-            "look at the machine of that rank; stack train --resume continues from the last "
-            "checkpoint"
+            f"look at the machine of that rank and at {output_of(Path('RUN'), ranks[0])}; stack "
+            "train --resume continues from the last checkpoint"
         ),
     )
 

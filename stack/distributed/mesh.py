@@ -30,6 +30,12 @@ class MeshSizes:
         """Ranks that read different rows."""
         return self.replicate * self.shard
 
+    def place(self, rank: int) -> dict[str, int]:
+        """The coordinates of a rank."""
+        data_rank, tensor = divmod(rank, self.tensor)
+        replicate, shard = divmod(data_rank, self.shard)
+        return {"replicate": replicate, "shard": shard, "tensor": tensor}
+
     def device_mesh(self, device_type: str) -> "DeviceMesh":
         """torch's mesh over all ranks of the process group."""
         from torch.distributed.device_mesh import init_device_mesh

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from stackproof.config import RunConfig
-from stackproof.distributed.launch import n_started
+from stackproof.distributed.launch import n_started, restarts
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
 from stackproof.spec.errors import UsageError
@@ -37,7 +37,9 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
-    store, rank, _ = next(dist.rendezvous("env://"))
+    shared, rank, _ = next(dist.rendezvous("env://"))
+    # It outlives the ranks: those of a restart must not read addresses of lost ones.
+    store = dist.PrefixStore(f"start/{restarts()}", shared)
     store.set_timeout(timeout)
     backend = "gloo"
     if device.type == "cuda":

@@ -249,11 +249,15 @@ class Prover:
         """The gate's verdict in one trainer, under the configuration of a plant, and the step at
         which it turned red in a run.
         """
+        planted = plant.id if plant and clock else None
+        if trainer == "script" and gate.min_ranks > 1:
+            return self._on_ranks(gate, clock, "judge_script", (gate.id,), planted)
         if trainer == "script":
             return script.verdict_of(gate.id)
         cfg = self.config(gate, plant)
         if gate.min_ranks > 1:
-            return self._on_ranks(gate, cfg, plant, clock)
+            job = cfg, (gate.id,), planted, self.root / "cache", self.run_dir()
+            return self._on_ranks(gate, clock, "judge", *job)
         if gate.moment == "preflight":
             dataset, device = prepare(cfg.data), torch.device("cpu")
             with kernels_of(cfg, device):
@@ -269,14 +273,12 @@ class Prover:
         return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
 
     def _on_ranks(
-        self, gate: Gate, cfg: RunConfig, plant: Plant | None, clock: Clock | None
+        self, gate: Gate, clock: Clock | None, job: str, *arguments: Any
     ) -> tuple[Verdict, int | None]:
-        """The gate's verdict in a run on several processes. With a clock each applies the plant."""
+        """The gate's verdict in a job on several processes, each of which applies the plant."""
         if self._ranks is None:
             self._ranks = self._open.enter_context(pool())
-        planted = plant.id if clock else None, self.root / "cache", self.run_dir()
-        job = f"{ranks.__name__}:judge", cfg, (gate.id,), *planted
-        answers = self._ranks.run(*job, n_ranks=gate.min_ranks)
+        answers = self._ranks.run(f"{ranks.__name__}:{job}", *arguments, n_ranks=gate.min_ranks)
         judged = [answer.value for answer in answers if answer.value is not None]
         if clock:
             clock.elsewhere += sum(one.touches for one in judged)

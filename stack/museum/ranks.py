@@ -44,17 +44,19 @@ class Answer:
 
 class RankPool:
     """Processes that wait for jobs. A job is a function, named "module:function", that every rank
-    calls with the same arguments, with the variables set that torchrun sets.
+    calls with the same arguments, with the variables set that torchrun sets. `preloaded` modules
+    are imported once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preloaded: Sequence[str] = PRELOADED) -> None:
+        self._preloaded = tuple(preloaded)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self._preloaded), daemon=True)
         process.start()
         theirs.close()
         self._connections.append(ours)
@@ -100,21 +102,21 @@ class RankPool:
 
 
 @contextmanager
-def pool() -> Iterator[RankPool]:
+def pool(preloaded: Sequence[str] = PRELOADED) -> Iterator[RankPool]:
     """A pool until the block ends."""
-    ranks = RankPool()
+    ranks = RankPool(preloaded)
     try:
         yield ranks
     finally:
         ranks.close()
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, preloaded: Sequence[str]) -> None:
     """Import what jobs need, then fork a process for each: its sockets close with it, and nothing
     of a plant is left.
     """
     os.setsid()  # so that what is forked can be ended with it
-    for module in PRELOADED:
+    for module in preloaded:
         import_module(module)
     torch.set_num_threads(1)
     while True:
@@ -154,6 +156,21 @@ class Judged:
     error: str
     touches: int
     began: int | None
+
+
+def judge_script(gate_ids: Sequence[str], plant_id: str | None) -> Judged:
+    """Some gates in the script of another trainer, on one of its ranks, with a plant in the code of
+    this process.
+    """
+    from stackproof.museum import script
+    from stackproof.museum.plant import load_museum, touches
+
+    before = touches()
+    with load_museum()[plant_id].apply() if plant_id else nullcontext():
+        gate, _ = script.run(tuple(gate_ids))
+    red = gate.first_failures()
+    verdicts = {name: (verdict, red.get(name)) for name, verdict in gate.verdicts().items()}
+    return Judged(verdicts, "", touches() - before, None)
 
 
 def judge(

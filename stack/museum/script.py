@@ -1,17 +1,21 @@
 """A small training script with its own model, loss and loop, none of it the stack's. Plants of
-foreign trainers change it.
+foreign trainers change it. Started by a launcher in several processes, it divides the rows of each
+epoch among them.
 
 B batch, T tokens, D width, V vocab
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from stackproof.contracts.callbacks.plain import Gate, gated
 from stackproof.contracts.gate import Verdict
@@ -86,9 +90,41 @@ def batches() -> Iterator[dict[str, Tensor]]:
     """Three rows at a time, epoch after epoch without end."""
     rows, epoch = texts(ROWS, seed=4), 0
     while True:
-        order, epoch = order_of(epoch), epoch + 1
-        for first in range(0, ROWS, 3):
+        order, epoch = share_of(order_of(epoch)), epoch + 1
+        for first in range(0, len(order), 3):
             yield collate([rows[i] for i in order[first : first + 3]])
+
+
+def join() -> None:
+    """Join the other processes of this run, if a launcher has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+
+
+def n_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share_of(order: list[int]) -> list[int]:
+    """The rows of this rank."""
+    return order[rank() :: n_ranks()]
+
+
+def reduced(model: nn.Module) -> nn.Module:
+    """The model with gradients that are averaged over the ranks."""
+    return DistributedDataParallel(model) if n_ranks() > 1 else model
+
+
+def of_all(n_tokens: int) -> int:
+    """The sum over all ranks."""
+    total = torch.tensor(n_tokens)
+    if n_ranks() > 1:
+        dist.all_reduce(total)
+    return int(total)
 
 
 def collate(rows: list[list[int]]) -> dict[str, Tensor]:
@@ -169,11 +205,13 @@ def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
     """Train once under some gates, or all with None: their verdicts, and the trained model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        join()
         model = Small()
+        trained = reduced(model)
         optimizer = make_optimizer(model)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i))
         with gated(
-            model,
+            trained,
             optimizer,
             scheduler=scheduler,
             tokenizer=make_tokenizer(),
@@ -181,7 +219,10 @@ def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
             mode="log",
             only=gate_ids,
         ) as gate:
-            _train(gate, model, optimizer, scheduler)
+            _train(gate, trained, optimizer, scheduler)
+            _reload(gate, model, optimizer)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return gate, model
 
 
@@ -189,14 +230,19 @@ def _train(gate: Gate, model: nn.Module, optimizer: torch.optim.Optimizer, sched
     drawn, scored = batches(), collate(held_out())
     for _ in range(STEPS):
         micro_batches = [next(drawn) for _ in range(MICRO)]
+        n_tokens = of_all(tokens_in(micro_batches))
         for batch in micro_batches:
             gate.batch(batch)
-            loss_of(model(**inputs_of(batch)), batch, tokens_in(micro_batches)).backward()
+            # Gradients are averaged over the ranks, and are to be summed.
+            (n_ranks() * loss_of(model(**inputs_of(batch)), batch, n_tokens)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         model.zero_grad()
         evaluate(model, scored)
+
+
+def _reload(gate: Gate, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     state, kept = gate.state_dict(), saved(model, optimizer)
     other = Small()
     loaded(kept, other, make_optimizer(other))

@@ -423,7 +423,7 @@ def _require_alone(folder: Path, declared: set[str]) -> None:
     for path in folder.glob("*.safetensors"):
         if path.name not in declared:
             raise CheckpointError(
-                f"{path} is no file of this checkpoint",
+                f"{path} is not a file of this checkpoint",
                 allowed=", ".join(sorted(declared)[:6]),
                 next_step=f"remove it, or: {OLDER}",
             )

@@ -112,7 +112,8 @@ def take_step(trainer: Trainer) -> None:
     trainer.callbacks.on_step_start(trainer)
     trainer.timer.start()
     trainer.batches = draw(trainer)
-    trainer.report = steps.train_step(trainer.state, trainer.batches)
+    with trainer.around_update():
+        trainer.report = steps.train_step(trainer.state, trainer.batches)
     trainer.report.wall_s = trainer.timer.stop()
     trainer.state.wall_s += trainer.report.wall_s
     trainer.callbacks.on_step(trainer, trainer.report)

@@ -5,6 +5,7 @@ F d_ff, D d_model, N and K heads, H head_dim. Importable without torch, for `sta
 
 import ctypes
 import platform
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,36 +39,48 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     benchmarks/memory.py. `preflight` is needed only before step 1, so the larger of both must fit
     on a CPU.
     """
+    n_params = parameter_count(cfg.model.model_dump(), vocab_size)
+    tables = vocab_size * cfg.model.d_model * (1 if cfg.model.tied_head else 2)
+    parts = {
+        "weights": FLOAT * n_params,
+        "moments": FLOAT * cfg.optim.state_numbers(matrices=n_params - tables, others=tables),
+        "gradients": FLOAT * n_params,
+        **passing_bytes(cfg, vocab_size, cfg.train.micro_batch_size),
+    }
+    copy = COPY_BYTES_PER_PARAMETER * n_params if cfg.checkpoint.async_save else 0
+    return parts | {
+        "peak": peak_bytes(parts),
+        "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params,
+        "copy": copy,
+    }
+
+
+def passing_bytes(cfg: RunConfig, vocab_size: int, rows: int, *, tensor: int = 1) -> dict[str, int]:
+    """What a micro-step of this many rows holds beside weights, gradients and moments, bytes:
+    `activations` and `head`. The ranks of a tensor group divide heads, inner features, vocabulary
+    and the residual stream; each keeps the inputs of both branches whole.
+    """
     m, declared = cfg.model, cfg.model.model_dump()
-    n_params = parameter_count(declared, vocab_size)
-    n_tokens = cfg.train.micro_batch_size * m.max_seq_len
-    saved = (HALF if cfg.train.dtype != "float32" else FLOAT) * saved_per_token(declared)
+    n_tokens = rows * m.max_seq_len
+    whole_inputs = 2 * (tensor - 1) * m.d_model
+    saved = (HALF if cfg.train.dtype != "float32" else FLOAT) * (
+        saved_per_token(declared) + whole_inputs
+    )
     match cfg.train.activation_checkpointing:
         case "none":
             blocks = m.n_layers * saved
         case "blocks":
             blocks = m.n_layers * FLOAT * m.d_model + saved
-    activations = n_tokens * (blocks + 3 * FLOAT * m.d_model)
+    activations = n_tokens * (blocks // tensor + 3 * FLOAT * m.d_model)
+    passing = FLOAT * n_tokens * (3 * m.d_ff // tensor + 4 * m.d_model)
     logits = min(FLOAT * n_tokens * vocab_size, HEAD_CHUNK_BYTES)
     head = logits + 2 * FLOAT * vocab_size * m.d_model
-    state = FLOAT * n_params
-    passing = FLOAT * n_tokens * (3 * m.d_ff + 4 * m.d_model)
-    tables = vocab_size * m.d_model * (1 if m.tied_head else 2)
-    moments = FLOAT * cfg.optim.state_numbers(matrices=n_params - tables, others=tables)
-    parts = {
-        "weights": state,
-        "moments": moments,
-        "gradients": state,
-        "activations": activations + passing,
-        "head": head,
-    }
-    peak = round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES
-    copy = COPY_BYTES_PER_PARAMETER * n_params if cfg.checkpoint.async_save else 0
-    return parts | {
-        "peak": peak,
-        "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params,
-        "copy": copy,
-    }
+    return {"activations": activations + passing, "head": head // tensor}
+
+
+def peak_bytes(parts: Mapping[str, int]) -> int:
+    """Peak of a process that holds these parts at once, bytes."""
+    return round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES
 
 
 def available_bytes(device: "torch.device") -> int | None:

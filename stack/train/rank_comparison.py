@@ -5,7 +5,7 @@ All ranks take part, since the state must be assembled; rank 0 compares.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stackproof.contracts.distributed import compare_parts
 from stackproof.contracts.events import (
     EvaluationRepeated,
     RanksJoined,
@@ -298,16 +299,6 @@ def parts_held(state: TrainState) -> dict[str, Any]:
     parts = crc32_by_name((f"{name}{place_of_part(t)}", t) for name, t in named_tensors(state))
     rates = {f"lr.{name}": lr for name, lr in opt.group_lrs(state.optimizer).items()}
     return parts | rates | counters(state)
-
-
-def compare_parts(found: Sequence[dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
-    """How many parts several ranks hold, and the names of those that differ among them."""
-    holders: dict[str, list[str]] = defaultdict(list)
-    for own in found:
-        for name, value in own.items():
-            holders[name].append(repr(value))
-    shared = {name: values for name, values in holders.items() if len(values) > 1}
-    return len(shared), tuple(sorted(n for n, values in shared.items() if len(set(values)) > 1))
 
 
 # --- the run in one process -----------------------------------------------------------------------

@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stackproof.data.manifest import MAX_VALUES
+from stackproof.distributed.output import OUTPUT, RANKS, rank_folder
 from stackproof.evidence.file_lock import LOCK
-from stackproof.spec import checksums
+from stackproof.spec import checksums, rank_log
 from stackproof.spec.building import RecordBuilder, iso
 from stackproof.spec.canonical import (
     canonical_json,
@@ -53,12 +55,12 @@ SERIES = (
     "gates.jsonl",
     "curriculum.jsonl",
     "points.jsonl",
+    rank_log.FILE,
     EVENTS,
 )
 MANIFEST = "manifest.json"
-STEPPED = SERIES[:5]  # cut back when a run continues from an earlier step
+STEPPED = SERIES[:6]  # cut back when a run continues from an earlier step
 MAX_SERIES_BYTES = 2**32
-RANKS = "ranks"
 FOLDERS = ("repro", "archive", "tensorboard", RANKS)
 SEAL = "sha256"  # of run.json without this key
 
@@ -107,7 +109,7 @@ class RunDir:
 
     def __init__(self, path: Path, *, rank: int = 0):
         """The directory of a run; the other ranks of a run log into one of their own below it."""
-        self.path = path if rank == 0 else path / RANKS / f"{rank:05d}"
+        self.path = path if rank == 0 else rank_folder(path, rank)
         self.checkpoints = path / "checkpoints"
         self.sha256, self.sealed = "", False  # of run.json, as it was written or read
         self._ended = True  # so far as is known
@@ -179,7 +181,7 @@ class RunDir:
         path = self.path / "run.json"
         try:
             data = read_bytes(path)
-            document = parse_strict(data, origin=str(path))
+            document = parse_strict(data, origin=str(path), max_values=MAX_VALUES)
             validated(RunDocument, document, origin=str(path))
         except (OSError, IntegrityError) as e:
             if isinstance(e, FileNotFoundError):
@@ -320,14 +322,15 @@ class RunDir:
 
     def files(self) -> list[str]:
         """Paths of all regular files of a finished run that have no manifest of their own: not the
-        lock, and of step folders the manifest alone. Names that no line of text can hold, and the
-        files of a tracker, which may still write, are left out.
+        lock, and of step folders the manifest alone. Names that no line of text can hold, and what
+        may still be written, the files of a tracker and the output of ranks, are left out.
         """
         names = [p.relative_to(self.path) for p in self._entries() if self._is_plain(p)]
         return [
             name.as_posix()
             for name in names
             if name.as_posix() not in (LOCK, checksums.FILE)
+            and (name.parts[0] != RANKS or name.name != OUTPUT)
             and (len(name.parts) != 3 or name.parts[0] != "checkpoints" or name.name == MANIFEST)
         ]
 

@@ -235,8 +235,9 @@ def empty(
     wanted: Callable[[str], bool] = lambda name: True,
     like: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors of the shapes and types of the wanted ones of a folder: where and divided as in
-    `like`, if one of that shape is there, else whole in host memory.
+    """Uninitialised tensors with the names, shapes and types that a folder has, for the `wanted`
+    names. If `like` has a tensor of that name and shape, device and division are those of it; else
+    the tensor is whole and in host memory.
     """
     dtypes = {code: getattr(torch, name) for name, code in tensorfile.CODES.items()}
     made = {}

@@ -50,6 +50,7 @@ from stackproof.train.device import (
 )
 from stackproof.train.memory import keep_heap, lay_in_huge_pages, require_room
 from stackproof.train.rank_comparison import RankComparison, divide_compared
+from stackproof.train.rank_times import RankTimes
 from stackproof.train.restart import (
     former_processes,
     latest_checkpoint,
@@ -341,7 +342,7 @@ def setup(
     )
     # Logs first, then the caller's callbacks, then the gates, which may end the run.
     gate_events = GateEvents(TrainingSplit(dataset, cfg.model.max_seq_len))
-    watching_too = SdcCheck(), RankComparison()
+    watching_too = SdcCheck(), RankComparison(), RankTimes()
     trainer = Trainer(
         state=build_state(cfg, dataset, device),
         dataset=dataset,

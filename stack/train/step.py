@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stackproof.contracts.conditions import require
 from stackproof.data.data_loader import Batch
+from stackproof.distributed.communication import Communication
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.memorization import Memorization
 from stackproof.model import moe
@@ -30,7 +31,7 @@ class StepReport:
     Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` after the update.
     `group_lrs` are the learning rates held by the optimizer's groups, `expert_shares` the share of
     choices by layer and expert, `sample_ids` the windows trained on. The loop adds `wall_s` and,
-    after an evaluation, `evaluation` and `memorization`.
+    after an evaluation, `evaluation` and `memorization`; a profiled step has its `communication`.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepReport:
     n_valid_tokens: int
     tokens_seen: int
     wall_s: float = 0.0
+    communication: Communication | None = None
     evaluation: Evaluation | None = None
     memorization: Memorization | None = None
 
@@ -69,6 +71,11 @@ class StepReport:
             "epoch"
         ).split()
         line = {name: getattr(self, name) for name in names}
+        if (profile := self.communication) is not None:
+            line |= {
+                "communication_frac": profile.communication_frac,
+                "exposed_communication_frac": profile.exposed_frac,
+            }
         if (val := self.evaluation) is not None:
             line |= {
                 "val_loss_nats": val.loss_nats,

@@ -1,11 +1,12 @@
 """The trainer: what a run is, what it writes and what watches it; and how its record is closed."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partialmethod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from stackproof.evaluate.baselines import (
 )
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.stopping import Decision
+from stackproof.spec import rank_log
 from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StackproofError, Stopped
 from stackproof.spec.files import remedy
@@ -166,9 +168,12 @@ class StepTimer:
         """The block does not count as time of the step."""
         began = time.perf_counter()
         yield
-        spent = time.perf_counter() - began
-        self.paused_s += spent
-        self._started += spent
+        self.leave_out(time.perf_counter() - began)
+
+    def leave_out(self, seconds: float) -> None:
+        """As much of the current step does not count as its time."""
+        self.paused_s += seconds
+        self._started += seconds
 
 
 @dataclass
@@ -196,7 +201,8 @@ class Trainer:
     `batches`, `report` and `evaluation` are those of the latest step; `started_from` is the step
     folder that was loaded, and `resumed` is whether it is one of this run; `verified` are the
     measurements that a run makes once, such as kinds of read-only sections that were compared;
-    `processes` are those that continued the run, as its checkpoints state them.
+    `processes` are those that continued the run, as its checkpoints state them; `around_update`
+    gives the context of each update.
     """
 
     state: TrainState
@@ -216,6 +222,7 @@ class Trainer:
     timer: StepTimer = field(default_factory=StepTimer)
     verified: set[str] = field(default_factory=set)
     processes: list[Process] = field(default_factory=list)
+    around_update: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def cfg(self) -> RunConfig:
@@ -403,6 +410,7 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
         metric("gates_overhead_frac", gate_s / process_s, "1", better="lower")
         if trainer.timer.paused_s:
             metric("trace_overhead_frac", trainer.timer.paused_s / process_s, "1", better="lower")
+        _record_ranks(trainer)
         if state.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(state.device)
             metric("peak_device_memory_bytes", peak, "bytes", better="lower")
@@ -421,6 +429,19 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
         for name, bits_of in BASELINES.items():
             n = dataset.validation.n_bytes
             metric(name, bits_of(*parts), "bits per byte", n=n, better="lower")
+
+
+def _record_ranks(trainer: Trainer) -> None:
+    """What communication takes of a step, and how equal the ranks are, of a run on several."""
+    metric, lines = trainer.output.record.metric, trainer.output.dir.lines(rank_log.FILE)
+    table = rank_log.rank_table(lines)
+    if table is None or not table.n_profiled:
+        return
+    for name in ("communication_frac", "exposed_frac"):
+        figure = median(table.figures[name])
+        metric(f"ranks_{name}", figure, "1", n=table.n_profiled, better="lower")
+    ratio = table.slowest_rank_ratio
+    metric("ranks_slowest_ratio", ratio, "1", n=table.n_profiled, better="lower")
 
 
 def _last_loss(trainer: Trainer) -> float | None:

@@ -296,6 +296,55 @@ def test_two_processes_give_the_bytes_of_one(mixture, tmp_path, monkeypatch):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.fixture
+def scale():
+    pytest.importorskip("datatrove", reason="the extra [scale] is not installed")
+    from stackproof.data import scale
+
+    return scale
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 3])
+def test_tasks_of_datatrove_give_the_bytes_of_one_process(
+    scale, mixture, tmp_path, small_parts, monkeypatch, n_tasks
+):
+    alone = build.build(mixture, tmp_path / "one")
+    done, run = [], scale.JobsBlock.run
+
+    def counted(block, data=None, rank=0, world_size=1):
+        done.append((block.function.__name__, rank, len(block.jobs[rank::world_size])))
+        run(block, data, rank, world_size)
+
+    monkeypatch.setattr(scale.JobsBlock, "run", counted)
+    pool = scale.TaskPool.on(tasks=n_tasks, workers=1)
+    assert build.build(mixture, tmp_path / "tasks", pool=pool) == alone
+    assert contents(tmp_path / "tasks") == contents(tmp_path / "one")
+    stages_run = [(stage, r) for stage in ("filter_part", "encode_chunk") for r in range(n_tasks)]
+    assert [(stage, rank) for stage, rank, _ in done] == stages_run
+    assert all(n_jobs >= 1 for _, _, n_jobs in done)
+
+
+def test_tasks_in_processes_give_the_bytes_of_one_process(scale, mixture, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PART_BYTES", 4000)
+    build.build(mixture, tmp_path / "one")
+    build.build(mixture, tmp_path / "tasks", pool=scale.TaskPool.on(tasks=3, workers=2))
+    assert contents(tmp_path / "tasks") == contents(tmp_path / "one")
+
+
+def test_a_stage_waits_for_the_tasks_before_it(scale, mixture, tmp_path, small_parts, monkeypatch):
+    """An executor that submits its tasks returns before they have run."""
+    started = scale.LocalPipelineExecutor.run
+    monkeypatch.setattr(scale.LocalPipelineExecutor, "run", lambda executor: None)
+    pool = scale.TaskPool.on(tasks=3, workers=1)
+    with pytest.raises(DataError, match="filter_part have not finished") as caught:
+        build.build(mixture, tmp_path / "tasks", pool=pool)
+    assert caught.value.value == "3 of 3" and not list(tmp_path.glob("tasks/.work/part-*"))
+    monkeypatch.setattr(scale.LocalPipelineExecutor, "run", started)
+    build.build(mixture, tmp_path / "tasks", pool=pool)
+    build.build(mixture, tmp_path / "one")
+    assert contents(tmp_path / "tasks") == contents(tmp_path / "one")
+
+
 # --- receipts -------------------------------------------------------------------------------------
 
 DOCUMENT = st.one_of(

@@ -3,7 +3,10 @@
 import errno
 import os
 import signal
+import sys
 import time
+import warnings
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +14,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import ScriptObject, Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stackproof.config import RunConfig, load_config
 from stackproof.data.data_loader import Batch
 from stackproof.distributed import failure
+from stackproof.distributed.communication import Communication, profiled
+from stackproof.distributed.output import divide_output, traceback_kept
 from stackproof.distributed.process_group import joined
-from stackproof.distributed.tensors import is_divided, whole
+from stackproof.distributed.tensors import is_divided, local_part, whole
 from stackproof.model.foreign import plain_name
 from stackproof.recipes import recipe
-from stackproof.spec.errors import StackproofError
+from stackproof.spec.errors import DataError, StackproofError, Stopped
 from stackproof.train import checkpoint, start
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
@@ -167,6 +176,12 @@ def control_operations() -> dict:
         }
 
 
+def place(mesh: dict) -> dict[str, int]:
+    """The coordinates of this rank, as torch has them."""
+    with joined(configuration(mesh, {}), CPU) as ranks:
+        return dict(zip(ranks.mesh.mesh_dim_names, ranks.mesh.get_coordinate()))
+
+
 def tensor_counts(mesh: dict) -> list[int]:
     """A count to which each data rank adds one."""
     with joined(configuration(mesh, {}), CPU) as ranks:
@@ -191,8 +206,51 @@ def lose_a_rank(how: str) -> tuple[str, int, str]:
                         raise StackproofError("the disk is full")
             ranks.total(1)
     except StackproofError as error:
-        return type(error).__name__, error.exit_code, f"{error.what} {error.value}"
+        return type(error).__name__, error.exit_code, str(error)
     return "", 0, failure.last_operation()
+
+
+def print_and_fail(run_dir: Path, start: int, how: str) -> None:
+    """Print as a library does and as a warning, and end the block as `how` has it."""
+    rank = int(os.environ["RANK"])
+    divide_output(run_dir, rank, start)
+    os.write(1, f"library of {rank}\n".encode())
+    print(f"text of {rank}")
+    warnings.warn(f"warning of {rank}", stacklevel=1)
+    try:
+        with traceback_kept(run_dir, rank):
+            match how:
+                case "failed":
+                    raise DataError("the shard is damaged")
+                case "stopped":
+                    raise Stopped("preempted after step 3", exit_code=75)
+                case "crashed" if rank == 1:
+                    os.abort()
+    except StackproofError:
+        sys.stdout.flush()
+
+
+def communication(late_s: float) -> Communication:
+    """Of a sum for which the last rank is late, followed by a product on each."""
+    with joined(configuration({}, {}), CPU) as ranks, profiled(CPU) as found:
+        ranks.total(1)  # from here on all measure
+        if ranks.rank == ranks.world_size - 1:
+            time.sleep(late_s)
+        ranks.total(1)
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    return found
+
+
+def announcement_after_a_restart() -> tuple[bool, int]:
+    """Whether the second start sees the error that rank 1 of the first one has announced, and its
+    sum.
+    """
+    cfg = configuration({}, {})
+    with joined(cfg, CPU) as ranks:
+        failure.announce(ranks.store, 1, StackproofError("the disk is full"))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    with joined(cfg, CPU) as ranks:
+        return failure.ended(ranks.store, 1) is not None, ranks.total(1)[0]
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -273,3 +331,73 @@ def end_after(step: int) -> None:
         return report
 
     steps.train_step = step_and_signal
+
+
+# --- what a rank holds and sends ------------------------------------------------------------------
+
+
+def held_and_sent(mesh: dict, changes: dict) -> tuple[dict[str, int], Counter]:
+    """After a step of float32 training: bytes of weights, gradients and moments that this rank
+    holds, and how often it took part in each collective operation, by (operation, dimension, bytes
+    of the whole tensor).
+    """
+    cfg = configuration(mesh, changes)
+    with joined(cfg, CPU) as ranks:
+        state = states(cfg, ranks, torch.float32)[1]
+        batches = own(batches_of(cfg, 1)[: cfg.rows_per_step], ranks)
+        with Sent(ranks.mesh) as sent:
+            steps.accumulate(state, batches)
+            grads = opt.gradients(state.model)
+            steps.apply_gradients(state, grads, opt.global_norm(grads))
+        weights = list(state.model.parameters())
+        moments = [t for f in state.optimizer.state.values() for t in f.values()]
+        parts = {
+            "weights": weights,
+            "gradients": [p.grad for p in weights],
+            "moments": moments,
+        }
+        held = {name: sum(n_bytes(local_part(t)) for t in ts) for name, ts in parts.items()}
+    return held, sent.found
+
+
+def n_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class Sent(TorchDispatchMode):
+    """Counts the collective operations over the groups of a mesh, of FSDP2 and of DTensor. Single
+    numbers, and groups of one rank, are left out.
+    """
+
+    OPERATIONS = {
+        "_allgather_base_": "all-gather",
+        "all_gather_into_tensor": "all-gather",
+        "_reduce_scatter_base_": "reduce-scatter",
+        "reduce_scatter_tensor": "reduce-scatter",
+        "allreduce_": "all-reduce",
+        "all_reduce": "all-reduce",
+    }
+
+    def __init__(self, mesh: DeviceMesh):
+        super().__init__()
+        dimensions = [d for d in mesh.mesh_dim_names if mesh[d].size() > 1]
+        self.dimension_of = {mesh.get_group(d).group_name: d for d in dimensions}
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        operation = self.OPERATIONS.get(str(function).split(".")[1])
+        if operation and function.namespace in ("c10d", "_c10d_functional"):
+            given = tree_leaves((arguments, result))
+            groups = [a if isinstance(a, str) else group_name(a) for a in given]
+            size = max(n_bytes(a) for a in given if isinstance(a, Tensor))
+            for group in {g for g in groups if g in self.dimension_of} if size > 4 else ():
+                self.found[operation, self.dimension_of[group], size] += 1
+        return result
+
+
+def group_name(argument: Any) -> str | None:
+    """The name of a process group as an operation of torch has it; None for other arguments."""
+    if not isinstance(argument, ScriptObject) or "ProcessGroup" not in str(argument._type()):
+        return None
+    return ProcessGroup.unbox(argument).group_name

@@ -9,6 +9,7 @@ from stackproof.spec.gates import load_spec
 from stackproof.train.mask_comparison import Masks, compare_masks
 
 GATES = [g for g in load_spec().gates.values() if g.subsystem == "distributed"]
+FOREIGN = [g for g in GATES if "foreign" in g.kinds]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,27 @@ def test_gate_is_green_and_red_on_a_plant(prover, clean, gate):
     green, _ = clean[gate.id]
     assert green.outcome == "pass" and green.measured
     seen = prover.planted(gate, load_museum()[gate.plants[0]])
+    assert seen.outcome == "killed", seen.verdict.message
+    assert seen.touches > 0
+
+
+@pytest.fixture(scope="module")
+def clean_script(prover):
+    """Verdicts of the gates of other trainers on each rank of the script, without a plant."""
+    gates = tuple(g.id for g in FOREIGN)
+    answers = prover._ranks.run("stackproof.museum.ranks:judge_script", gates, None)
+    assert not [a.raised for a in answers if a.raised]
+    return [answer.value.verdicts for answer in answers]
+
+
+@pytest.mark.parametrize("gate", FOREIGN, ids=lambda g: g.id)
+def test_gate_of_other_trainers_is_green_and_red_on_a_plant(prover, clean_script, gate):
+    from stackproof.museum.plant import load_museum
+
+    for verdicts in clean_script:
+        assert verdicts[gate.id][0].outcome == "pass" and verdicts[gate.id][0].measured
+    plant = next(p for p in map(load_museum().get, gate.plants) if p.trainer == "script")
+    seen = prover.planted(gate, plant)
     assert seen.outcome == "killed", seen.verdict.message
     assert seen.touches > 0
 

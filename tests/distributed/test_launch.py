@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from stackproof.config import load_config
+from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
@@ -26,7 +27,8 @@ BLOCKS = re.findall(
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file):
@@ -45,6 +47,13 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file
     assert sum(name.startswith("distributed.") for name in verdicts) == 8
     assert set(verdicts.values()) == {"pass"}, verdicts
     assert json.loads(done.stdout)["record"] == record["id"]  # one document, of rank 0
+    # Progress comes from rank 0 alone, and nothing else comes to the terminal.
+    progress = [line for line in done.stderr.splitlines() if line.startswith("step 30/30")]
+    assert len(progress) == 1 and "Warning" not in done.stderr, done.stderr
+    (started,) = output_of(run_dir, 1).read_text().splitlines()
+    assert started.startswith("--- rank 1, start 1")
+    assert not output_of(run_dir, 0).exists()
+    assert "ranks_communication_frac" in record["metrics"]
 
 
 def test_a_refused_mesh_starts_no_process(tmp_path):

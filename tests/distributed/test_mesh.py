@@ -22,6 +22,12 @@ def test_shard_takes_what_is_left():
     assert mesh_sizes(cfg(parallel__tensor=2), 4) == MeshSizes(1, 2, 2)
 
 
+def test_a_rank_has_its_place_in_the_mesh_of_torch(answers):
+    mesh = {"replicate": 2, "tensor": 2}
+    sizes = MeshSizes(2, 1, 2)
+    assert [sizes.place(rank) for rank in range(4)] == answers("place", mesh, n_ranks=4)
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "named"),
     [

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+from stackproof.cli import main, output
+from stackproof.spec.rank_log import rank_table
+from stackproof.spec.series import parse_series
 from stackproof.train import checkpoint
 from stackproof.train.run_dir import RunDir
 
@@ -30,6 +33,10 @@ def tensors(folder):
 def assert_same(found, wanted):
     assert wanted.keys() == found.keys()
     assert all(wanted[name].equal(found[name]) for name in wanted)
+
+
+def table(folder):
+    return rank_table(RunDir(folder).lines("ranks.jsonl"))
 
 
 def losses(folder):
@@ -63,9 +70,65 @@ def test_a_resume_on_another_mesh_goes_on(run, cfg, whole_run, stopped_run, tmp_
         for f in (folder, whole_run)
     ]
     assert rows[0] == rows[1]
+    assert [facts["rank"] for facts in table(folder).ranks] == list(range(n_ranks))
 
 
 def test_only_rank_0_writes_the_record_and_each_rank_its_log(whole_run):
     assert sorted(p.name for p in (whole_run / "ranks").iterdir()) == ["00001"]
     assert not (whole_run / "ranks" / "00001" / "metadata.json").exists()
     assert losses(whole_run / "ranks" / "00001") == losses(whole_run)
+
+
+def test_the_ranks_and_their_communication_are_in_the_record(whole_run):
+    record = json.loads((whole_run / "metadata.json").read_text())
+    assert "ranks.jsonl" in [series["path"] for series in record["series"]]
+    log = whole_run / "ranks.jsonl"
+    lines = parse_series(log.read_bytes(), log.name, origin=str(log))
+    steps = sum(line["n_steps"] for line in lines if line["event"] == "times")
+    assert steps == record["metrics"]["steps"]["value"]
+    found = table(whole_run)
+    assert found.mesh == {"replicate": 1, "shard": 2, "tensor": 1}
+    assert [(r["rank"], r["shard"], r["local_rank"]) for r in found.ranks] == [(0, 0, 0), (1, 1, 1)]
+    assert all(facts["cpu_count"] >= 1 and facts["device"] == "cpu" for facts in found.ranks)
+    figures = {n: m["value"] for n, m in record["metrics"].items() if n.startswith("ranks_")}
+    assert record["metrics"]["ranks_slowest_ratio"]["n"] == found.n_profiled >= 1
+    assert 0 < figures["ranks_exposed_frac"] <= figures["ranks_communication_frac"] < 1
+    assert figures["ranks_slowest_ratio"] == found.slowest_rank_ratio >= 1
+
+
+def test_each_rank_logs_its_own_share_in_the_steps_that_are_profiled(whole_run):
+    lines = {
+        line["step"]: line["own_s"]
+        for line in RunDir(whole_run).lines("ranks.jsonl")
+        if line.get("own_s")
+    }
+    for folder in (whole_run, whole_run / "ranks" / "00001"):
+        own = [
+            line for line in RunDir(folder).lines("metrics.jsonl") if "communication_frac" in line
+        ]
+        assert [line["step"] for line in own] == list(lines)
+        assert all(0 < line["exposed_communication_frac"] < 1 for line in own)
+
+
+def test_inspect_shows_the_mesh_and_the_ranks(whole_run, capsys, monkeypatch):
+    monkeypatch.setattr(output, "_emitted", False)
+    with pytest.raises(SystemExit):
+        main(["inspect", str(whole_run), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
+    assert shown["ranks"] == table(whole_run).rows() and shown["ranks"][1]["own_s"] > 0
+    with pytest.raises(SystemExit):
+        main(["inspect", str(whole_run)])
+    text = capsys.readouterr().out
+    assert "Mesh: replicate 1 × shard 2 × tensor 1" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("1     0, 1, 0")]
+    assert row.split()[-1] == f"{shown['ranks'][1]['exposed_frac']:.3g}"
+
+
+def test_inspect_refuses_times_of_other_ranks(whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    log = folder / "ranks.jsonl"
+    log.write_bytes(log.read_bytes().partition(b"\n")[2])
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(folder)])
+    assert ended.value.code == 6 and "ranks.jsonl" in capsys.readouterr().err

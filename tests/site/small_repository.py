@@ -5,6 +5,7 @@ from pathlib import Path
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Ledger
+from stackproof.spec.rank_log import over_ranks
 from stackproof.spec.records import (
     SCHEMA,
     Artefact,
@@ -324,7 +325,27 @@ def _write_series(folder: Path) -> tuple[Series, ...]:
         {"step": 2, "event": "rows", "rows": {"letters": 6, "novels": 2}},
         {"step": 2, "event": "turn", "focus": "novels"},
     ]
+    of_ranks = [
+        {
+            "step": 0,
+            "event": "mesh",
+            "mesh": {"replicate": 1, "shard": 2, "tensor": 1},
+            "ranks": [
+                {"rank": r, "replicate": 0, "shard": r, "tensor": 0, "device": "cuda"}
+                | {"device_name": f"card <{r}>"}
+                for r in range(2)
+            ],
+        },
+        *(
+            {"step": step, "event": "times", "n_steps": 100}
+            | {"step_s": over_ranks([0.5, 0.5]), "own_s": over_ranks([0.4, 0.2])}
+            | {"communication_frac": over_ranks([0.25, 0.65])}
+            | {"exposed_frac": over_ranks([0.2, exposed])}
+            for step, exposed in ((50, 0.6), (150, 0.8))
+        ),
+    ]
     files = {
+        "ranks": of_ranks,
         "metrics": metrics,
         "samples": samples,
         "gates": gates,

@@ -104,6 +104,14 @@ def test_a_run_shows_what_it_drew_of_every_source(site):
     assert re.search(r"letters\s+30\s+75\.0%\s+0\s+novels\s+10\s+25\.0%\s+1", page)
 
 
+def test_a_run_on_several_ranks_shows_its_mesh_and_what_steps_take_on_each(site):
+    page = text_of(site / "runs" / "train-20260131T120000Z-bbbbbbbb.html")
+    assert "Mesh: replicate 1 × shard 2 × tensor 1" in page and "the 2 profiled steps" in page
+    assert re.search(r"1\s+0, 1, 0\s+card <1>\s+0\.5\s+0\.2\s+0\.65\s+0\.7\s", page), page
+    alone = text_of(site / "runs" / "evaluate-20260131T120000Z-cccccccc.html")
+    assert "Mesh" not in alone and "profiled" not in alone
+
+
 def test_a_benchmark_shows_ratio_spread_and_what_was_wanted(site):
     page = text_of(site / "benchmarks.html")
     assert re.search(r"slow one\s+5\.50\s+5\.10 – 6\.20\s+≥ 5: reached", page) and re.search(

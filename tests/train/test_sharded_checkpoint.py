@@ -86,7 +86,7 @@ def test_layouts_turn_into_each_other_and_back(folder, tmp_path):
 def test_a_tensor_file_that_no_manifest_declares_is_refused(folder):
     other = folder / "shard-00002-model-00001-of-00001.safetensors"
     tensorfile.write(other, {"embed.weight": torch.zeros(1)}, {})
-    with pytest.raises(CheckpointError, match="is no file of this checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a file of this checkpoint"):
         checkpoint.load(folder)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
+from stackproof.spec import rank_log
 from stackproof.spec.archive import Archived
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import IntegrityError
@@ -15,7 +16,7 @@ from tools.site_pages.chart import Curve, Flag, loss_chart, thin
 from tools.site_pages.data import draws, sources
 from tools.site_pages.markup import pretty_json
 from tools.site_pages.probes import probes
-from tools.site_pages.render import Page, page
+from tools.site_pages.render import Page, page, render
 from tools.site_pages.world import World
 
 HEADLINE = (
@@ -80,7 +81,7 @@ def _run_page(world: World, record: Record) -> Page:
         archived_series={n: x for (r, n), x in archive.by_file.items() if r == record.id},
         unread_series=[n for r, n in world.ledger.unread_series() if r == record.id],
         chart=chart_of(world, record),
-        data=[sources(world, record), draws(world, record)],
+        data=[sources(world, record), draws(world, record), ranks(world, record)],
         findings=[probes(world, record), traces.sections(world, record)],
         samples=thin(samples, MAX_SAMPLES),
         n_samples=len(samples),
@@ -90,6 +91,15 @@ def _run_page(world: World, record: Record) -> Page:
         parents=[(p, p in world.records or p in archive) for p in record.parents],
         document=pretty_json(record.to_bytes()),
     )
+
+
+def ranks(world: World, record: Record) -> Markup:
+    """The mesh of a run on several processes, and what steps take on each rank."""
+    table = rank_log.rank_table(world.series(record, rank_log.FILE, "step", "event"))
+    if table is None:
+        return Markup()
+    values = {"mesh": table.mesh, "rows": table.rows(), "n_profiled": table.n_profiled}
+    return render("ranks.md.j2", **values)
 
 
 def chart_of(world: World, record: Record) -> Markup:

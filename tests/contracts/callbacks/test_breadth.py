@@ -2,10 +2,6 @@
 and a plant in each is still caught.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,6 @@ import torch
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.spec.errors import GateFailed
-from stackproof.spec.records import read_record
 from tests.contracts.callbacks.stock import Trainer, caught, collate, llama, rows, script
 from tests.contracts.callbacks.test_plain import F, Tiny, batches
 
@@ -198,37 +193,3 @@ def test_a_plant_in_a_loop_of_accelerate_is_caught(plant, gate_id):
     with pytest.raises(GateFailed) as e:
         accelerated(**plant)
     assert e.value.gate_id == gate_id
-
-
-@pytest.mark.slow
-def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
-    """Clean runs are green in both; what moved in one process, and what differs from the first step
-    on, stops both at the first save.
-    """
-    told = [
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        str(Path(__file__).with_name("two_processes.py")),
-        str(tmp_path),
-    ]
-    # for the package `tests`
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *told],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for said in (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)):
-        looked = {g for g, outcome in said["clean"]["outcomes"].items() if outcome == "pass"}
-        assert said["clean"]["red"] == {} and LOOKED | {"checkpoint.reloads"} <= looked
-        assert (
-            said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reloads": 2}
-        )
-        assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.logit-gradient"] == 1
-    record = read_record(tmp_path / "clean" / "record" / "metadata.json")
-    assert record.environment["world_size"] == 2 and record.status == "completed"
