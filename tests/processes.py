@@ -5,9 +5,11 @@ Importing torch and all that hangs on it takes three to five seconds, and hashin
 gates one: more than most of these commands.
 """
 
+import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,17 +21,26 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = "from stackproof.cli import main; main()"
-# For what is claimed of the run itself: preflight is most of the time that a run of seconds takes.
-NO_PREFLIGHT = f"""
+
+
+def preflight_of(*gates: str) -> str:
+    """`stack …` with these gates alone before step 1, and all later ones: preflight is most of the
+    time that a run of seconds takes.
+    """
+    return f"""
 from stackproof.spec.gates import load_spec
 from stackproof.train import start
 later = [g.id for g in load_spec().gates.values() if g.moment != "preflight"]
-keeper = start.Gatekeeper
+keeper, chosen = start.Gatekeeper, [*{gates}, *later]
 start.Gatekeeper = lambda *given, only=None, **options: keeper(
-    *given, only=later if only is None else only, **options  # ranks other than 0 have none
+    *given, only=chosen if only is None else only, **options  # ranks other than 0 have none
 )
 {STACK}
 """
+
+
+# For what is claimed of the run itself.
+NO_PREFLIGHT = preflight_of()
 # The longest command takes a minute in a short round, and half an hour in a long one.
 HANGING_S = 3 * 3600 if os.environ.get("STRESS") else 1800
 PRELOADED = [
@@ -110,6 +121,24 @@ class Command:
         )
 
 
+@dataclass
+class Forking:
+    """Stands for `subprocess` in a module that starts `python -P -m stackproof …`: runs `code` with
+    the same arguments in a fork. `light` is that of Command.
+    """
+
+    code: str = STACK
+    light: bool = False
+
+    def Popen(self, command: list[str], **streams) -> Command:
+        assert command[:4] == [sys.executable, "-P", "-m", "stackproof"], command
+        return Command(*command[4:], folder=Path.cwd(), code=self.code, light=self.light)
+
+    def run(self, command: list[str], **streams) -> subprocess.CompletedProcess:
+        done = self.Popen(command).wait()
+        return subprocess.CompletedProcess(command, done.code, done.out, done.err)
+
+
 def _become(
     code: str, arguments: tuple[str, ...], folder: str, environment: dict[str, str], said: str
 ) -> None:
@@ -120,6 +149,7 @@ def _become(
         os.close(file)
     # a fork inherits streams that a test runner has put in their place
     sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+    gc.freeze()  # what is inherited stays: no collection of garbage goes over it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

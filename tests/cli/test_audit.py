@@ -10,6 +10,7 @@ import pytest
 
 from stackproof.cli import main, output
 from tests.cli.conftest import Done, Stack, tiny
+from tests.processes import NO_PREFLIGHT
 
 HEAD = 'name = "mine"\ntemplate = "{prompt}"\nstop = []\nmax_new_tokens = 12\n'
 DOMAIN = "[[domain]]\nname = '{}'\nprompts = [{}]\n"
@@ -24,7 +25,7 @@ NEVER = DOMAIN.format("second", PROMPT.format("never", "Say the word.", "xyzzy",
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, text_file, cli_cache):
     """A run of 24 steps with its three checkpoints, and a suite that nobody can answer."""
-    stack = Stack(tmp_path_factory.mktemp("audited"), cli_cache)
+    stack = Stack(tmp_path_factory.mktemp("audited"), cli_cache, NO_PREFLIGHT)
     done = stack(
         "train",
         *tiny(text_file, checkpoint__keep="3"),

@@ -9,7 +9,7 @@ import pytest
 
 from stackproof.spec.errors import EXIT_CODES
 from tests.cli.conftest import Stack, tiny
-from tests.processes import ROOT
+from tests.processes import NO_PREFLIGHT, ROOT, STACK
 from tests.tools import archived, small_repo
 
 
@@ -202,12 +202,21 @@ def test_same_seed_same_losses_and_diff_sees_only_clocks(trained):
 
 
 def test_rerun_repeats_the_weights(trained):
-    done = trained("evidence", "rerun", "a", "--run-dir", "again", "--json")
+    done = trained("evidence", "rerun", "a", "--run-dir", "again", "--json", code=NO_PREFLIGHT)
     assert done.code == 0, done.err
     assert done.json["ok"] and {c["what"] for c in done.json["compared"]} >= {
         "model.safetensors",
         "val_loss_nats",
     }
+
+
+# The runs are forks of the command, without preflight: each would import torch for seconds.
+CERTIFY = f"""
+from stackproof.replay import certificate
+from tests.processes import NO_PREFLIGHT, Forking
+certificate.subprocess = Forking(NO_PREFLIGHT, light=True)
+{STACK}
+"""
 
 
 def test_certify_resume_writes_a_certificate(stack, text_file):
@@ -231,6 +240,7 @@ def test_certify_resume_writes_a_certificate(stack, text_file):
         "--run-dir",
         "cert",
         "--json",
+        code=CERTIFY,
     )
     assert done.code == 0, done.err
     assert done.json["metrics"]["weights_equal"] == 1 and done.json["metrics"]["resumes"] == 1

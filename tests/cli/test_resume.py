@@ -11,7 +11,7 @@ from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.gates import load_spec
 from tests.cli.conftest import Stack, tiny
 from tests.cli.test_train_errors import assert_standard
-from tests.processes import NO_PREFLIGHT
+from tests.processes import HANGING_S, NO_PREFLIGHT
 
 LAST = "step-00000060"
 
@@ -34,7 +34,7 @@ def sixty(text_file, **changes):
     )
 
 
-def wait_for_step(run, step: int, process, timeout_s: float = 120) -> None:
+def wait_for_step(run, step: int, process, timeout_s: float = HANGING_S) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         lines = (
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
     (boundary,) = saved_steps(run)
     assert boundary % 10 == 0 and boundary < asked_by + 12
     process.send_signal(signal.SIGTERM)
-    done = process.wait(60)
+    done = process.wait()
     assert (
         done.code == 75
         and "a checkpoint was requested; it comes after a multiple of 10 steps" in done.err
@@ -131,7 +131,7 @@ def test_ctrl_c_saves_and_exits_130(stack, text_file):
     process = stack.begin("train", *sixty(text_file), "--run-dir", "run")
     wait_for_step(run, 4, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60).code == 130
+    assert process.wait().code == 130
     assert json.loads((run / "metadata.json").read_text())["status"] == "interrupted"
     assert stack("inspect", "run", "--json").json["checksum"] == "VALID"
 

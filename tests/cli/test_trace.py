@@ -19,6 +19,7 @@ from stackproof.museum.plant import load_museum, swap
 from stackproof.spec.records import read_record
 from stackproof.trace import model_variant
 from tests.export import models
+from tests.processes import Forking
 
 
 @pytest.fixture
@@ -592,6 +593,8 @@ def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(
         not (tmp_path / "figures.csv").exists() and (tmp_path / "again" / "points.jsonl").is_file()
     )
 
+    # The first rerun is a process as a user has it; the others are forks with the same arguments.
+    monkeypatch.setattr(rerun, "subprocess", Forking())
     probes = {
         "lens": ("--lens", "logit"),
         "ablated": ("--ablate", "layers.*.ffn.out"),

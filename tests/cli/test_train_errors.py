@@ -11,13 +11,13 @@ import pytest
 
 from stackproof.spec.architecture import D_FF, ONES, TABLE, Dim, Part, Seen, Value, Vector
 from tests.cli.conftest import Stack, tiny
-from tests.processes import NO_PREFLIGHT, STACK
+from tests.processes import HANGING_S, NO_PREFLIGHT, STACK, preflight_of
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text_file, cli_cache):
     """A finished small run; tests copy it before they damage it."""
-    stack = Stack(tmp_path_factory.mktemp("finished"), cli_cache)
+    stack = Stack(tmp_path_factory.mktemp("finished"), cli_cache, NO_PREFLIGHT)
     done = stack("train", *tiny(text_file), "--run-dir", "run", "--json")
     assert done.code == 0, done.err
     return stack
@@ -269,21 +269,20 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
 @pytest.mark.parametrize(("level", "code"), [("off", 0), ("full", 0), ("some", 2)])
 def test_contract_levels(stack, text_file, level, code):
     """Conditions on public functions can be switched off or read whole tensors;
-    another word is refused. Read at import.
+    another word is refused. Read at import. All gates run under whole tensors alone.
     """
+    program = ("-c", NO_PREFLIGHT) if level == "off" else ("-m", "stackproof")
     command = [
         sys.executable,
-        "-m",
-        "stackproof",
+        *program,
         "train",
         *tiny(text_file, train__max_steps="9"),
         "--run-dir",
         "run",
     ]
     environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240
-    )
+    where = {"cwd": stack.folder, "env": environment, "timeout": HANGING_S}
+    done = subprocess.run(command, capture_output=True, text=True, **where)
     assert done.returncode == code, done.stderr
     assert (
         code
@@ -305,7 +304,8 @@ def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_re
     large = tiny(
         text_file, **large, train__max_steps="2", schedule__warmup_steps="1", sample__every="2"
     )
-    refused = stack("train", *large, "--run-dir", "refused")
+    budget = preflight_of("data.corpus-budget")
+    refused = stack("train", *large, "--run-dir", "refused", code=budget)
     assert_standard(refused, 4, "data.corpus-budget", "unique tokens for")
     waiver = (
         'gates.waive=[{id="data.corpus-budget", reason="a test of the waiver", '
@@ -322,7 +322,8 @@ def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_re
         ).code
         == 2
     )
-    done = stack("train", *large, "--set", waiver, "--run-dir", "waived", "--json")
+    waived = ("--set", waiver, "--run-dir", "waived", "--json")
+    done = stack("train", *large, *waived, code=budget)
     assert done.code == 0, done.err
     record = json.loads((stack.folder / "waived" / "metadata.json").read_text())
     (gate,) = [g for g in record["gates"] if g["id"] == "data.corpus-budget"]
@@ -338,6 +339,7 @@ def test_a_tracker_is_chosen_by_name_and_another_name_is_refused(stack, text_fil
         "tensorboard",
     )
     assert not (stack.folder / "a").exists()
-    done = stack("train", *sets, "--tracker", "tensorboard", "--run-dir", "b", "--json")
+    tracked = ("train", *sets, "--tracker", "tensorboard", "--run-dir", "b", "--json")
+    done = stack(*tracked, code=NO_PREFLIGHT)
     assert done.code == 0, done.err
     assert list((stack.folder / "b" / "tensorboard").glob("events.out.tfevents.*"))

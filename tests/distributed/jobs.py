@@ -378,7 +378,7 @@ def red_with_bundle(cfg: RunConfig, folder: Path, cache: str) -> str | None:
     os.environ["STACKPROOF_CACHE"] = cache
     only = ("distributed.stragglers",)
     with load_museum()["distributed.slow-rank"].apply(), joined(cfg, CPU) as ranks:
-        record = train(fresh(cfg, (), folder, (ReproRecorder(),), ranks=ranks, only=only))
+        record = loop.train(fresh(cfg, (), folder, (ReproRecorder(),), ranks=ranks, only=only))
     return record and record.status
 
 

@@ -16,6 +16,7 @@ from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
+from tests.cli.conftest import tiny
 from tests.distributed.jobs import CPU
 from tests.processes import Command
 
@@ -31,10 +32,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
-def test_one_command_trains_on_two_processes_under_all_gates(tmp_path):
+def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file):
     run_dir = tmp_path / "run"
-    sets = "train.max_steps=30", "checkpoint.every=30", "parallel.compare_every=10"
-    arguments = [option for value in sets for option in ("--set", value)]
+    arguments = tiny(text_file, parallel__compare_every="8")
     done = subprocess.run(
         [*TRAIN, "--nproc", "2", *arguments, "--run-dir", str(run_dir), "--json"],
         env=environment(),
@@ -45,11 +45,11 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path):
     record = json.loads((run_dir / "metadata.json").read_text())
     assert record["status"] == "completed" and record["environment"]["world_size"] == 2
     verdicts = {gate["id"]: gate["verdict"] for gate in record["gates"]}
-    assert sum(name.startswith("distributed.") for name in verdicts) == 7
+    assert sum(name.startswith("distributed.") for name in verdicts) == 8
     assert set(verdicts.values()) == {"pass"}, verdicts
     assert json.loads(done.stdout)["record"] == record["id"]  # one document, of rank 0
     # Progress comes from rank 0 alone, and nothing else comes to the terminal.
-    progress = [line for line in done.stderr.splitlines() if line.startswith("step 30/30")]
+    progress = [line for line in done.stderr.splitlines() if line.startswith("step 24/24")]
     assert len(progress) == 1 and "Warning" not in done.stderr, done.stderr
     (started,) = output_of(run_dir, 1).read_text().splitlines()
     assert started.startswith("--- rank 1, start 1")

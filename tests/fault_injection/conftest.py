@@ -18,8 +18,9 @@ def cfg(museum_folder):
     saved = base.checkpoint.model_copy(update={"every": EVERY, "keep": 9})
     steps = base.train.model_copy(update={"max_steps": STEPS})
     looks = base.eval.model_copy(update={"every": EVERY})
+    short = base.sample.model_copy(update={"max_new_tokens": 16})
     changes = {"train": steps, "stop": NeverStop(), "checkpoint": saved, "eval": looks}
-    return base.model_copy(update=changes)
+    return base.model_copy(update=changes | {"sample": short})
 
 
 @pytest.fixture(scope="module")
