@@ -249,7 +249,7 @@ class _Planner:
 @dataclass(frozen=True)
 class Unit:
     """Parameters that FSDP2 gathers together, of which the model has `n_each` alike: a block, or
-    what belongs to none.
+    what belongs to none, with small blocks.
     """
 
     parameters: Sequence[tuple[str, nn.Parameter]]
@@ -267,13 +267,14 @@ def divided(cfg: RunConfig, vocab_size: int, sizes: MeshSizes) -> list[Unit]:
     kept, counts = [shapes.index(shape) for shape in dict.fromkeys(shapes)], Counter(shapes)
     model.layers = nn.ModuleList(model.layers[i] for i in kept)
     parallelize(model, sizes.device_mesh("cpu"))
-    units, within = [], set()
+    units, rest = [], [(n, p) for n, p in model.named_parameters() if not n.startswith("layers.")]
     for number, block in enumerate(model.layers):
-        assert isinstance(block, FSDPModule), "parallelize makes a unit of each block"
         own = [(f"layers.{number}.{n}", p) for n, p in block.named_parameters()]
-        units.append(Unit(own, counts[shapes[kept[number]]], False))
-        within |= {p for _, p in own}
-    rest = [(n, p) for n, p in model.named_parameters() if p not in within]
+        n_each = counts[shapes[kept[number]]]
+        if isinstance(block, FSDPModule):
+            units.append(Unit(own, n_each, False))
+        else:  # a small block belongs to the rest
+            rest += n_each * own
     return [*units, Unit(rest, 1, True)]
 
 
@@ -313,11 +314,12 @@ def _fsdp_bytes(units: Sequence[Unit], n_micro_steps: int) -> dict[str, int]:
     the next, the gradients of a block and their copy that is sent. `accumulated`: whole gradients,
     which are summed over the ranks in the last micro-step.
     """
-    largest = max(_n_gathered(u) for u in units if not u.is_root)
     root = sum(_n_gathered(u) for u in units if u.is_root)
+    # Without a block of its own, the gradients of the root and their copy remain.
+    largest = max((_n_gathered(u) for u in units if not u.is_root), default=root / 2)
     every = sum(u.n_each * _n_gathered(u) for u in units)
     return {
-        "gathered": FLOAT * (root + 4 * largest),
+        "gathered": int(FLOAT * (root + 4 * largest)),
         "accumulated": FLOAT * every if n_micro_steps > 1 else 0,
     }
 
@@ -380,7 +382,7 @@ def _orthogonalising_flops(matrices: Iterable[tuple[int, nn.Parameter]], cfg: Ru
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the operations of DTensor while it is entered."""
+    """Counts the operations of DTensor while it is entered, but those of single numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +397,8 @@ class _Watch(TorchDispatchMode):
             operation = OPERATIONS[name]
             whole = result if operation == GATHER else arguments[0]
             n_bytes = whole.numel() * whole.element_size()
-            self.found[Collective(operation, TENSOR, "activations", n_bytes)] += 1
+            if whole.numel() > 1:
+                self.found[Collective(operation, TENSOR, "activations", n_bytes)] += 1
         return result
 
 
@@ -420,7 +423,6 @@ def _of_activations(
         found[Collective(REDUCE, TENSOR, "loss", FLOAT * n)] += 1
         found[Collective(REDUCE, TENSOR, "loss", 2 * FLOAT * n)] += 1
     found[Collective(REDUCE, TENSOR, "loss", FLOAT * x_BTD.numel())] += 1
-    found[Collective(REDUCE, TENSOR, "loss", 8)] += 1  # the size of the vocabulary
     for parameter in model.parameters():
         # The head itself, which is not in this forward, is divided.
         if parameter.grad is not None and parameter.grad.placements[0].is_partial():

@@ -411,12 +411,13 @@ def end_after(step: int) -> None:
 # --- what a rank holds and sends ------------------------------------------------------------------
 
 
-def held_and_sent(mesh: dict, changes: dict) -> tuple[dict[str, int], Counter]:
+def held_and_sent(mesh: dict, changes: dict, unit_bytes: int) -> tuple[dict[str, int], Counter]:
     """After a step of float32 training: bytes of weights, gradients and moments that this rank
     holds, and how often it took part in each collective operation, by (operation, dimension, bytes
-    of the whole tensor).
+    of the whole tensor). Blocks of `unit_bytes` are units of FSDP2.
     """
     cfg = configuration(mesh, changes)
+    parallelize.UNIT_BYTES = unit_bytes
     with joined(cfg, CPU) as ranks:
         state = states(cfg, ranks, torch.float32)[1]
         batches = own(batches_of(cfg, 1)[: cfg.rows_per_step], ranks)
@@ -465,9 +466,11 @@ class Sent(TorchDispatchMode):
         if operation and function.namespace in ("c10d", "_c10d_functional"):
             given = tree_leaves((arguments, result))
             groups = [a if isinstance(a, str) else group_name(a) for a in given]
-            size = max(n_bytes(a) for a in given if isinstance(a, Tensor))
-            for group in {g for g in groups if g in self.dimension_of} if size > 4 else ():
-                self.found[operation, self.dimension_of[group], size] += 1
+            largest = max((a for a in given if isinstance(a, Tensor)), key=n_bytes)
+            for group in (
+                {g for g in groups if g in self.dimension_of} if largest.numel() > 1 else ()
+            ):
+                self.found[operation, self.dimension_of[group], n_bytes(largest)] += 1
         return result
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from stackproof.config import load_config
 from stackproof.distributed.mesh import MeshSizes, mesh_sizes
+from stackproof.model import parallelize
 from stackproof.recipes import recipe
 from stackproof.spec.errors import ConfigError
 from stackproof.train.rank_plan import Cluster, Collective, admissible, plan
@@ -18,22 +19,24 @@ STATE = ("weights", "gradients", "moments")
 
 
 @pytest.mark.parametrize(
-    ("mesh", "changes"),
+    ("mesh", "changes", "unit_bytes"),
     [
-        ({"shard": 2}, {}),
-        ({"replicate": 2}, {}),
-        ({"tensor": 2}, {}),
-        ({"shard": 4}, ADAMW | ONE_MICRO_STEP | {"train.activation_checkpointing": "blocks"}),
-        ({"replicate": 4}, ONE_MICRO_STEP),
-        ({"shard": 2, "tensor": 2}, {"model.norm.kind": "layernorm", "model.tied_head": False}),
-        ({"replicate": 2, "shard": 2}, {"model.ffn.kind": "moe"}),
-        ({"shard": 2}, {"model.depth.kind": "mixture-of-depths"}),
+        ({"shard": 2}, {}, 0),
+        ({"shard": 2}, {}, parallelize.UNIT_BYTES),  # small blocks, which are no units
+        ({"replicate": 2}, {}, 0),
+        ({"tensor": 2}, {}, 0),
+        ({"shard": 4}, ADAMW | ONE_MICRO_STEP | {"train.activation_checkpointing": "blocks"}, 0),
+        ({"replicate": 4}, ONE_MICRO_STEP, parallelize.UNIT_BYTES),
+        ({"shard": 2, "tensor": 2}, {"model.norm.kind": "layernorm", "model.tied_head": False}, 0),
+        ({"replicate": 2, "shard": 2}, {"model.ffn.kind": "moe"}, 0),
+        ({"shard": 2}, {"model.depth.kind": "mixture-of-depths"}, 0),
     ],
     ids=str,
 )
-def test_plan_is_what_live_ranks_hold_and_send(answers, mesh, changes):
+def test_plan_is_what_live_ranks_hold_and_send(answers, monkeypatch, mesh, changes, unit_bytes):
     n_ranks = math.prod(mesh.values())
-    found = answers("held_and_sent", mesh, changes, n_ranks=n_ranks)
+    found = answers("held_and_sent", mesh, changes, unit_bytes, n_ranks=n_ranks)
+    monkeypatch.setattr(parallelize, "UNIT_BYTES", unit_bytes)
     planned = planned_of(mesh, changes)
     held, sent = found[0]
     # Rank 0 has the largest parts, to which torch pads those of the others.
@@ -44,7 +47,7 @@ def test_plan_is_what_live_ranks_hold_and_send(answers, mesh, changes):
 
 
 def test_a_plan_of_another_run_is_noticed(answers):
-    held, sent = answers("held_and_sent", {"shard": 2}, {})[0]
+    held, sent = answers("held_and_sent", {"shard": 2}, {}, parallelize.UNIT_BYTES)[0]
     for changes in ({"model.d_ff": 28}, {"model.norm.kind": "layernorm"}, ADAMW):
         planned = planned_of({"shard": 2}, changes)
         assert held != {part: planned["memory_bytes"][part] for part in STATE}
