@@ -127,22 +127,22 @@ def fresh(
             run_preflight(trainer, None)
             take_part(trainer)
             # Written after the gates and before step 1: only a run that passed them can be resumed.
-            write_atomically(
-                directory.path / "tokenizer.json", trainer.dataset.tokenizer.to_bytes()
-            )
             if loaded is not None:
                 trainer.output.record.parents = (loaded.state["record"],)
                 if continued:
                     trainer.output.carried = _carry_over(trainer, parent, loaded)
-            directory.write_run(
-                trainer.output.record,
-                device=trainer.state.device.type,
-                inherited_s=trainer.output.inherited_s,
-                data=trainer.dataset.manifest,
-                n_eval_batches=len(trainer.held_out),
-                parents=list(trainer.output.record.parents),
-                carried=[artefact.model_dump() for artefact in trainer.output.carried],
-            )
+            if ranks.is_main:
+                data = trainer.dataset.tokenizer.to_bytes()
+                write_atomically(directory.path / "tokenizer.json", data)
+                directory.write_run(
+                    trainer.output.record,
+                    device=trainer.state.device.type,
+                    inherited_s=trainer.output.inherited_s,
+                    data=trainer.dataset.manifest,
+                    n_eval_batches=len(trainer.held_out),
+                    parents=list(trainer.output.record.parents),
+                    carried=[artefact.model_dump() for artefact in trainer.output.carried],
+                )
             # The parent's state comes last, since run.json must describe the run that it enters.
             if loaded is not None:
                 _restore(trainer, loaded, ("runtime",))
