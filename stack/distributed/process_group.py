@@ -56,6 +56,9 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     try:
         with ranks.watched():
             yield ranks
+            # Rank 0 may close its record for longer than a collective operation may take.
+            with ranks.main_first():
+                pass
             # No rank leaves before the others are done: its store and sockets would go with it.
             ranks.highest(0)
     finally:

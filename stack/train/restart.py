@@ -47,7 +47,10 @@ def latest_checkpoint(
         folder = checkpoint.at(root, at) if at else checkpoint.find(directory.path)
         return checkpoint.load(folder, ranks)
     except CheckpointError as e:
-        intact = checkpoint.newest_intact(root)
+        # By rank 0 alone, which may read for longer than a collective operation may take.
+        with ranks.main_first():
+            intact = checkpoint.newest_intact(root) if ranks.is_main else None
+        intact = ranks.from_main(intact)
         found = f"step {intact} is intact" if intact else "no checkpoint is intact"
         raise CheckpointError(
             e.what,

@@ -238,20 +238,25 @@ def completed(
     directory = RunDir(run_dir)
     document = directory.read_run()
     _refuse_changes(directory, document, changed, sets)
-    if not ranks.is_main:
-        return record
-    with file_lock(run_dir, "run"):
-        marks_of(directory, document, latest_checkpoint(directory, None))
-        if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
-            require_recorded(run_dir, (*record.series, *record.outputs))
-            remove_leftovers(run_dir)
-            directory.seal()
+    with ranks.main_first():
+        if ranks.is_main:
+            _verify_completed(directory, document, record)
     done = (
         f"{run_dir} is {record.status}; nothing is left to do. --fork with more train.max_steps "
         "continues it"
     )
     CallbackList(callbacks).on_message(done)
     return record
+
+
+def _verify_completed(directory: RunDir, document: dict, record: Record) -> None:
+    with file_lock(directory.path, "run"):
+        marks_of(directory, document, latest_checkpoint(directory, None))
+        # Without them a kill came between the record and the checksums.
+        if checksums.read_checksums(directory.path) is None:
+            require_recorded(directory.path, (*record.series, *record.outputs))
+            remove_leftovers(directory.path)
+            directory.seal()
 
 
 def read_config(run_dir: Path) -> RunConfig:
