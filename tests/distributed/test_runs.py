@@ -119,6 +119,7 @@ def test_the_ranks_and_their_communication_are_in_the_record(whole_run):
     assert all(facts["cpu_count"] >= 1 and facts["device"] == "cpu" for facts in found.ranks)
     figures = {n: m["value"] for n, m in record["metrics"].items() if n.startswith("ranks_")}
     assert record["metrics"]["ranks_slowest_ratio"]["n"] == found.n_profiled >= 1
+    assert "trace_overhead_frac" not in record["metrics"], "a profiled step is not a traced one"
     assert 0 < figures["ranks_exposed_frac"] <= figures["ranks_communication_frac"] < 1
     assert figures["ranks_slowest_ratio"] == found.slowest_rank_ratio >= 1
 
