@@ -1,12 +1,18 @@
 """The resume certificate of several processes: what it compares, and real ones."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from stackproof.recipes import recipe
+from stackproof.replay import certificate
 from stackproof.replay.certificate import (
     LOSS_REL_MAX,
     Processes,
@@ -14,6 +20,7 @@ from stackproof.replay.certificate import (
     loss_distance,
     reasons_against,
 )
+from stackproof.spec.errors import EnvironmentUnfit, RankLost
 from stackproof.spec.records import read_record
 from tests.cli.conftest import tiny
 from tests.fault_injection.scale import STRESS
@@ -71,6 +78,51 @@ def test_the_distance_of_losses_needs_the_same_steps(tmp_path):
     one, near = log("one", {1: 2.0, 2: 4.0}), log("near", {1: 2.0, 2: 5.0})
     assert loss_distance(one, one) == 0.0 and loss_distance(one, near) == 0.2
     assert loss_distance(one, log("short", {1: 2.0})) == float("inf")
+    assert loss_distance(one, log("nan", {1: 2.0, 2: "nan"})) == float("inf")
+    assert loss_distance(log("zero", {1: 0.0}), tmp_path / "zero") == 0.0
+
+
+# A launcher that starts two processes, logs step 5 and ends with an error if one of them is lost.
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+start = [sys.executable, "-c", sys.argv[2]]
+ranks = [subprocess.Popen(start, stdin=subprocess.PIPE) for _ in range(2)]
+Path(sys.argv[1], "metrics.jsonl").write_text('{"step":5}\\n')
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.01)
+Path(sys.argv[1], "lost").touch()
+"""
+WITH_LAUNCHER = "import sys; sys.stdin.read()"
+WITHOUT_LAUNCHER = "import time; time.sleep(60); print('went on')"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_of_several_processes_is_killed_and_of_one_process_no_helper(tmp_path, n):
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), WITH_LAUNCHER]
+    assert certificate._kill_at(command, n, tmp_path, tmp_path / "log", 5, Random(0)) == 5
+    assert (tmp_path / "lost").exists() is (n == 2)
+
+
+def test_a_run_that_goes_on_without_a_killed_process_is_ended_with_its_ranks(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), WITHOUT_LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert process.poll() is None
+        with pytest.raises(RankLost, match="did not end within"):
+            certificate._await_end(process, 0.1)
+        assert process.returncode == -signal.SIGKILL
+        assert process.stdout.read() == b"", "ranks that hold the pipe open have not gone on"
+
+
+def test_a_system_that_lists_no_processes_is_refused_for_several(tmp_path, monkeypatch):
+    certificate._require_list_of_children(Processes(1, 2))
+    monkeypatch.setattr(certificate, "PROC", tmp_path)
+    certificate._require_list_of_children(Processes(1, 1))
+    plan = {"steps": 24, "kills": 1, "sets": (), "run_dir": tmp_path / "c"}
+    with pytest.raises(EnvironmentUnfit, match="cannot be listed"):
+        certificate.certify(recipe("pocket"), **plan, processes=Processes(1, 2))
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.skipif(not STRESS, reason="a dozen processes of Python that import all")
