@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from stackproof.cli import main, output
+from stackproof.replay.certificate import LOSS_REL_MAX
 from stackproof.spec.rank_log import rank_table
 from stackproof.spec.series import parse_series
 from stackproof.train import checkpoint
@@ -13,8 +14,6 @@ from stackproof.train.run_dir import RunDir
 from tests.distributed.rows import rows_of
 
 STOPPED_AT = 6
-# float32 sums of another number of ranks, over six steps; measured worst case 1.5e-7
-LOSS_REL_MAX = 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,13 @@ import torch
 from stackproof.recipes import recipe
 from stackproof.replay import certificate
 from stackproof.replay.certificate import (
+    HALF_LOSS_REL_MAX,
     LOSS_REL_MAX,
     Processes,
     differing_tensors,
     loss_distance,
     reasons_against,
+    rows_by_source,
 )
 from stackproof.spec.errors import EnvironmentUnfit, RankLost
 from stackproof.spec.records import read_record
@@ -41,8 +43,11 @@ def loaded(**changes):
         ((2, 2), {}, 1e-9, "losses differ by 1e-09, more than 0"),
         ((2, 2), {"best": {"step": 4}}, 0.0, "best differs"),
         ((2, 4), {"best": {"step": 4}}, LOSS_REL_MAX, None),
-        ((2, 4), {}, 2 * LOSS_REL_MAX, "losses differ by 2e-05, more than 1e-05"),
-        ((2, 4), {}, float("nan"), "losses differ by nan, more than 1e-05"),
+        ((2, 4), {}, 2 * LOSS_REL_MAX, "losses differ by 2e-06, more than 1e-06"),
+        ((2, 4), {}, float("nan"), "losses differ by nan, more than 1e-06"),
+        ((2, 4, True), {}, HALF_LOSS_REL_MAX, None),
+        ((2, 4, True), {}, 2 * HALF_LOSS_REL_MAX, "losses differ by 0.0004, more than 0.0002"),
+        ((2, 2, True), {}, 1e-9, "losses differ by 1e-09, more than 0"),
         ((2, 4), {"cursor": 65}, 0.0, "cursor differs"),
         ((1, 1), {"step": 7}, 0.0, "step differs"),
     ],
@@ -50,14 +55,44 @@ def loaded(**changes):
 def test_bits_count_on_one_number_of_processes_and_a_bound_on_another(
     processes, changes, distance, reason
 ):
-    found = reasons_against(Processes(*processes), 8, loaded(), loaded(**changes), [], distance)
+    pair = loaded(), loaded(**changes)
+    found = reasons_against(Processes(*processes), 8, *pair, [], distance, same_rows=True)
     assert found[:1] == ([reason] if reason else [])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bound_is_that_of_the_precision(tmp_path, monkeypatch, dtype):
+    for name in ("_finish", "_with_kills"):
+        monkeypatch.setattr(certificate, name, lambda *given: None)
+    monkeypatch.setattr(certificate, "_judge", lambda *given: given[-1])
+    plan = {"steps": 24, "kills": 1, "sets": (f"train.dtype={dtype}",), "run_dir": tmp_path / "c"}
+    found, _ = certificate.certify(recipe("pocket"), **plan, processes=Processes(1, 2))
+    assert found == Processes(1, 2, half=dtype == "bfloat16")
+
+
 def test_one_differing_tensor_counts_on_one_number_of_processes_alone():
-    given = 8, loaded(), loaded(), ["m"], 0.0
+    given = 8, loaded(), loaded(), ["m"], 0.0, True
     assert reasons_against(Processes(2, 2), *given) == ["1 tensors differ, the first is m"]
     assert reasons_against(Processes(2, 1), *given) == []
+
+
+def test_each_step_draws_as_many_rows_of_each_source_on_any_number_of_processes(tmp_path):
+    def log(name: str, *rows: dict[str, int]) -> Path:
+        (tmp_path / name).mkdir()
+        lines = [{"event": "rows", "rows": one, "step": i} for i, one in enumerate(rows, start=1)]
+        lines.append({"event": "phase", "step": len(name)})
+        (tmp_path / name / "curriculum.jsonl").write_text(
+            "".join(f"{json.dumps(x)}\n" for x in lines)
+        )
+        return tmp_path / name
+
+    one = rows_by_source(log("one", {"a": 3, "b": 1}, {"a": 2, "b": 2}))
+    again = rows_by_source(log("again", {"a": 3, "b": 1}, {"a": 2, "b": 2}))
+    other = rows_by_source(log("other", {"a": 2, "b": 2}, {"a": 3, "b": 1}))
+    assert one == again and len(one) == 2 and one != other
+    given = Processes(2, 4), 8, loaded(), loaded(), [], 0.0
+    (reason,) = reasons_against(*given, one == other)
+    assert reasons_against(*given, one == again) == [] and "numbers of rows" in reason
 
 
 def test_tensors_are_compared_by_their_bits():
