@@ -11,7 +11,7 @@ import pytest
 
 from tests.fault_injection.rank_runs import Fault, launched, places
 from tests.fault_injection.runs import assert_same_end
-from tests.fault_injection.scale import STRESS, chance, scaled
+from tests.fault_injection.scale import SEED, STRESS, chance, scaled
 
 pytestmark = pytest.mark.usefixtures("prepared")
 PARTS = (
@@ -26,7 +26,7 @@ def drawn_kills(undisturbed, n):
     calls = [undisturbed.done.calls(rank) for rank in (0, 1)]
     by_part = places(calls[0])
     for i in range(n):
-        part = PARTS[i % len(PARTS)]
+        part = PARTS[(SEED + i) % len(PARTS)]
         of = draw.randrange(2) if part == "anywhere" else 0
         at = draw.choice(by_part.get(part) or range(1, len(calls[of]) + 1))
         yield part, Fault(of, at, "SIGKILL", (draw.randrange(2),))
