@@ -173,7 +173,7 @@ def test_a_restart_continues_a_run_of_its_configuration_and_parent(cfg, whole_ru
     document = folder / "run.json"
     assert restart.is_begun(folder, cfg, None)
     assert restart.is_begun(folder, changed(cfg, "train.log_every", 7), None)
-    with pytest.raises(ConfigError, match="differs in optim.lr$"):
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr\n"):
         restart.is_begun(folder, changed(cfg, "optim.lr", 0.5), None)
     # The run is no child, so that a child's command has not begun it: it is left alone.
     shutil.rmtree(folder / "checkpoints")
@@ -184,7 +184,7 @@ def test_a_child_without_a_checkpoint_begins_again(cfg, whole_run, tmp_path):
     parent = json.loads((whole_run / "run.json").read_text())["record"]
     saved, unsaved = (child_of(whole_run, parent, tmp_path / name) for name in ("saved", "unsaved"))
     shutil.rmtree(unsaved / "checkpoints")
-    with pytest.raises(ConfigError, match="differs in optim.lr$"):
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr\n"):
         restart.is_begun(unsaved, changed(cfg, "optim.lr", 0.5), whole_run)
     assert restart.is_begun(saved, cfg, whole_run) and not restart.is_begun(saved, cfg, None)
     assert (saved / "run.json").exists() and (unsaved / "run.json").exists()
