@@ -1,6 +1,6 @@
-"""The start that all ranks join. The launcher's store outlives the ranks, and each agent of
-torchrun counts only the restarts of its own node, so that neither tells the ranks of one start from
-the lost ones of another.
+"""The start that all ranks join. The launcher's store outlives the ranks, and torchrun counts the
+restarts of each node apart, so that neither is enough to distinguish the ranks of one start from
+those that an earlier one has lost.
 """
 
 import time
