@@ -36,7 +36,7 @@ from stackproof.spec.files import read_bytes, remove_leftovers, write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
-from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
+from stackproof.spec.records import Artefact, Override, Record, read_record
 from stackproof.spec.renamed_keys import current_override
 from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint, checkpoint_folders, checkpoint_writer
@@ -57,6 +57,7 @@ from stackproof.train.restart import (
     marks_of,
     process_of,
     red_verdicts,
+    refuse_changes,
     refuse_child_at_seed,
     require_recorded,
     require_tokenizer,
@@ -173,7 +174,7 @@ def resume(
     directory = RunDir(run_dir)
     document = directory.read_run()
     require_trained(directory, document)
-    _refuse_changes(directory, document, changed, sets)
+    refuse_changes(directory, document, changed, sets)
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
     own = directory if ranks.is_main else RunDir(run_dir, rank=ranks.rank)
@@ -237,7 +238,7 @@ def completed(
         return None
     directory = RunDir(run_dir)
     document = directory.read_run()
-    _refuse_changes(directory, document, changed, sets)
+    refuse_changes(directory, document, changed, sets)
     with ranks.main_first():
         if ranks.is_main:
             _verify_completed(directory, document, record)
@@ -567,24 +568,6 @@ def _refuse_continuing(
     if cfg.curriculum == recorded_config(loaded.state["config"]).curriculum:
         next_step = "--set curriculum.… changes it; --resume continues without a change"
         raise ConfigError("the mixture stays as it is", next_step=next_step)
-
-
-def _refuse_changes(
-    directory: RunDir, document: dict, changed: RunConfig, sets: Sequence[Override]
-) -> None:
-    """Raise ConfigError if a resumed run would compute something else."""
-    original = recorded_config(document["config"])
-    refused = _outside(sets, BESIDE_TRAINING)
-    if changed != original and refused:
-        raise ConfigError(
-            f"a resumed run keeps its configuration, and {refused[0].key} decides what is computed",
-            value=f"{refused[0].value} from {refused[0].source}",
-            allowed=f"changes of {', '.join(BESIDE_TRAINING)}",
-            next_step=(
-                f"stack train --fork {directory.path} {' '.join(o.source for o in sets)} starts a "
-                "child run with the change recorded"
-            ),
-        )
 
 
 def _outside(overrides: Sequence[Override], keys: Sequence[str]) -> list[Override]:
