@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from stackproof.data.data_loader import Batch
+from stackproof.distributed.tensors import reshard
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
 
@@ -15,7 +16,8 @@ def points_lines(state: Any, batch: Batch) -> list[dict[str, Any]]:
 
     {"point", "layer", "stats", "support"} of each, in execution order, from an uncompiled forward
     without gradients up to the final norm. Random state, weights and gradients are left unchanged.
-    `state` is a training state: model, inputs, device, autocast.
+    `state` is a training state: model, inputs, device, autocast. Of several ranks each has the
+    points of its own rows, in a tensor group of its part of them; all call this.
     """
     gatherer, devices = Gatherer(), [state.device] if state.device.type == "cuda" else []
     with (
@@ -25,6 +27,7 @@ def points_lines(state: Any, batch: Batch) -> list[dict[str, Any]]:
         hook_points(state.model, None, gatherer.see, scratch=True) as points,
     ):
         state.model.hidden_states(*state.inputs(batch, batch))
+    reshard(state.model)
     stats = gatherer.finish()
     return [
         {
