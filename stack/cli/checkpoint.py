@@ -1,5 +1,6 @@
 """`stack checkpoint convert`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,9 @@ def convert(
     """Write a checkpoint in another layout, with its tokenizer. Every value and the state document
     stay as they are. All commands read both layouts, and --fork begins at either.
     """
-    from stackproof.evidence.file_lock import refuse_occupied
+    from stackproof.evidence.file_lock import aside, refuse_occupied
     from stackproof.spec.canonical import sha256_bytes
-    from stackproof.spec.files import read_bytes, write_atomically
+    from stackproof.spec.files import read_bytes, sync, write_atomically
     from stackproof.train import checkpoint
 
     if layout not in LAYOUTS:
@@ -60,11 +61,16 @@ def convert(
             allowed=f"sha256 {loaded.state['tokenizer_sha256'][:12]}…",
             next_step="restore the tokenizer.json of the run",
         )
-    written = checkpoint.write(
-        out / "checkpoints", checkpoint.snapshot_of(loaded, layout), checkpoint.verify
-    )
-    if data is not None:
-        write_atomically(out / "tokenizer.json", data)
+    with aside(out) as folder:
+        snapshot = checkpoint.snapshot_of(loaded, layout)
+        name = checkpoint.write(folder / "checkpoints", snapshot, checkpoint.verify).name
+        if data is not None:
+            write_atomically(folder / "tokenizer.json", data)
+        if out.exists():
+            out.rmdir()
+        os.replace(folder, out)
+        sync(out.parent)
+    written = out / "checkpoints" / name
     document = {
         "path": str(written),
         "layout": layout,

@@ -181,15 +181,9 @@ def train(
         mesh_sizes(cfg, nproc)
         named = () if resume or run_dir else ("--run-dir", str(directory))
         return launch.launch((*sys.argv[1:], *named), nproc, directory, max_restarts=restarts)
-    from stackproof.train import restart
-
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
-        if launch.restarts() and restart.is_begun(directory, is_child=bool(parent)):
-            # run.json holds the changes of a command that began the run
-            overrides = overrides if resume else []
-            resume, at = directory, None
         with output.traceback_kept(directory, launch.rank() if launch.n_started() > 1 else None):
             record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
     if record is None:
@@ -213,10 +207,9 @@ def _run(
 ) -> Record | None:
     """Train as one of the processes of a run. Returns the record, on rank 0."""
     from stackproof.cli.console import ProgressReporter
-    from stackproof.distributed import launch
     from stackproof.distributed.process_group import joined
     from stackproof.replay.bundle import ReproRecorder
-    from stackproof.train import loop, start
+    from stackproof.train import loop, restart, start
     from stackproof.train.callbacks import TRACKERS
     from stackproof.train.device import resolve_device
 
@@ -225,9 +218,14 @@ def _run(
         if ranks.is_main:
             watching = (TRACKERS[name]() for name in tracker)
             callbacks = [ProgressReporter(quiet=quiet), ReproRecorder(), *watching]
+        if ranks.restarted and resume:
+            at = None
+        elif ranks.restarted:
+            with ranks.together():
+                begun = ranks.is_main and restart.is_begun(directory, cfg, lineage["parent"])
+            if ranks.from_main(begun):  # run.json holds the changes of the command that began it
+                resume, overrides = directory, []
         if not resume:
-            if launch.restarts() and ranks.is_main:  # of a child that has saved nothing
-                (directory / "run.json").unlink(missing_ok=True)
             return loop.train(
                 start.fresh(cfg, overrides, directory, callbacks, ranks=ranks, **lineage)
             )

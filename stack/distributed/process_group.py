@@ -16,8 +16,9 @@ import torch.distributed as dist
 from stackproof.config import RunConfig
 from stackproof.distributed.launch import n_started, restarts
 from stackproof.distributed.mesh import mesh_sizes
-from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
-from stackproof.spec.errors import EnvironmentUnfit, UsageError
+from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
+from stackproof.distributed.starts import common_start
+from stackproof.spec.errors import EnvironmentUnfit, RankLost, UsageError
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RECORDED_OPERATIONS = 2000  # kept by the flight recorder
@@ -31,22 +32,23 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
 
     Raises ConfigError if the mesh does not fit them, UsageError if another launcher started several
     processes without connecting them, EnvironmentUnfit if this one has no GPU of its own, RankLost
-    if a rank ends or does not answer.
+    if a rank or the launcher ends or does not answer.
     """
     world_size = n_started()
     sizes = mesh_sizes(cfg, world_size)
     if world_size == 1:
         _refuse_strangers()
-        yield ONE_PROCESS
+        yield OneProcess(restarted=restarts() > 0)
         return
     _end_with_launcher()
     _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
     shared, rank, _ = next(dist.rendezvous("env://"))
+    shared.set_timeout(timeout)
+    start, n = common_start(shared, rank, world_size, timeout)
     # It outlives the ranks: those of a restart must not read addresses of lost ones.
-    store = dist.PrefixStore(f"start/{restarts()}", shared)
-    store.set_timeout(timeout)
+    store = dist.PrefixStore(start, shared)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device_of_rank())
@@ -55,7 +57,11 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     ranks = ProcessGroup(store, sizes, device, timeout)
     try:
         with ranks.watched():
+            ranks.restarted = max(ranks.highest(n - 1, restarts())) > 0
             yield ranks
+            # Rank 0 may close its record for longer than a collective operation may take.
+            with ranks.main_first():
+                pass
             # No rank leaves before the others are done: its store and sockets would go with it.
             ranks.highest(0)
     finally:
@@ -64,10 +70,19 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
 
 def _end_with_launcher() -> None:
     """Let the kernel send SIGTERM to this process when the one that started it ends. Elsewhere than
-    on Linux, its next operation with the other ranks fails.
+    on Linux, its next operation with the other ranks fails. Raises RankLost if it ended before.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if (now := os.getppid()) != launcher:
+        raise RankLost(
+            "the launcher of this rank has ended",
+            value=f"parent process {now}",
+            allowed=f"parent process {launcher}",
+            next_step="give the command again; stack train --resume continues a run with run.json",
+        )
 
 
 def device_of_rank() -> int:

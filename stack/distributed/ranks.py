@@ -33,6 +33,7 @@ class Ranks(Protocol):
     data_rank: int
     sizes: MeshSizes
     control: dist.ProcessGroup | None  # of small messages; None in one process
+    restarted: bool  # whether the launcher has started this run before, on any machine
 
     @property
     def is_main(self) -> bool:
@@ -112,6 +113,7 @@ class OneProcess:
     sizes: MeshSizes = ONE_RANK
     is_main: bool = True
     control: None = None
+    restarted: bool = False
 
     def total(self, *counts: int) -> list[int]:
         return list(counts)
@@ -189,6 +191,7 @@ class ProcessGroup:
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         # for the collective operations of a save behind training
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
+        self.restarted = False
         self._turns = 0
 
     def close(self) -> None:

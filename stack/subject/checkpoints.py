@@ -55,7 +55,8 @@ FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json"
 REQUIRED_STATE = (
     "step cursor curriculum tokens_seen scaler stopper gates config config_sha256 tokenizer_sha256"
 ).split()
-# Where a part begins in its tensor stands below this key of a header.
+# Where a part begins in its tensor stands below this key of a header. It stands here again, since
+# the gate shares nothing with the loader.
 PLACES = "DCP_SHARDING_INFO"
 
 

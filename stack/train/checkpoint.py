@@ -255,7 +255,8 @@ def write(
     Returns the folder.
 
     Raises CheckpointError if anything fails, and what `judge` raises; the earlier checkpoints and
-    pointers are then unchanged, and the folder is gone.
+    pointers are then unchanged, and the folder is gone, unless it was judged and only `latest`
+    could not be moved.
     """
     if isinstance(snapshot, sharded.ShardedSnapshot):
         return sharded.write(root, snapshot, judge)
@@ -365,19 +366,33 @@ def load(folder: Path, ranks: Ranks = ONE_PROCESS) -> Loaded:
 
 def verify(folder: Path, ranks: Ranks = ONE_PROCESS) -> dict:
     """Verify a step folder as `load` does. Returns the state document."""
+    document = problem = None
+    try:
+        document = _verified(folder, ranks)
+    except CheckpointError as e:
+        problem = {"what": e.what, "value": e.value, "allowed": e.allowed, "next_step": e.next_step}
+    # All ranks state the same error, whichever has found it.
+    for found in ranks.gathered(problem):
+        if found is not None:
+            raise CheckpointError(**found)
+    return document
+
+
+def _verified(folder: Path, ranks: Ranks) -> dict:
+    """The state document of a folder whose manifest, headers and document are verified, and of the
+    files this rank's share.
+    """
     # The manifest comes first, as it declares what the other files must be.
     manifest = read_manifest(folder)
     # Verify the bytes before anything reads their content.
     own = sorted(manifest.files)[ranks.rank :: ranks.sizes.world_size]
     files = {name: manifest.files[name] for name in own}
-    problem = None
     try:
         tensorfolder.verify(folder, files, by_tensor=manifest.schema_ != FORMER[1])
-    except CheckpointError as e:
-        problem = {"what": e.what, "value": e.value, "allowed": e.allowed, "next_step": e.next_step}
-    for found in ranks.gathered(problem):
-        if found is not None:
-            raise CheckpointError(**found)
+    except OSError as e:
+        raise CheckpointError(f"{folder} cannot be read: {e}", next_step=OLDER) from e
+    if manifest.schema_ == sharded.SCHEMA:
+        sharded.parts(folder)
     return _read_state(folder, manifest)
 
 

@@ -3,12 +3,12 @@ red verdicts of its gates, and the processes that computed the steps before.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
-from stackproof.config import RunConfig
+from stackproof.config import RunConfig, recorded_config
 from stackproof.contracts.gate import Verdict, failed
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.building import RecordBuilder
@@ -16,7 +16,7 @@ from stackproof.spec.canonical import leaves, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
 from stackproof.spec.files import holds, write_atomically
 from stackproof.spec.gates import load_spec
-from stackproof.spec.records import BESIDE_TRAINING, Artefact, Series
+from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Series
 from stackproof.spec.renamed_keys import translated
 from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.checkpoint_format import Process
@@ -47,7 +47,10 @@ def latest_checkpoint(
         folder = checkpoint.at(root, at) if at else checkpoint.find(directory.path)
         return checkpoint.load(folder, ranks)
     except CheckpointError as e:
-        intact = checkpoint.newest_intact(root)
+        # By rank 0 alone, which may read for longer than a collective operation may take.
+        with ranks.main_first():
+            intact = checkpoint.newest_intact(root) if ranks.is_main else None
+        intact = ranks.from_main(intact)
         found = f"step {intact} is intact" if intact else "no checkpoint is intact"
         raise CheckpointError(
             e.what,
@@ -215,13 +218,50 @@ def _other_process(
     return f"steps {begin} to {end} had another process: {changes}" if changes else ""
 
 
-def is_begun(run_dir: Path, *, is_child: bool) -> bool:
-    """Whether a command that is started again continues its run. A child without a checkpoint
-    begins again: its seed is not where it began.
+def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
+    """Whether a command that is started again continues the run of its folder, which it had begun.
+    False if the folder holds no such run. A child without a checkpoint begins again, since its seed
+    is not where it began: its run.json is deleted.
+
+    Raises ConfigError if the run has another configuration than `cfg`, that of the command.
     """
     directory = RunDir(run_dir)
-    saved = checkpoint_folders.has_any(directory.checkpoints)
-    return (directory.path / "run.json").is_file() and (saved or not is_child)
+    if not (directory.path / "run.json").is_file():
+        return False
+    document = directory.read_run()
+    refuse_changes(directory, document, cfg, ())
+    parents = [checkpoint.load_document(checkpoint.find(parent))["record"]] if parent else []
+    if document.get("parents", []) != parents:
+        return False
+    if not parent or checkpoint_folders.has_any(directory.checkpoints):
+        return True
+    (directory.path / "run.json").unlink()
+    return False
+
+
+def refuse_changes(
+    directory: RunDir, document: Mapping[str, Any], changed: RunConfig, sets: Sequence[Override]
+) -> None:
+    """Raise ConfigError if a resumed run would compute something else."""
+    ours, then = changed.to_dict(), recorded_config(document["config"]).to_dict()
+    if not (apart := sorted(_differing_keys(ours, then))):
+        return
+    left, right = dict(leaves(ours)), dict(leaves(then))
+    given = [o.source for o in sets if any(f"{k}.".startswith(f"{o.key}.") for k in apart)]
+    raise ConfigError(
+        f"a resumed run keeps its configuration, which differs in {', '.join(apart[:4])}",
+        value="; ".join(
+            f"{k} = {left.get(k)}, in {directory.path / 'run.json'} {right.get(k)}"
+            for k in apart[:4]
+        ),
+        allowed=f"changes of {', '.join(BESIDE_TRAINING)}",
+        next_step=(
+            f"stack train --fork {directory.path} {' '.join(given)} starts a child run with the "
+            "change recorded"
+            if given
+            else "choose another --run-dir"
+        ),
+    )
 
 
 def refuse_child_at_seed(directory: RunDir, document: Mapping[str, Any]) -> None:

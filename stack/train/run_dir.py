@@ -109,8 +109,8 @@ class RunDir:
 
     def __init__(self, path: Path, *, rank: int = 0):
         """The directory of a run; the other ranks of a run log into one of their own below it."""
-        self.is_main = rank == 0
-        self.path = path if self.is_main else rank_folder(path, rank)
+        self.path = path if rank == 0 else rank_folder(path, rank)
+        self.document = path / "run.json"  # of all ranks
         self.checkpoints = path / "checkpoints"
         self.sha256, self.sealed = "", False  # of run.json, as it was written or read
         self._ended = True  # so far as is known
@@ -121,9 +121,7 @@ class RunDir:
         """Make the folder. Raises UsageError if a run already lives there, EnvironmentUnfit if it
         cannot be written.
         """
-        if not self.is_main:  # rank 0 was ended before it wrote its own, so that no run began
-            (self.path / "run.json").unlink(missing_ok=True)
-        if (self.path / "run.json").exists():
+        if self.document.exists():
             raise UsageError(
                 f"{self.path} already holds a run",
                 allowed="a new folder",
@@ -152,7 +150,7 @@ class RunDir:
             remove_leftovers(folder)
         for unfinished in self.path.glob("repro/.writing-*"):
             remove_folder(unfinished)
-        if not (self.path / "run.json").exists():
+        if not self.document.exists():
             for name in SERIES:
                 (self.path / name).unlink(missing_ok=True)
         end_last_line(self.path / EVENTS, is_canonical_line)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from stackproof import tensorfile, tensorfolder
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
-from stackproof.distributed.tensors import local_part
+from stackproof.distributed.tensors import is_divided, local_part, n_holders
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import CheckpointError, IntegrityError
 from stackproof.spec.files import create_durably, require_own, sync
@@ -46,8 +47,14 @@ class ShardedSnapshot:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the parts of this rank and of the document."""
-        return sum(local_part(t).nbytes for t in self.tensors.values()) + len(self.document)
+        """Bytes of the document, and of the parts of this rank: one that several ranks hold is
+        divided among them.
+        """
+        parts = sum(local_part(t).nbytes // self._n_holders(t) for t in self.tensors.values())
+        return parts + len(self.document)
+
+    def _n_holders(self, tensor: Tensor) -> int:
+        return n_holders(tensor) if is_divided(tensor) else self.ranks.sizes.world_size
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +79,8 @@ def write(root: Path, snapshot: ShardedSnapshot, judge: Callable[[Path], None]) 
     `judge` it on every rank, and point `latest` at it. Returns the folder.
 
     Raises CheckpointError on a rank that fails, and RankLost, which names it, on the others.
-    The earlier checkpoints and pointers are then unchanged, and the folder is gone.
+    The earlier checkpoints and pointers are then unchanged, and the folder is gone, unless it was
+    judged and only `latest` could not be moved.
     """
     ranks, final = snapshot.ranks, root / step_name(snapshot.step)
     # The files are read by all ranks, so that their folder has one name.
@@ -197,17 +205,28 @@ def parts(folder: Path) -> dict[str, list[Part]]:
         except (OSError, tensorfile.BadTensorFile, IntegrityError) as e:
             raise CheckpointError(f"{path}: {e}", next_step=OLDER) from e
     for name, held in found.items():
-        n_elements = sum(math.prod(part.entry.shape) for part in held)
-        places = {part.offset for part in held if math.prod(part.entry.shape)}
-        n_repeated = sum(bool(math.prod(part.entry.shape)) for part in held) - len(places)
-        whole = n_elements == math.prod(whole_shape(held)) and not n_repeated
-        if not whole or len({part.entry.dtype for part in held}) != 1:
+        if not _is_whole(held) or len({part.entry.dtype for part in held}) != 1:
             raise CheckpointError(
                 f"the parts of tensor {name} in {folder} are not a whole one",
                 value=", ".join(f"{list(p.entry.shape)} at {list(p.offset)}" for p in held[:6]),
                 next_step=OLDER,
             )
     return found
+
+
+def _is_whole(held: list[Part]) -> bool:
+    """Whether parts are disjoint and have as many elements as the tensor that they are of."""
+    n_elements = sum(math.prod(part.entry.shape) for part in held)
+    boxes = [
+        tuple((first, first + n) for first, n in zip(part.offset, part.entry.shape, strict=True))
+        for part in held
+        if math.prod(part.entry.shape)
+    ]
+    overlap = any(
+        all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+        for one, other in combinations(boxes, 2)
+    )
+    return n_elements == math.prod(whole_shape(held)) and not overlap
 
 
 def _offset(places: Any, name: str, n_dimensions: int) -> tuple[int, ...]:
@@ -253,10 +272,18 @@ def empty(
 
 def read(folder: Path, targets: Mapping[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
     """Read tensors of a verified folder of either layout into those that `empty` made, of which
-    each rank may hold parts. All ranks call this.
+    each rank may hold parts. All ranks call this. Raises CheckpointError.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     reader, group = HuggingFaceStorageReader(str(folder)), ranks.control
-    dcp.load(dict(targets), storage_reader=reader, process_group=group, no_dist=group is None)
+    with ranks.together():
+        try:
+            dcp.load(
+                dict(targets), storage_reader=reader, process_group=group, no_dist=group is None
+            )
+        except CheckpointException as e:
+            if own := e.failures.get(ranks.rank):
+                raise CheckpointError(f"{folder} cannot be read: {own[0]}", next_step=OLDER) from e

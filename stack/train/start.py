@@ -36,7 +36,7 @@ from stackproof.spec.files import read_bytes, remove_leftovers, write_atomically
 from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
-from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
+from stackproof.spec.records import Artefact, Override, Record, read_record
 from stackproof.spec.renamed_keys import current_override
 from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint, checkpoint_folders, checkpoint_writer
@@ -57,6 +57,7 @@ from stackproof.train.restart import (
     marks_of,
     process_of,
     red_verdicts,
+    refuse_changes,
     refuse_child_at_seed,
     require_recorded,
     require_tokenizer,
@@ -127,22 +128,22 @@ def fresh(
             run_preflight(trainer, None)
             take_part(trainer)
             # Written after the gates and before step 1: only a run that passed them can be resumed.
-            write_atomically(
-                directory.path / "tokenizer.json", trainer.dataset.tokenizer.to_bytes()
-            )
             if loaded is not None:
                 trainer.output.record.parents = (loaded.state["record"],)
                 if continued:
                     trainer.output.carried = _carry_over(trainer, parent, loaded)
-            directory.write_run(
-                trainer.output.record,
-                device=trainer.state.device.type,
-                inherited_s=trainer.output.inherited_s,
-                data=trainer.dataset.manifest,
-                n_eval_batches=len(trainer.held_out),
-                parents=list(trainer.output.record.parents),
-                carried=[artefact.model_dump() for artefact in trainer.output.carried],
-            )
+            if ranks.is_main:
+                data = trainer.dataset.tokenizer.to_bytes()
+                write_atomically(directory.path / "tokenizer.json", data)
+                directory.write_run(
+                    trainer.output.record,
+                    device=trainer.state.device.type,
+                    inherited_s=trainer.output.inherited_s,
+                    data=trainer.dataset.manifest,
+                    n_eval_batches=len(trainer.held_out),
+                    parents=list(trainer.output.record.parents),
+                    carried=[artefact.model_dump() for artefact in trainer.output.carried],
+                )
             # The parent's state comes last, since run.json must describe the run that it enters.
             if loaded is not None:
                 _restore(trainer, loaded, ("runtime",))
@@ -173,7 +174,7 @@ def resume(
     directory = RunDir(run_dir)
     document = directory.read_run()
     require_trained(directory, document)
-    _refuse_changes(directory, document, changed, sets)
+    refuse_changes(directory, document, changed, sets)
     # The recorded kernels on the recorded device: others give other bits.
     device, environment_then = resolve_device(document["device"]), document["environment"]
     own = directory if ranks.is_main else RunDir(run_dir, rank=ranks.rank)
@@ -237,21 +238,26 @@ def completed(
         return None
     directory = RunDir(run_dir)
     document = directory.read_run()
-    _refuse_changes(directory, document, changed, sets)
-    if not ranks.is_main:
-        return record
-    with file_lock(run_dir, "run"):
-        marks_of(directory, document, latest_checkpoint(directory, None))
-        if checksums.read_checksums(run_dir) is None:  # a kill came between record and checksums
-            require_recorded(run_dir, (*record.series, *record.outputs))
-            remove_leftovers(run_dir)
-            directory.seal()
+    refuse_changes(directory, document, changed, sets)
+    with ranks.main_first():
+        if ranks.is_main:
+            _verify_completed(directory, document, record)
     done = (
         f"{run_dir} is {record.status}; nothing is left to do. --fork with more train.max_steps "
         "continues it"
     )
     CallbackList(callbacks).on_message(done)
     return record
+
+
+def _verify_completed(directory: RunDir, document: dict, record: Record) -> None:
+    with file_lock(directory.path, "run"):
+        marks_of(directory, document, latest_checkpoint(directory, None))
+        # Without them a kill came between the record and the checksums.
+        if checksums.read_checksums(directory.path) is None:
+            require_recorded(directory.path, (*record.series, *record.outputs))
+            remove_leftovers(directory.path)
+            directory.seal()
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -562,24 +568,6 @@ def _refuse_continuing(
     if cfg.curriculum == recorded_config(loaded.state["config"]).curriculum:
         next_step = "--set curriculum.… changes it; --resume continues without a change"
         raise ConfigError("the mixture stays as it is", next_step=next_step)
-
-
-def _refuse_changes(
-    directory: RunDir, document: dict, changed: RunConfig, sets: Sequence[Override]
-) -> None:
-    """Raise ConfigError if a resumed run would compute something else."""
-    original = recorded_config(document["config"])
-    refused = _outside(sets, BESIDE_TRAINING)
-    if changed != original and refused:
-        raise ConfigError(
-            f"a resumed run keeps its configuration, and {refused[0].key} decides what is computed",
-            value=f"{refused[0].value} from {refused[0].source}",
-            allowed=f"changes of {', '.join(BESIDE_TRAINING)}",
-            next_step=(
-                f"stack train --fork {directory.path} {' '.join(o.source for o in sets)} starts a "
-                "child run with the change recorded"
-            ),
-        )
 
 
 def _outside(overrides: Sequence[Override], keys: Sequence[str]) -> list[Override]:

@@ -292,16 +292,19 @@ def communication(late_s: float) -> Communication:
     return found
 
 
-def announcement_after_a_restart() -> tuple[bool, int]:
-    """Whether the second start sees the error that rank 1 of the first one has announced, and its
-    sum.
+def starts(counting: int | None) -> list[tuple[bool, bool, int]]:
+    """For each of two starts: whether it is a restart, whether it reads the error that rank 1 of
+    the first one has announced, and its sum. Only the agent of rank `counting` counts a restart.
     """
-    cfg = configuration({}, {})
-    with joined(cfg, CPU) as ranks:
-        failure.announce(ranks.store, 1, StackproofError("the disk is full"))
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-    with joined(cfg, CPU) as ranks:
-        return failure.ended(ranks.store, 1) is not None, ranks.total(1)[0]
+    cfg, found = configuration({}, {}), []
+    for _ in range(2):
+        with joined(cfg, CPU) as ranks:
+            announced = failure.ended(ranks.store, 1) is not None
+            found.append((ranks.restarted, announced, ranks.total(1)[0]))
+            failure.announce(ranks.store, 1, StackproofError("the disk is full"))
+            if ranks.rank == counting:
+                os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    return found
 
 
 # --- runs -----------------------------------------------------------------------------------------

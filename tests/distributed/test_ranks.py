@@ -1,11 +1,21 @@
 """Operations of a process group, and how ranks end together."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from signal import SIGTERM
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
+from stackproof.distributed import process_group
 from stackproof.distributed.launch import exit_code, first_lost
 from stackproof.distributed.ranks import ONE_PROCESS
+from stackproof.distributed.starts import common_start
+from stackproof.spec.errors import RankLost
 
 RUN = Path("RUN")
 
@@ -54,8 +64,43 @@ def test_a_lost_rank_is_named(ranks, how, named):
     assert code == (1 if how == "failed" else 7)
 
 
-def test_a_restart_reads_nothing_of_the_ranks_before(answers):
-    assert answers("announcement_after_a_restart") == [(False, 2), (False, 2)]
+@pytest.mark.parametrize("counting", [0, 1, None])
+def test_all_ranks_join_a_restart_that_no_or_one_agent_counts(answers, counting):
+    """And read nothing of the ranks before. None: the machine of a rank was replaced."""
+    assert answers("starts", counting) == [[(False, False, 2), (True, False, 2)]] * 2
+
+
+def test_the_rank_of_a_former_start_does_not_count_as_one_that_joins():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("stackproof/number/1", "lost")
+    seconds = timedelta(seconds=60)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(common_start, store, 0, 2, seconds)
+        beside = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        beside.wait(["stackproof/answer/lost"])  # the rank that joins comes later
+        assert not first.done()
+        start, _ = common_start(beside, 1, 2, seconds)
+        assert first.result() == (start, 1)
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, "1, 2"), (1, "0")])
+def test_a_rank_that_does_not_join_is_named(rank, missing):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(RankLost, match=f"did not join: {missing}\n"):
+        common_start(store, rank, 3, timedelta(seconds=0.2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
+@pytest.mark.parametrize("after", [10, 1])
+def test_a_rank_whose_launcher_ended_before_it_was_watched_ends(monkeypatch, after):
+    parents, asked = iter([10, after]), []
+    library = SimpleNamespace(prctl=lambda *given: asked.append(given))
+    monkeypatch.setattr(process_group.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(process_group.os, "getppid", lambda: next(parents))
+    with pytest.raises(RankLost, match="launcher") if after != 10 else nullcontext():
+        process_group._end_with_launcher()
+    assert asked == [(1, SIGTERM)]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ import shutil
 import pytest
 
 from stackproof.cli import main, output
+from stackproof.config import load_config
 from stackproof.replay.certificate import LOSS_REL_MAX
+from stackproof.spec.canonical import canonical_json, sha256_json
+from stackproof.spec.errors import ConfigError
 from stackproof.spec.rank_log import rank_table
 from stackproof.spec.series import parse_series
-from stackproof.train import checkpoint
-from stackproof.train.run_dir import RunDir
+from stackproof.train import checkpoint, restart
+from stackproof.train.run_dir import SEAL, RunDir
 from tests.distributed.rows import rows_of
 
 STOPPED_AT = 6
@@ -150,6 +153,55 @@ def test_inspect_shows_the_mesh_and_the_ranks(whole_run, capsys, monkeypatch):
     assert "Mesh: replicate 1 × shard 2 × tensor 1" in text
     (row,) = [line for line in text.splitlines() if line.startswith("1     0, 1, 0")]
     assert row.split()[-1] == f"{shown['ranks'][1]['exposed_frac']:.3g}"
+
+
+def test_a_restart_does_not_continue_the_run_of_another_command(
+    whole_run, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    former = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "pocket", "--set", "optim.lr=0.5", "--run-dir", str(folder)])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "keeps its configuration, which differs in" in told, told
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == former
+
+
+def test_a_restart_continues_a_run_of_its_configuration_and_parent(cfg, whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    document = folder / "run.json"
+    assert restart.is_begun(folder, cfg, None)
+    assert restart.is_begun(folder, changed(cfg, "train.log_every", 7), None)
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr\n"):
+        restart.is_begun(folder, changed(cfg, "optim.lr", 0.5), None)
+    # The run is no child, so that a child's command has not begun it: it is left alone.
+    shutil.rmtree(folder / "checkpoints")
+    assert not restart.is_begun(folder, cfg, whole_run) and document.exists()
+
+
+def test_a_child_without_a_checkpoint_begins_again(cfg, whole_run, tmp_path):
+    parent = json.loads((whole_run / "run.json").read_text())["record"]
+    saved, unsaved = (child_of(whole_run, parent, tmp_path / name) for name in ("saved", "unsaved"))
+    shutil.rmtree(unsaved / "checkpoints")
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr\n"):
+        restart.is_begun(unsaved, changed(cfg, "optim.lr", 0.5), whole_run)
+    assert restart.is_begun(saved, cfg, whole_run) and not restart.is_begun(saved, cfg, None)
+    assert (saved / "run.json").exists() and (unsaved / "run.json").exists()
+    assert not restart.is_begun(unsaved, cfg, whole_run) and not (unsaved / "run.json").exists()
+
+
+def changed(cfg, key, value):
+    return load_config(cfg, fixed={key: (value, "test")})[0]
+
+
+def child_of(run_dir, parent, folder):
+    """A copy of a run whose run.json names a parent."""
+    shutil.copytree(run_dir, folder)
+    document = json.loads((folder / "run.json").read_text()) | {"parents": [parent]}
+    content = {k: v for k, v in document.items() if k != SEAL}
+    (folder / "run.json").write_bytes(canonical_json(content | {SEAL: sha256_json(content)}))
+    return folder
 
 
 def test_inspect_refuses_times_of_other_ranks(whole_run, tmp_path, capsys):

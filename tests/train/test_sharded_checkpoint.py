@@ -1,5 +1,6 @@
 """The sharded layout in one process: what its files must be, and that nothing else is read."""
 
+import errno
 import json
 import struct
 import zlib
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.checkpoint import hf_storage
 
 from stackproof import tensorfile
 from stackproof.config import load_config
@@ -134,6 +136,46 @@ def test_parts_that_are_not_a_whole_tensor_are_refused(tmp_path, tensor, offset)
     shard(tmp_path, 2, {"a": (tensor, offset)})
     with pytest.raises(CheckpointError):
         sharded_checkpoint.parts(tmp_path)
+
+
+def test_an_overlap_does_not_make_up_for_a_gap(tmp_path):
+    """Three parts have as many elements as the tensor, and no two begin at the same place."""
+    for number, first in enumerate((0, 1, 4), start=1):
+        shard(tmp_path, number, {"a": (torch.zeros(2, 3), [first, 0])})
+    with pytest.raises(CheckpointError, match="are not a whole one"):
+        sharded_checkpoint.parts(tmp_path)
+
+
+def test_headers_are_verified_with_the_hashes(folder):
+    """A writer that leaves a part out declares the file as it is."""
+    shard(folder, 1, {"a": (torch.zeros(2, 3), [1, 0])})
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    sha256, checksums = tensorfile.digests(folder / FILE)
+    n_bytes = (folder / FILE).stat().st_size
+    manifest["files"][FILE] = {"sha256": sha256, "bytes": n_bytes, "crc32": checksums}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="are not a whole one"):
+        checkpoint.verify(folder)
+
+
+def test_a_file_that_cannot_be_read_is_a_checkpoint_error(folder, monkeypatch):
+    loaded = checkpoint.load(folder)
+
+    def refused(*arguments, **named):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hf_storage.HuggingFaceStorageReader, "_process_read_request", refused)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error"):
+        _ = loaded.model
+
+
+def test_a_part_that_several_ranks_hold_takes_room_once(saved, state):
+    tensors = {"a": torch.zeros(1000)}
+    two = SimpleNamespace(sizes=SimpleNamespace(world_size=2))
+    snapshot = sharded_checkpoint.ShardedSnapshot(0, tensors, b"", two)
+    assert snapshot.n_bytes == 2000
+    assert replace(snapshot, ranks=ONE_PROCESS).n_bytes == 4000
 
 
 # --- gate -----------------------------------------------------------------------------------------
