@@ -235,6 +235,10 @@ def test_the_tasks_of_a_slurm_job_are_processes_within_a_step_alone(monkeypatch,
     assert gate.observe(event).outcome == outcome
 
 
+def test_a_group_that_the_trainer_has_destroyed_is_left_without_an_error():
+    assert ranks.Ranks(1, 2, 2, group=object()).left() == ranks.Ranks(1, 1, 2)
+
+
 class Once(torch.nn.Module):
     """A model that is called a second time in vain."""
 
