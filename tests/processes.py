@@ -103,8 +103,12 @@ class Command:
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
             self.process.start()
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
     def poll(self) -> int | None:
         return self.process.exitcode

@@ -1,7 +1,8 @@
 """The processes that train together, in a run of another trainer."""
 
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 
 from stackproof.spec.errors import ConfigError
 
-# Variables by which launchers state how many processes they have started. Inside of a job step,
-# SLURM states the tasks of the step, which may be fewer than those of the job.
-STARTED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Variables by which launchers state how many processes they have started. SLURM_NTASKS is none of
+# them: a batch script has it too, which SLURM starts once for any number of tasks.
+STARTED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 JOIN_TIMEOUT = timedelta(minutes=5)
 
@@ -41,6 +42,7 @@ class Ranks:
         try:
             meeting = dist.new_group(backend="gloo", timeout=JOIN_TIMEOUT)
             dist.barrier(meeting)
+            dist.destroy_process_group(meeting)
         except RuntimeError as e:
             raise ConfigError(
                 f"not every process has opened the gates within {JOIN_TIMEOUT}",
@@ -62,6 +64,13 @@ class Ranks:
         found: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(found, document, group=self.group)
         return found
+
+    def left(self) -> "Ranks":
+        """This process alone, its group destroyed, if the trainer has not destroyed all."""
+        if self.group is not None:
+            with suppress(ValueError):
+                torch.distributed.destroy_process_group(self.group)
+        return replace(self, world_size=1, group=None)
 
 
 ALONE = Ranks()

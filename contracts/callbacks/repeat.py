@@ -92,8 +92,11 @@ class StepRepeat:
             self._open.append((call, gradient.detach(), autocast))
 
     def settle(self) -> None:
-        """Repeat the passes whose gradients came. Changes neither gradients nor random state."""
-        for call, gradient, autocast in self._open:
+        """Repeat the passes whose gradients came. Changes neither gradients nor random state. An
+        error of a pass ends the comparison and not the training.
+        """
+        waiting, self._open = self._open, []
+        for call, gradient, autocast in waiting:
             device = gradient.device.type
             typed = torch.autocast(device, autocast) if autocast else nullcontext()
             try:
@@ -104,10 +107,11 @@ class StepRepeat:
                         logits, self.parameters, gradient.to(logits.dtype), allow_unused=True
                     )
                 self._own += self._sketches(found)
-            except RuntimeError as e:
-                # Such as too little memory, or checkpoints of activations that are re-entrant.
-                self.unknown = f"a pass could not be made again: {str(e).splitlines()[0]}"
-        self._open = []
+            except Exception as e:
+                # Such as too little memory, or a model that counts its calls.
+                first_line = next(iter(str(e).splitlines()), "")
+                error = f"{type(e).__name__}: {first_line}"
+                self.unknown = f"a pass could not be made again: {error}"
 
     def end(self, factor: float) -> dict[str, Tensor]:
         """The sketches (P, S) of this rank's own gradient, and of the reduced one times `factor`.

@@ -156,7 +156,7 @@ class Session:
 
     def alone(self) -> Ranks:
         """Exchange nothing any more, as where ranks have taken different numbers of steps."""
-        self._defers, self.ranks = False, Ranks(self.ranks.rank)
+        self._defers, self.ranks = False, self.ranks.left()
         return self.ranks
 
     def artifact(self, saved: SavedCheckpoint, step: int) -> None:
@@ -187,7 +187,10 @@ class Session:
         return [one for _, _, one in found]
 
     def end(self, end: End) -> None:
-        """The run has ended: its record is written. A second call does nothing."""
+        """The run has ended: nothing is exchanged any more, and its record is written. A second
+        call does nothing.
+        """
+        self.alone()
         if self.record:
             record, self.record = self.record, None
             record.close(end, self.results(), self.cost())

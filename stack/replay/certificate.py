@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from stackproof.config import RunConfig, load_config
+from stackproof.contracts.gate import worst
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.building import RecordBuilder, artefact
-from stackproof.spec.errors import ConfigError, StackproofError
+from stackproof.spec.errors import ConfigError, EnvironmentUnfit, RankLost, StackproofError
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import Record
@@ -30,17 +31,20 @@ from stackproof.train.state import tensor_bytes
 
 CLAIM = "Training killed at random moments and resumed each time ends in byte-identical weights."
 CLAIM_ELSEWHERE = (
-    "Training killed at random moments and resumed each time on another number of processes has "
-    "the same order of data and, within a bound, the same losses."
+    "Training killed at random moments and resumed each time on another number of processes draws "
+    "as many rows of each source in each step, ends at the same place of the data and, within a "
+    "bound, has the same losses."
 )
 NOT_COVERED = (
     "another processor, torch build or number of threads",
     "kills by power failure: the page cache survives a SIGKILL",
 )
 DEADLINE_S = 900.0
-# Relative distance of the losses of a step on another number of processes, whose float32 sums have
-# another order, and whose rounding grows with the steps; measured 8e-8 after 24 steps.
-LOSS_REL_MAX = 1e-5
+PROC = Path("/proc")
+# Relative distance of the losses of a step on another number of processes, after 60 steps. Their
+# float32 sums have another order: measured at most 1.8e-7. In half precision weights that differ so
+# round to other numbers: measured 4.0e-5; the weakest error that a gate finds is 2.5e-4 (ADR 0053).
+LOSS_REL_MAX, HALF_LOSS_REL_MAX = 1e-6, 2e-4
 SAME_STATE = ("step", "cursor", "tokens_seen", "curriculum")
 SAME_BITS = (*SAME_STATE, "stopper", "best")
 
@@ -48,11 +52,12 @@ SAME_BITS = (*SAME_STATE, "stopper", "best")
 @dataclass(frozen=True)
 class Processes:
     """Processes of the uninterrupted run and of the first part of the other one, and those of its
-    resumed parts.
+    resumed parts. `half`: they compute in half precision.
     """
 
     first: int = 1
     resumed: int = 1
+    half: bool = False
 
     @property
     def are_equal(self) -> bool:
@@ -62,7 +67,8 @@ class Processes:
     @property
     def loss_rel_max(self) -> float:
         """The bound of the relative distance of the losses."""
-        return 0.0 if self.are_equal else LOSS_REL_MAX
+        of_dtype = HALF_LOSS_REL_MAX if self.half else LOSS_REL_MAX
+        return 0.0 if self.are_equal else of_dtype
 
 
 def certify(
@@ -77,8 +83,9 @@ def certify(
     """Run both, compare them, and write the record. `base` is the configuration of a recipe.
 
     Raises ConfigError if there are too few steps for the kills, or if the configuration cannot be
-    divided among the processes.
+    divided among the processes, and EnvironmentUnfit if one of several processes cannot be killed.
     """
+    _require_list_of_children(processes)
     if steps < 2 * (kills + 1):
         raise ConfigError(
             f"{steps} steps are too few for {kills} kills",
@@ -98,6 +105,7 @@ def certify(
         *sets,
     )
     cfg, overrides = load_config(base, sets=sets)
+    processes = replace(processes, half=cfg.train.dtype != "float32")
     counts = {"mesh": processes.first, "resumed_mesh": processes.resumed}
     meshes = {
         f"{name}_{axis}": size
@@ -119,6 +127,7 @@ def certify(
     straight, killed = directory / "straight", directory / "killed"
     _finish(_stack(processes.first, *command, str(straight)), directory / "straight.log")
     moments = _with_kills(
+        processes,
         _stack(processes.first, *command, str(killed)),
         _stack(processes.resumed, "train", "--resume", str(killed)),
         killed,
@@ -139,6 +148,7 @@ def _finish(command: list[str], log: Path) -> int:
 
 
 def _with_kills(
+    processes: Processes,
     command: list[str],
     resumed: list[str],
     run_dir: Path,
@@ -153,12 +163,16 @@ def _with_kills(
     targets = sorted(draw.sample(range(steps // 4, steps - 1), kills))
     moments = []
     for target in targets:
-        moments.append(_kill_at(command if not moments else resumed, run_dir, log, target, draw))
+        now, n = (resumed, processes.resumed) if moments else (command, processes.first)
+        moments.append(_kill_at(now, n, run_dir, log, target, draw))
     _finish(resumed, log)
     return moments
 
 
-def _kill_at(command: list[str], run_dir: Path, log: Path, target: int, draw: random.Random) -> int:
+def _kill_at(
+    command: list[str], n: int, run_dir: Path, log: Path, target: int, draw: random.Random
+) -> int:
+    """Kill the only process of a run, or one of its `n`, after a step. Returns its last step."""
     with open(log, "ab") as f:
         process = subprocess.Popen(command, stdout=f, stderr=f)
         deadline = time.monotonic() + DEADLINE_S
@@ -168,19 +182,56 @@ def _kill_at(command: list[str], run_dir: Path, log: Path, target: int, draw: ra
             time.sleep(0.01)
         time.sleep(draw.random() * 0.1)
         # Of several processes one is killed: the others and their launcher end by themselves.
-        ranks = children_of(process.pid)
-        chosen = draw.choice(ranks) if len(ranks) > 1 else process.pid
-        with suppress(ProcessLookupError):
-            os.kill(chosen, signal.SIGKILL)
-        process.wait()
+        _kill(draw.choice((n > 1 and children_of(process.pid)) or [process.pid]))
+        _await_end(process, DEADLINE_S)
     return _last_step(run_dir)
 
 
+def _await_end(process: subprocess.Popen, timeout_s: float) -> None:
+    """Wait for the end of a run of which a process was killed. Raises RankLost if it does not end,
+    after killing what is left of it, so that none keeps the lock of the folder.
+    """
+    try:
+        process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired as e:
+        for pid in (process.pid, *children_of(process.pid)):
+            _kill(pid)
+        process.wait()
+        raise RankLost(
+            f"a run did not end within {timeout_s:g} s of the kill of one of its processes",
+            value=" ".join(process.args),
+            next_step="read the log killed.log beside the folder of the run",
+        ) from e
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _require_list_of_children(processes: Processes) -> None:
+    """Raises EnvironmentUnfit if a run has several processes and the system does not list them:
+    without their launcher alone they would keep the lock of the folder.
+    """
+    n, listed = max(processes.first, processes.resumed), _children_file(os.getpid())
+    if n > 1 and not listed.is_file():
+        raise EnvironmentUnfit(
+            "the processes of a run cannot be listed, so that none of them can be killed",
+            value=f"{n} processes, and no file {listed}",
+            allowed="a Linux with /proc and CONFIG_PROC_CHILDREN, or one process",
+            next_step="drop --nproc and --resume-nproc, or certify on such a machine",
+        )
+
+
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started, as Linux lists them."""
-    with suppress(FileNotFoundError):
-        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes that a process has started, as Linux lists them; none of one that has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [int(n) for n in _children_file(pid).read_text().split()]
     return []
+
+
+def _children_file(pid: int) -> Path:
+    return PROC / f"{pid}/task/{pid}/children"
 
 
 def _last_step(run_dir: Path) -> int:
@@ -211,7 +262,8 @@ def _judge(
         builder.metric("weights_equal", int(not differing), "1", better="higher")
         if isfinite(distance):
             builder.metric("loss_rel_distance", distance, "1", better="lower")
-        reasons = reasons_against(processes, steps, *loaded, differing, distance)
+        same_rows = rows_by_source(straight) == rows_by_source(killed)
+        reasons = reasons_against(processes, steps, *loaded, differing, distance, same_rows)
     builder.metric("steps", steps, "steps")
     builder.metric("kills", len(moments), "kills")
     builder.metric("resumes", _resumes(killed), "resumes")
@@ -240,6 +292,7 @@ def reasons_against(
     killed: checkpoint.Loaded,
     differing: list[str],
     distance: float,
+    same_rows: bool,
 ) -> list[str]:
     """Why the claim does not hold; empty if it does. On one number of processes all bits must be
     equal.
@@ -250,6 +303,8 @@ def reasons_against(
         reasons.append(f"ended at step {killed.state['step']}, not {steps}")
     if processes.are_equal and differing:
         reasons.append(f"{len(differing)} tensors differ, the first is {differing[0]}")
+    if not same_rows:
+        reasons.append("a step has drawn other numbers of rows from the sources")
     if not distance <= processes.loss_rel_max:
         reasons.append(f"losses differ by {distance:.2g}, more than {processes.loss_rel_max:g}")
     return reasons
@@ -269,8 +324,8 @@ def _equal(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 def loss_distance(straight: Path, killed: Path) -> float:
-    """Largest relative distance of the losses of a step; infinity if the logs do not have the same
-    steps.
+    """Largest relative distance of the losses of a step; infinity if a loss is NaN or the logs do
+    not have the same steps.
     """
     ours, theirs = (
         [(line["step"], float(line["loss_nats"])) for line in RunDir(run).lines("metrics.jsonl")]
@@ -279,7 +334,12 @@ def loss_distance(straight: Path, killed: Path) -> float:
     if not ours or [step for step, _ in ours] != [step for step, _ in theirs]:
         return inf
     pairs = zip(ours, theirs, strict=True)
-    return max(abs(b - a) / max(abs(a), abs(b)) for (_, a), (_, b) in pairs)
+    return worst(abs(b - a) / max(abs(a), abs(b), 1e-30) for (_, a), (_, b) in pairs)
+
+
+def rows_by_source(run: Path) -> list[dict]:
+    """The lines of a run with the rows that a step drew from each source; none with one source."""
+    return [line for line in RunDir(run).lines("curriculum.jsonl") if line["event"] == "rows"]
 
 
 def _resumes(run_dir: Path) -> int:

@@ -148,7 +148,9 @@ for _hook in [name for name in vars(Callback) if name.startswith("on_")]:
 
 
 class StepTimer:
-    """Wall time of steps, without what `paused` excludes: work beside training, such as tracing."""
+    """Wall time of steps, without work beside training: tracing, which `paused` excludes and
+    counts, and what `leave_out` excludes.
+    """
 
     def __init__(self) -> None:
         self.total_s = self.paused_s = self._started = 0.0
@@ -168,11 +170,12 @@ class StepTimer:
         """The block does not count as time of the step."""
         began = time.perf_counter()
         yield
-        self.leave_out(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.paused_s += seconds
+        self.leave_out(seconds)
 
     def leave_out(self, seconds: float) -> None:
         """As much of the current step does not count as its time."""
-        self.paused_s += seconds
         self._started += seconds
 
 

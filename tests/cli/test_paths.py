@@ -26,6 +26,7 @@ FOLDERS = (
     "trace PATH --against self@bfloat16",
     "trace --repro PATH",
     "export PATH --out out",
+    "checkpoint convert PATH --out out",
     "import PATH --out out",
     "train --resume PATH",
     "train --fork PATH",
@@ -98,4 +99,4 @@ def test_every_command_that_takes_a_path_is_in_these_tables():
         if any(a["name"] in PATHS for a in parts["arguments"])
     }
     covered = {verb for verb in asked if any(c.startswith(f"{verb} ") for c in FOLDERS + FILES)}
-    assert asked == covered and len(asked) == 22
+    assert asked == covered and len(asked) == 23

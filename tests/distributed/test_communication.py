@@ -48,7 +48,6 @@ def test_a_rank_that_is_late_lets_the_others_wait(answers):
     first, last = answers("communication", late_s)
     for found in (first, last):
         assert 0 < found.exposed_s <= found.under_way_s <= found.step_s
-        assert found.own_s == found.step_s - found.exposed_s
     assert first.under_way_s > late_s / 2  # it began to wait while the other slept
     assert last.own_s >= late_s
 

@@ -7,6 +7,7 @@ import pytest
 
 from stackproof.cli import main, output
 from stackproof.config import load_config
+from stackproof.replay.certificate import LOSS_REL_MAX
 from stackproof.spec.canonical import canonical_json, sha256_json
 from stackproof.spec.errors import ConfigError
 from stackproof.spec.rank_log import rank_table
@@ -16,8 +17,6 @@ from stackproof.train.run_dir import SEAL, RunDir
 from tests.distributed.rows import rows_of
 
 STOPPED_AT = 6
-# float32 sums of another number of ranks, over six steps; measured worst case 1.5e-7
-LOSS_REL_MAX = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +121,7 @@ def test_the_ranks_and_their_communication_are_in_the_record(whole_run):
     assert all(facts["cpu_count"] >= 1 and facts["device"] == "cpu" for facts in found.ranks)
     figures = {n: m["value"] for n, m in record["metrics"].items() if n.startswith("ranks_")}
     assert record["metrics"]["ranks_slowest_ratio"]["n"] == found.n_profiled >= 1
+    assert "trace_overhead_frac" not in record["metrics"], "a profiled step is not a traced one"
     assert 0 < figures["ranks_exposed_frac"] <= figures["ranks_communication_frac"] < 1
     assert figures["ranks_slowest_ratio"] == found.slowest_rank_ratio >= 1
 

@@ -1,19 +1,28 @@
 """The resume certificate of several processes: what it compares, and real ones."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from stackproof.recipes import recipe
+from stackproof.replay import certificate
 from stackproof.replay.certificate import (
+    HALF_LOSS_REL_MAX,
     LOSS_REL_MAX,
     Processes,
     differing_tensors,
     loss_distance,
     reasons_against,
+    rows_by_source,
 )
+from stackproof.spec.errors import EnvironmentUnfit, RankLost
 from stackproof.spec.records import read_record
 from tests.cli.conftest import tiny
 from tests.fault_injection.scale import STRESS
@@ -34,8 +43,11 @@ def loaded(**changes):
         ((2, 2), {}, 1e-9, "losses differ by 1e-09, more than 0"),
         ((2, 2), {"best": {"step": 4}}, 0.0, "best differs"),
         ((2, 4), {"best": {"step": 4}}, LOSS_REL_MAX, None),
-        ((2, 4), {}, 2 * LOSS_REL_MAX, "losses differ by 2e-05, more than 1e-05"),
-        ((2, 4), {}, float("nan"), "losses differ by nan, more than 1e-05"),
+        ((2, 4), {}, 2 * LOSS_REL_MAX, "losses differ by 2e-06, more than 1e-06"),
+        ((2, 4), {}, float("nan"), "losses differ by nan, more than 1e-06"),
+        ((2, 4, True), {}, HALF_LOSS_REL_MAX, None),
+        ((2, 4, True), {}, 2 * HALF_LOSS_REL_MAX, "losses differ by 0.0004, more than 0.0002"),
+        ((2, 2, True), {}, 1e-9, "losses differ by 1e-09, more than 0"),
         ((2, 4), {"cursor": 65}, 0.0, "cursor differs"),
         ((1, 1), {"step": 7}, 0.0, "step differs"),
     ],
@@ -43,14 +55,44 @@ def loaded(**changes):
 def test_bits_count_on_one_number_of_processes_and_a_bound_on_another(
     processes, changes, distance, reason
 ):
-    found = reasons_against(Processes(*processes), 8, loaded(), loaded(**changes), [], distance)
+    pair = loaded(), loaded(**changes)
+    found = reasons_against(Processes(*processes), 8, *pair, [], distance, same_rows=True)
     assert found[:1] == ([reason] if reason else [])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bound_is_that_of_the_precision(tmp_path, monkeypatch, dtype):
+    for name in ("_finish", "_with_kills"):
+        monkeypatch.setattr(certificate, name, lambda *given: None)
+    monkeypatch.setattr(certificate, "_judge", lambda *given: given[-1])
+    plan = {"steps": 24, "kills": 1, "sets": (f"train.dtype={dtype}",), "run_dir": tmp_path / "c"}
+    found, _ = certificate.certify(recipe("pocket"), **plan, processes=Processes(1, 2))
+    assert found == Processes(1, 2, half=dtype == "bfloat16")
+
+
 def test_one_differing_tensor_counts_on_one_number_of_processes_alone():
-    given = 8, loaded(), loaded(), ["m"], 0.0
+    given = 8, loaded(), loaded(), ["m"], 0.0, True
     assert reasons_against(Processes(2, 2), *given) == ["1 tensors differ, the first is m"]
     assert reasons_against(Processes(2, 1), *given) == []
+
+
+def test_each_step_draws_as_many_rows_of_each_source_on_any_number_of_processes(tmp_path):
+    def log(name: str, *rows: dict[str, int]) -> Path:
+        (tmp_path / name).mkdir()
+        lines = [{"event": "rows", "rows": one, "step": i} for i, one in enumerate(rows, start=1)]
+        lines.append({"event": "phase", "step": len(name)})
+        (tmp_path / name / "curriculum.jsonl").write_text(
+            "".join(f"{json.dumps(x)}\n" for x in lines)
+        )
+        return tmp_path / name
+
+    one = rows_by_source(log("one", {"a": 3, "b": 1}, {"a": 2, "b": 2}))
+    again = rows_by_source(log("again", {"a": 3, "b": 1}, {"a": 2, "b": 2}))
+    other = rows_by_source(log("other", {"a": 2, "b": 2}, {"a": 3, "b": 1}))
+    assert one == again and len(one) == 2 and one != other
+    given = Processes(2, 4), 8, loaded(), loaded(), [], 0.0
+    (reason,) = reasons_against(*given, one == other)
+    assert reasons_against(*given, one == again) == [] and "numbers of rows" in reason
 
 
 def test_tensors_are_compared_by_their_bits():
@@ -71,6 +113,51 @@ def test_the_distance_of_losses_needs_the_same_steps(tmp_path):
     one, near = log("one", {1: 2.0, 2: 4.0}), log("near", {1: 2.0, 2: 5.0})
     assert loss_distance(one, one) == 0.0 and loss_distance(one, near) == 0.2
     assert loss_distance(one, log("short", {1: 2.0})) == float("inf")
+    assert loss_distance(one, log("nan", {1: 2.0, 2: "nan"})) == float("inf")
+    assert loss_distance(log("zero", {1: 0.0}), tmp_path / "zero") == 0.0
+
+
+# A launcher that starts two processes, logs step 5 and ends with an error if one of them is lost.
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+start = [sys.executable, "-c", sys.argv[2]]
+ranks = [subprocess.Popen(start, stdin=subprocess.PIPE) for _ in range(2)]
+Path(sys.argv[1], "metrics.jsonl").write_text('{"step":5}\\n')
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.01)
+Path(sys.argv[1], "lost").touch()
+"""
+WITH_LAUNCHER = "import sys; sys.stdin.read()"
+WITHOUT_LAUNCHER = "import time; time.sleep(60); print('went on')"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_of_several_processes_is_killed_and_of_one_process_no_helper(tmp_path, n):
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), WITH_LAUNCHER]
+    assert certificate._kill_at(command, n, tmp_path, tmp_path / "log", 5, Random(0)) == 5
+    assert (tmp_path / "lost").exists() is (n == 2)
+
+
+def test_a_run_that_goes_on_without_a_killed_process_is_ended_with_its_ranks(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), WITHOUT_LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert process.poll() is None
+        with pytest.raises(RankLost, match="did not end within"):
+            certificate._await_end(process, 0.1)
+        assert process.returncode == -signal.SIGKILL
+        assert process.stdout.read() == b"", "ranks that hold the pipe open have not gone on"
+
+
+def test_a_system_that_lists_no_processes_is_refused_for_several(tmp_path, monkeypatch):
+    certificate._require_list_of_children(Processes(1, 2))
+    monkeypatch.setattr(certificate, "PROC", tmp_path)
+    certificate._require_list_of_children(Processes(1, 1))
+    plan = {"steps": 24, "kills": 1, "sets": (), "run_dir": tmp_path / "c"}
+    with pytest.raises(EnvironmentUnfit, match="cannot be listed"):
+        certificate.certify(recipe("pocket"), **plan, processes=Processes(1, 2))
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.skipif(not STRESS, reason="a dozen processes of Python that import all")

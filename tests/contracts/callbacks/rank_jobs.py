@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers.trainer
 from accelerate import DistributedType, PartialState
+from torch.distributed import distributed_c10d
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import TrainerCallback
@@ -202,8 +203,11 @@ def run_on_one(folder: Path) -> dict[str, Any]:
 
 
 def loop(n_steps: list[int]) -> dict[str, Any]:
-    """A loop by hand in which every rank takes a number of steps of its own."""
+    """A loop by hand in which every rank takes a number of steps of its own. `groups` are those
+    that the gates leave behind.
+    """
     torch.distributed.init_process_group("gloo")
+    groups = set(distributed_c10d._world.pg_map)
     model, batch = stock.llama(), stock.collate(long_rows(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with gated(model, optimizer, mode="log", only=("distributed.replicas",)) as gate:
@@ -212,7 +216,8 @@ def loop(n_steps: list[int]) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     verdict = gate.verdicts()["distributed.replicas"]
-    return {"red": gate.first_failures(), "message": verdict.message}
+    left = len(set(distributed_c10d._world.pg_map) - groups)
+    return {"red": gate.first_failures(), "message": verdict.message, "groups": left}
 
 
 def lightning(folder: Path, sampler: bool) -> dict[str, Any]:

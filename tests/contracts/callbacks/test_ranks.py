@@ -13,13 +13,17 @@ pytest.importorskip("transformers", reason="pip install 'stackproof[hf]'")
 pytest.importorskip("accelerate", reason="pip install 'stackproof[hf]'")
 
 from stackproof.contracts.adapters import FOREIGN_RANK_EVENTS
+from stackproof.contracts.callbacks import ranks
 from stackproof.contracts.callbacks.rank_watch import RowLedger
 from stackproof.contracts.callbacks.repeat import (
+    Call,
+    StepRepeat,
     compare_weights,
     sketch,
     step_repeated,
 )
-from stackproof.contracts.distributed import OneProcessStep
+from stackproof.contracts.distributed import OneProcessStep, RanksAreAlike
+from stackproof.contracts.events import RanksJoined
 from stackproof.contracts.gate import limits_of, resolve
 from stackproof.museum.ranks import pool
 from stackproof.spec import ROOT
@@ -113,6 +117,7 @@ def test_a_rank_that_has_ended_is_not_waited_for(processes):
         assert not first.raised and not second.raised
         assert first.value["red"] == red and second.value["red"].keys() == red.keys()
         assert not red or "number of steps" in first.value["message"]
+        assert first.value["groups"] == second.value["groups"] == 0
 
 
 def test_a_callback_on_one_rank_alone_is_an_error_and_no_hang(processes, tmp_path):
@@ -205,6 +210,59 @@ def weights(*ranks):
 )
 def test_the_weight_of_a_token_is_that_of_one_process(found, declared, error):
     assert compare_weights(found, declared)[0] == pytest.approx(error, abs=1e-12)
+
+
+STEP_OF_4 = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("started", "outcome"),
+    [
+        ({}, "pass"),  # sbatch --ntasks 4, whose script starts one process without srun
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, "pass"),  # salloc -n 4
+        (STEP_OF_4, "fail"),  # srun -n 4
+    ],
+)
+def test_the_tasks_of_a_slurm_job_are_processes_within_a_step_alone(monkeypatch, started, outcome):
+    for name in (*ranks.STARTED, *ranks.RANK):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"} | started).items():
+        monkeypatch.setenv(name, value)
+    found = ranks.Ranks.joined()
+    assert found.is_main is (outcome == "pass")
+    gate = RanksAreAlike(limits_of(load_spec().gates["distributed.ranks"]))
+    event = RanksJoined(0, found.world_size, found.n_started, 1, ())
+    assert gate.observe(event).outcome == outcome
+
+
+class Once(torch.nn.Module):
+    """A model that is called a second time in vain."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.net, self.error, self.calls = torch.nn.Linear(3, 5), error, 0
+
+    def forward(self, values):
+        self.calls += 1
+        if self.calls > 1:
+            raise self.error
+        return self.net(values)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("called twice"), IndexError(), RuntimeError("memory")]
+)
+def test_a_pass_that_cannot_be_repeated_ends_the_comparison_and_not_the_training(error):
+    model, values = Once(error), torch.ones(1, 2, 3)
+    repeat, call = StepRepeat(model, 64), Call.of(model, (values,), {})
+    logits = model(values)
+    repeat.add(call, torch.ones_like(logits), None, None)
+    repeat.settle()
+    assert model.calls == 2 and f"{type(error).__name__}: {error}" in repeat.unknown
+    repeat.settle()
+    assert model.calls == 2, "a pass is made again once"
+    document = weights((1 / 4, 4))[0] | repeat.end(1.0) | {"unknown": repeat.unknown}
+    assert step_repeated(1, repeat.names, [document], False).unknown == repeat.unknown
 
 
 def gradients(n_ranks: int, change) -> list[dict]:
