@@ -317,7 +317,7 @@ def stop_if_asked(trainer: Trainer, requests: Requests, last: bool) -> None:
     """Raise Stopped after a signal to stop; the checkpoint of this step is already written. The
     last step ends the run by itself.
     """
-    step, run_dir = trainer.state.step, trainer.output.dir.path
+    step, run_dir = trainer.state.step, trainer.output.dir.document.parent
     if requests.agreed_stop is None or last:
         return
     trainer.output.writer.wait()
