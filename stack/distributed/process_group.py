@@ -23,7 +23,8 @@ from stackproof.spec.errors import EnvironmentUnfit, RankLost, UsageError
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 RECORDED_OPERATIONS = 2000  # kept by the flight recorder
 # Variables by which a launcher states that it started several processes.
-STARTED_BY_OTHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# SLURM_NTASKS is none of them: a job states it too, in which one process may run alone.
+STARTED_BY_OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @contextmanager

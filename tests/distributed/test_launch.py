@@ -114,7 +114,7 @@ def test_agents_on_two_nodes_start_their_ranks_again_together(tmp_path):
     assert texts == ["3, 0 counted", "3, 1 counted"]
 
 
-@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_processes_that_are_not_connected_are_refused(monkeypatch, variable):
     monkeypatch.setenv(variable, "2")
     with pytest.raises(UsageError, match="not connected"), joined(recipe("pocket"), CPU):
