@@ -249,7 +249,8 @@ def resumed(plant, *, update=False):
         gates={},
         record="train-20260101T000000Z-00000000",
     )
-    loaded = checkpoint.Loaded(Path(), *checkpoint.tensors_of(before).values(), document)
+    model, tensors = checkpoint.tensors_of(before).values()
+    loaded = SimpleNamespace(state=document, model=model, tensors=tensors)
     pair = []
     for context in (nullcontext, plant.apply):
         state = fresh(run_config(tied_head=True))
