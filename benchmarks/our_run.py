@@ -41,8 +41,8 @@ def fed(gate: Gate) -> bool:
 
 
 def open_run(cfg, overrides, folder: Path, ranks: Ranks = ONE_PROCESS) -> Trainer:
-    """A run in a new folder, at step 0, its gates told that it starts; on several ranks with the
-    gates that compare them. No step is computed twice.
+    """A run in a new folder, at step 0, whose gates have observed its start; on several ranks with
+    the gates that compare them. No step is computed twice.
     """
     directory = RunDir(folder, rank=ranks.rank)
     with ranks.main_first():

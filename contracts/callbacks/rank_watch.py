@@ -1,5 +1,5 @@
-"""Compares the ranks of a run of another trainer: what they are, what they hold, what rows they
-read and what gradient they use. Small documents are exchanged once per step, before its update.
+"""Compares the ranks of a run of another trainer: their identity, weights, rows and gradients.
+Small documents are exchanged once per step, before its update.
 """
 
 import inspect
@@ -72,7 +72,7 @@ class RankWatch:
             self.repeat.wanted = STEP_GATE in session.keeper.states
 
     def begin(self) -> None:
-        """Compare the ranks, and what they hold before step 1."""
+        """Compare the ranks, their weights and optimizer state before step 1."""
         step = self.trained.first_step
         if self.ranks.n_started == 1:
             return

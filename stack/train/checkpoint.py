@@ -58,8 +58,8 @@ OF_STATE = ("optim.", "rng.")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint: its state document, and its tensors, which are read when they are
-    needed. Those of a sharded one are assembled.
+    """A verified checkpoint: its state document, and its tensors. Those of a sharded one are
+    assembled.
     """
 
     path: Path
@@ -74,6 +74,11 @@ class Loaded:
     def tensors(self) -> dict[str, Tensor]:
         """Moments and random state by name, in host memory."""
         return self._read(STATE, lambda name: name.startswith(OF_STATE))
+
+    def read(self) -> "Loaded":
+        """This checkpoint, with all tensors read now."""
+        _ = self.model, self.tensors
+        return self
 
     def _read(self, file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         match layout_in(self.path):
@@ -356,12 +361,15 @@ def _refuse_file(path: Path) -> None:
 
 def load(folder: Path, ranks: Ranks = ONE_PROCESS) -> Loaded:
     """Read and verify a step folder: every file by size and sha256, every tensor by CRC-32,
-    the exact set of keys. Several ranks share the files, and all call this.
+    the exact set of keys. One process has its tensors in memory then: later changes of the folder
+    do no harm. Several ranks share the verification, read their parts at the restore, and all call
+    this.
 
     Never unpickles. The former version has no CRC-32.
     Raises CheckpointError naming the file and what differs.
     """
-    return Loaded(folder, verify(folder, ranks))
+    loaded = Loaded(folder, verify(folder, ranks))
+    return loaded.read() if ranks.sizes.world_size == 1 else loaded
 
 
 def verify(folder: Path, ranks: Ranks = ONE_PROCESS) -> dict:

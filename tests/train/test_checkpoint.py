@@ -4,6 +4,7 @@ import base64
 import errno
 import json
 import os
+import shutil
 import signal
 import zlib
 from pathlib import Path
@@ -452,3 +453,11 @@ def test_weights_that_change_while_they_are_saved_are_noticed(
     with pytest.raises(CheckpointError, match="is not what was written"):
         checkpoint.save(tmp_path, state, document(state, dataset))
     assert stored(tmp_path) == {}
+
+
+def test_a_loaded_checkpoint_stays_when_its_folder_goes(tmp_path, state, dataset):
+    """As a parent that trains on deletes it while its child is judged."""
+    folder = checkpoint.save(tmp_path, state, document(state, dataset))
+    loaded = checkpoint.load(folder)
+    shutil.rmtree(folder)
+    assert crc32_by_name((loaded.model | loaded.tensors).items()) == live_crc32(state)
