@@ -53,19 +53,29 @@ def edited(edits: Sequence[Edit], count: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _swapped(found: "Target", edits: Sequence[Edit], count: Callable[[], None]) -> Iterator[None]:
+    names = found.function.__globals__
+    had_counter = COUNTER in names
+    names.setdefault(COUNTER, count)
+    try:
+        with with_source(found, changed_source(found, edits)):
+            yield
+    finally:
+        if not had_counter:
+            del names[COUNTER]
+
+
+@contextmanager
+def with_source(found: "Target", source: str) -> Iterator[None]:
+    """A function with the code of another source, until the context ends."""
     function = found.function
-    changed = _compiled(function, changed_source(found, edits))
+    changed = _compiled(function, source)
     former = function.__code__, function.__defaults__, function.__kwdefaults__
-    had_counter = COUNTER in function.__globals__
-    function.__globals__.setdefault(COUNTER, count)
     found.forget()
     try:
         function.__code__, function.__defaults__, function.__kwdefaults__ = changed
         yield
     finally:
         function.__code__, function.__defaults__, function.__kwdefaults__ = former
-        if not had_counter:
-            del function.__globals__[COUNTER]
         found.forget()
 
 
