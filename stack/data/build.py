@@ -47,6 +47,7 @@ from stackproof.spec.gates import load_spec
 from stackproof.tensorfile import BadTensorFile
 
 FORMAT = "stackproof/data/3"
+LEFTOVERS = ("safetensors", "shards")  # kinds of files of a split
 
 
 @dataclass
@@ -222,8 +223,9 @@ def _open_work(folder: Path, plan: dict) -> None:
     path = work / "plan.json"
     if work.exists() and not (path.is_file() and holds(path, canonical_json(plan))):
         shutil.rmtree(work)
-        for leftover in (p for split in SPLITS for p in folder.glob(f"{split}-*.safetensors")):
-            leftover.unlink()
+        for pattern in (f"{split}-*.{kind}" for split in SPLITS for kind in LEFTOVERS):
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
     work.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
 

@@ -9,7 +9,7 @@ from stackproof.data.prepare import prepare
 from stackproof.spec.canonical import canonical_json, read_json
 
 FILES = 16  # shards of the training split that exist
-DOCUMENTS = 40  # of each
+DOCUMENTS = 40  # of each, where a test states no other number
 WORDS = (
     "river stone letter winter garden window morning paper silver bridge table forest market "
     "island candle mirror valley harbour meadow orchard quarry lantern"
@@ -25,8 +25,10 @@ def text_of(number: int) -> str:
     return f"Document {number} lists {', '.join(words)}, and nothing else follows."
 
 
-def make_parts(place: Path) -> Path:
-    """A folder with FILES training shards, a validation shard, a tokenizer and a manifest."""
+def make_parts(place: Path, documents: int = DOCUMENTS) -> Path:
+    """A folder with FILES training shards of so many documents each, a validation shard, a
+    tokenizer and a manifest.
+    """
     place.mkdir(parents=True, exist_ok=True)
     held_out = range(10**6, 10**6 + 4000)
     (place / "text").write_text("\n".join(map(text_of, held_out)))
@@ -34,11 +36,10 @@ def make_parts(place: Path) -> Path:
         corpus=Files(paths=(str(place / "text"),), documents="line"), tokenizer=ByteTokenizer()
     )
     data = prepare(cfg, cache_dir=place / "cache")
-    texts = [text_of(n) for n in range(FILES * DOCUMENTS)]
-    longest = [len(t.encode()) + 1 for t in texts]
+    texts = [text_of(n) for n in range(FILES * documents)]
     entries: list = []
     for n in range(FILES):
-        mine = texts[n * DOCUMENTS : (n + 1) * DOCUMENTS]
+        mine = texts[n * documents : (n + 1) * documents]
         entries.append(
             shards.write_documents(
                 data.directory,
@@ -49,7 +50,7 @@ def make_parts(place: Path) -> Path:
                 encode=data.tokenizer.encode_batch,
                 at_once=1000,
                 first_number=n,
-                max_tokens=sum(longest) + 1,
+                max_tokens=2**62,
             )
         )
     (place / "entries.json").write_bytes(canonical_json(entries))

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stackproof.config import DataConfig
+from stackproof.config import DataConfig, Files
 from stackproof.contracts.gate import call_check
 from stackproof.data import manifest, shard_table
 from stackproof.data.packing import ConcatenatedStream, PackedStream
-from stackproof.data.prepare import JUDGED_SHARDS, open_folder
+from stackproof.data.prepare import JUDGED_SHARDS, open_folder, prepare
 from stackproof.data.shard_table import ShardTable, write_blocks
 from stackproof.data.subject import data_set_subject
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError
-from tests.data.simulated import FILES, document_of, link_files, make_parts
+from tests.data.simulated import FILES, document_of, link_files, make_parts, text_of
 from tests.data.test_shards import VOCAB, written
 
 OVER_ALL_SHARDS = (
@@ -201,6 +201,19 @@ def test_verification_reaches_the_shards_of_blocks(corpus_of, verify):
 
 
 # --- the manifest ---------------------------------------------------------------------------------
+
+
+def test_a_build_writes_blocks_of_many_shards(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("\n".join(map(text_of, range(400))))
+    cfg = DataConfig(corpus=Files(paths=(str(tmp_path / "text"),), documents="line"))
+    listed = prepare(cfg, cache_dir=tmp_path / "a")
+    monkeypatch.setattr(manifest, "LISTED_SHARDS", 0)
+    blocked = prepare(cfg, cache_dir=tmp_path / "b")
+    assert (blocked.directory / "train-00000.shards").is_file()
+    assert listed.directory.name == blocked.directory.name
+    for a, b in ((listed.train, blocked.train), (listed.validation, blocked.validation)):
+        assert list(a.shards) == list(b.shards) and a.n_windows(64) == b.n_windows(64) > 0
+    assert prepare(cfg, cache_dir=tmp_path / "b").manifest == blocked.manifest
 
 
 def test_a_manifest_in_blocks_is_read_back_and_a_wrong_block_names_its_field(parts, tmp_path):
