@@ -7,6 +7,7 @@
 The hash of the manifest covers the blocks, and their hashes cover the shards.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -20,8 +21,9 @@ from stackproof.spec.errors import DataError
 from stackproof.spec.files import MAX_TEXT_BYTES, read_bytes, write_atomically
 
 LISTED_SHARDS = 10_000  # in a manifest or a record; of a longer table it holds the blocks
-BLOCK_SHARDS, BLOCKS_KEPT = 1024, 64
+BLOCK_SHARDS, BLOCKS_KEPT = 1024, 256  # 20 MB of blocks at most
 COUNTED = ("tokens", "documents", "bytes")
+FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 WINDOW_SIZES = tuple(2**k for k in range(4, 21))  # in tokens, of windows that a block counts
 
 
@@ -75,7 +77,7 @@ def _sums(rows: np.ndarray) -> dict[str, Any]:
 
 def require_beside(folder: Path, name: str) -> None:
     """Raises DataError for the name of a file that does not lie in the folder itself."""
-    if Path(name).name != name:
+    if not FILE_NAME.fullmatch(name):
         raise DataError(
             f"the manifest in {folder} names a file outside of the folder",
             value=name,
@@ -115,7 +117,7 @@ class ShardTable(Sequence):
         if not is_block(entry):
             return entry
         row = self._rows(part)[place]
-        path = row["path"].decode()
+        path = row["path"].decode("ascii", "replace")
         require_beside(self.folder, path)
         return {
             **{k: int(row[k]) for k in COUNTED},

@@ -117,10 +117,11 @@ def test_a_changed_block_is_refused(tmp_path, blocks):
 
 
 def test_a_block_names_no_file_outside_of_its_folder(tmp_path, blocks):
-    entries = [e | {"path": "../x"} for e in blocks[0]["shards"][:2]]
-    table = ShardTable(tmp_path, write_blocks(tmp_path, "train", entries))
-    with pytest.raises(DataError, match="outside of the folder"):
-        table[0]
+    for name in ("../x", "/x", "..", "a\x01"):
+        entries = [e | {"path": name} for e in blocks[0]["shards"][:2]]
+        table = ShardTable(tmp_path, write_blocks(tmp_path, "train", entries))
+        with pytest.raises(DataError, match="outside of the folder"):
+            table[0]
 
 
 def test_a_sample_holds_shards_of_every_source_and_their_ends(tmp_path, blocks):
