@@ -4,6 +4,7 @@ refuses what its manifest does not describe.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from stackproof.data.shard_table import ShardTable, write_blocks
 from stackproof.data.subject import data_set_subject
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError
+from stackproof.train.start import _refuse_other_data
 from tests.data.simulated import FILES, document_of, link_files, make_parts, text_of
 from tests.data.test_shards import VOCAB, written
 
@@ -246,3 +248,15 @@ def test_a_run_states_number_and_hash_of_many_shards(parts, tmp_path):
     blocks = manifest.write_manifest(folder, many)
     assert manifest.stated(blocks)["splits"]["train"]["shards"]["n_shards"] == shards["n_shards"]
     assert read_json(folder / "manifest.json") == blocks
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_resume_accepts_a_full_list_and_a_stated_one_of_the_same_shards(parts, listed):
+    many = document_of(parts, manifest.LISTED_SHARDS + 1)
+    then = many if listed else manifest.stated(many)
+    trainer = SimpleNamespace(dataset=SimpleNamespace(manifest=many))
+    _refuse_other_data(trainer, {"data": then})
+    trainer.dataset.manifest = json.loads(json.dumps(many))
+    trainer.dataset.manifest["splits"]["train"]["shards"][5]["sha256"] = "0" * 64
+    with pytest.raises(DataError, match="splits differ"):
+        _refuse_other_data(trainer, {"data": then})
