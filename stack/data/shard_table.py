@@ -42,6 +42,11 @@ def n_windows(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return (lengths - 1) // seq_len
 
 
+def sums_before(counts: np.ndarray) -> np.ndarray:
+    """The sum of all counts before each, and of all, int64 (len(counts) + 1,)."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
 def write_blocks(folder: Path, split: str, entries: Sequence[dict]) -> list[dict]:
     """Write the entries of shards as blocks beside them. Returns the entries of the blocks."""
     written: list[dict] = []
@@ -97,8 +102,7 @@ class ShardTable(Sequence):
         self.folder, self.parts = folder, entries
         self.sizes = np.array([e.get("n_shards", 1) for e in entries], np.int64)
         self.tokens = np.array([e["tokens"] for e in entries], np.int64)
-        self.first = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.starts = np.concatenate([[0], np.cumsum(self.tokens)])
+        self.first, self.starts = sums_before(self.sizes), sums_before(self.tokens)
         self._rows = lru_cache(BLOCKS_KEPT)(self._read)
 
     def __len__(self) -> int:
@@ -154,7 +158,7 @@ class ShardTable(Sequence):
         low, high = np.searchsorted(self.starts, [start, stop], side="right").tolist()
         for part in range(max(low - 1, 0), min(high, len(self.parts))):
             lengths = self.lengths(part)
-            firsts = self.starts[part] + np.cumsum(lengths) - lengths
+            firsts = self.starts[part] + sums_before(lengths)[:-1]
             for place in np.flatnonzero((firsts < stop) & (firsts + lengths > start)).tolist():
                 yield int(self.first[part]) + place, int(firsts[place]), int(lengths[place])
 

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from stackproof import tensorfile
 from stackproof.contracts.conditions import require
-from stackproof.data.shard_table import BLOCKS_KEPT, ShardTable, n_windows
+from stackproof.data.shard_table import BLOCKS_KEPT, ShardTable, n_windows, sums_before
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import DataError
 
@@ -231,8 +231,8 @@ class TokenStream:
         self.vocab_size = vocab_size
         self.shards = ShardTable(folder, split["shards"])
         self._tokens = MappedShards(self.shards, vocab_size)
-        self._window_ends = cache(self._count_windows)
-        self._ends_in = lru_cache(BLOCKS_KEPT)(self._count_windows_in)
+        self._windows_before = cache(self._count_windows)
+        self._windows_before_in = lru_cache(BLOCKS_KEPT)(self._count_windows_in)
         self._grid = lru_cache(min(GRIDS_KEPT, mappable()))(self._make_grid)
 
     @property
@@ -298,7 +298,7 @@ class TokenStream:
         """Number of windows of seq_len + 1 tokens in the shards; the last tokens of a shard may not
         fill one.
         """
-        return int(self._window_ends(seq_len)[-1]) if len(self.shards) else 0
+        return int(self._windows_before(seq_len)[-1])
 
     def n_labels(self, seq_len: int) -> int:
         """Labels of all rows, without padding."""
@@ -323,24 +323,23 @@ class TokenStream:
         return n_windows(self.shards.lengths(part), seq_len)
 
     def _count_windows(self, seq_len: int) -> np.ndarray:
-        """Windows up to the end of every part, int64 (n_parts,)."""
-        return np.cumsum(self.part_windows(seq_len), dtype=np.int64)
+        """Windows before every part, and of all, int64 (n_parts + 1,)."""
+        return sums_before(self.part_windows(seq_len))
 
     def _count_windows_in(self, part: int, seq_len: int) -> np.ndarray:
-        """Windows of a part up to the end of every shard, int64."""
-        return np.cumsum(self.windows_in(part, seq_len), dtype=np.int64)
+        """Windows of a part before every shard of it, and of all, int64."""
+        return sums_before(self.windows_in(part, seq_len))
 
     def places(self, numbers: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard of every window, and its number there, int64 (len(numbers),)."""
-        numbers, ends = np.asarray(numbers, np.int64), self._window_ends(seq_len)
-        parts = np.searchsorted(ends, numbers, side="right")
-        shards = self.shards.first[parts]
-        places = numbers - np.concatenate([[0], ends])[parts]
+        numbers, before = np.asarray(numbers, np.int64), self._windows_before(seq_len)
+        parts = np.searchsorted(before, numbers, side="right") - 1
+        shards, places = self.shards.first[parts], numbers - before[parts]
         for part in set(parts[self.shards.sizes[parts] > 1].tolist()):
-            here, inner = parts == part, self._ends_in(part, seq_len)
-            shard = np.searchsorted(inner, places[here], side="right")
+            here, inner = parts == part, self._windows_before_in(part, seq_len)
+            shard = np.searchsorted(inner, places[here], side="right") - 1
             shards[here] += shard
-            places[here] -= np.concatenate([[0], inner])[shard]
+            places[here] -= inner[shard]
         return shards, places
 
     def _make_grid(self, shard: int, seq_len: int) -> np.ndarray:
