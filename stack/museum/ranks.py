@@ -2,6 +2,7 @@
 tests. Each run has a process group of its own.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,12 @@ SETTINGS = {
     "checkpoint.every": 12,
     "parallel.compare_every": 4,
 }
-PRELOADED = ("stackproof.model.parallelize", "stackproof.train.start", "stackproof.museum.prove")
+PRELOADED = (
+    "torch._dynamo",  # which an optimizer imports in its first step
+    "stackproof.model.parallelize",
+    "stackproof.train.start",
+    "stackproof.museum.prove",
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class RankPool:
         self._processes: list[Any] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(self._preloaded))
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self._preloaded), daemon=True)
         process.start()
@@ -119,6 +126,7 @@ def _work(connection: Connection, preloaded: Sequence[str]) -> None:
     for module in preloaded:
         import_module(module)
     torch.set_num_threads(1)
+    gc.freeze()  # no collection of garbage in a job goes over it, which would copy its memory
     while True:
         try:
             variables, job, arguments = connection.recv()

@@ -6,6 +6,7 @@ import pytest
 
 from stackproof.config import load_config
 from stackproof.museum.ranks import SETTINGS, pool
+from tests.processes import PRELOADED
 
 SAVED_AT = 6  # and at the end
 OF_RUNS = SETTINGS | {"model.dropout": 0.1, "checkpoint.every": SAVED_AT}
@@ -13,7 +14,7 @@ OF_RUNS = SETTINGS | {"model.dropout": 0.1, "checkpoint.every": SAVED_AT}
 
 @pytest.fixture(scope="session")
 def ranks(private_cache):
-    with pool() as processes:
+    with pool([*PRELOADED, "tests.distributed.jobs"]) as processes:
         yield processes
 
 
