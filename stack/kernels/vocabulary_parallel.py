@@ -27,13 +27,13 @@ def linear_cross_entropy(
     """
     if not labels_R.is_cuda:
         check_labels(labels_R, len(weight_VD), ignore_index)
-    mesh = weight_VD.device_mesh
+    mesh, n_vocab = weight_VD.device_mesh, len(weight_VD)
     _, (first, _) = compute_local_shape_and_global_offset(
         weight_VD.shape, mesh, weight_VD.placements
     )
     group = mesh.get_group()
     return _LinearCrossEntropy.apply(
-        x_RD, weight_VD.to_local(), labels_R, first, group, ignore_index
+        x_RD, weight_VD.to_local(), labels_R, first, n_vocab, group, ignore_index
     )
 
 
@@ -45,6 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         labels_R: Tensor,
         first: int,
+        n_vocab: int,
         group: dist.ProcessGroup,
         ignore_index: int,
     ) -> Tensor:
@@ -58,9 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x = torch.zeros(x_RD.shape, dtype=wide, device=x_RD.device)
             grad_weight = torch.zeros(weight_VD.shape, dtype=wide, device=x_RD.device)
             total = torch.zeros((), dtype=wide, device=x_RD.device)
-            n_vocab = torch.tensor(len(weight_VD))
-            dist.all_reduce(n_vocab, group=group)
-            for rows in chunks(len(x_RD), int(n_vocab)):
+            for rows in chunks(len(x_RD), n_vocab):
                 logits_CV = (x_RD[rows] @ weight_VD.T).to(wide)
                 kept_C = labels_R[rows] != ignore_index
                 nats_C = _to_gradient(logits_CV, labels_R[rows] - first, kept_C, group)
@@ -77,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         of_x, of_weight = ctx.dtypes
-        return (grad_x * scale).to(of_x), (grad_weight * scale).to(of_weight), *(None,) * 4
+        return (grad_x * scale).to(of_x), (grad_weight * scale).to(of_weight), *(None,) * 5
 
 
 def _to_gradient(

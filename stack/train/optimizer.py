@@ -16,7 +16,7 @@ from stackproof.config import optim as declared
 from stackproof.config.optim import Optim
 from stackproof.contracts.conditions import ensure, require
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
-from stackproof.distributed.tensors import is_divided, local_part, n_holders, part_like, whole
+from stackproof.distributed.tensors import holders_of_each, is_divided, local_part, part_like, whole
 
 # --- which parameter is in which group ------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def shape_factor(rows: int, columns: int, lr_scale: str) -> float:
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations, decoupled decay.
-    Matrices of one shape are computed together.
+    Matrices of one shape that are divided alike are computed together.
 
     torch.optim.Muon is the same rule, in bfloat16 and for one matrix at a time: 20 times slower on
     a CPU without bfloat16 units.
@@ -133,11 +133,12 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for parameters in by_shape.values():
+                    layout = parameter.placements if is_divided(parameter) else ()
+                    alike[parameter.shape, layout].append(parameter)
+            for parameters in alike.values():
                 self._update(parameters, group)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
@@ -153,13 +154,14 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp(gradients, means, group["momentum"]) if group["nesterov"] else means
         )
         dtype = getattr(torch, group["dtype"])
-        # Every rank turns whole matrices, and keeps its part of each.
-        matrices = torch.stack([whole(matrix) for matrix in ahead])
-        turned_NAB = orthogonalise(matrices, steps=group["ns_steps"], dtype=dtype)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        # Every rank turns whole matrices, gathered at once, and keeps its part of each.
+        matrices_NAB = torch.stack(ahead)
+        turned_NAB = orthogonalise(whole(matrices_NAB), steps=group["ns_steps"], dtype=dtype)
+        turned_NAB = part_like(matrices_NAB, turned_NAB.to(parameters[0].dtype))
         lr = group["lr"] * shape_factor(*parameters[0].shape, group["lr_scale"])
-        turned = [part_like(p, t) for p, t in zip(parameters, turned_NAB.to(parameters[0].dtype))]
-        torch._foreach_add_(parameters, turned, alpha=-lr)
+        parts = [local_part(p) for p in parameters]
+        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parts, local_part(turned_NAB).unbind(), alpha=-lr)
 
 
 # --- the table of optimizers ----------------------------------------------------------------------
@@ -299,7 +301,7 @@ def global_norm(grads: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(grads)
     # One reduction for all mesh dimensions. DTensor makes one for each, and dispatches each tensor.
     norms_N = torch.stack(torch._foreach_norm([local_part(g) for g in grads]))
-    holders_N = torch.tensor([n_holders(g) for g in grads], device=norms_N.device)
+    holders_N = torch.tensor(holders_of_each(grads), device=norms_N.device)
     total = (norms_N.double().square() / holders_N).sum()
     torch.distributed.all_reduce(total)
     return total.sqrt().to(norms_N.dtype)

@@ -354,17 +354,22 @@ def _of_data(units: Iterable[Unit], n_micro_steps: int) -> Counter[Collective]:
 def _of_update(
     matrices: Iterable[tuple[int, nn.Parameter]], sizes: MeshSizes
 ) -> Counter[Collective]:
-    """The operations by which every rank assembles the matrices that Muon turns."""
-    found: Counter[Collective] = Counter()
+    """The operations by which every rank assembles the matrices that Muon turns: those of one shape
+    and division at once.
+    """
+    n_held: Counter[Any] = Counter()
     for n_each, parameter in matrices:
+        n_held[parameter.shape, parameter.placements] += n_each * _n_local(parameter)
+    found: Counter[Collective] = Counter()
+    for (_, placements), n_entries in n_held.items():
         # DTensor undoes the inner division first: that by FSDP2 where both divide the same axis.
         inner, outer = (SHARD, sizes.shard), (TENSOR, sizes.tensor)
-        if parameter.placements[-1] == Shard(1):
+        if placements[-1] == Shard(1):
             inner, outer = outer, inner
-        n_bytes = FLOAT * _n_local(parameter)
+        n_bytes = FLOAT * n_entries
         for dimension, n_ranks in (inner, outer):
             n_bytes *= n_ranks
-            found[Collective(GATHER, dimension, "matrices", n_bytes)] += n_each
+            found[Collective(GATHER, dimension, "matrices", n_bytes)] += 1
     return found
 
 
