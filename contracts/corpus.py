@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.scope import of_read_shards, over_all_shards
 from stackproof.contracts.subject import Corpus, Subject
 
 WORDS = (
@@ -71,6 +72,7 @@ PLANTED = (
 
 
 @decides("corpus.filters")
+@over_all_shards
 def filters(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The filters judge planted texts rightly, every source has a receipt that adds up, and the
     documents in the shards pass the filters again.
@@ -214,6 +216,7 @@ def _bytes_fault(manifest: dict) -> str:
 
 
 @decides("corpus.no-repeats")
+@over_all_shards
 def no_repeats(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """No document is in the shards twice; where near repeats are dropped, a document with one
     changed word is dropped and an unlike one is not.
@@ -278,7 +281,7 @@ def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
     ):
         scanned += 1
         hits += scanner.finds(text)
-    return decide(
+    verdict = decide(
         hits <= limits.contaminated_documents_max and scanner.n_grams == declared["grams"],
         f"{hits} of {scanned} documents share {declared['gram_words']} words in a row with an "
         f"evaluation set, or the {scanner.n_grams} stored n-grams are not the {declared['grams']} "
@@ -289,9 +292,11 @@ def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
         scanned_documents=scanned,
         contaminated=hits,
     )
+    return of_read_shards(verdict, subject)
 
 
 @decides("corpus.packing")
+@over_all_shards
 def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Rows hold every token of the shards once as a label, up to the declared remainder, and no
     document runs into the next.

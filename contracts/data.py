@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.scope import over_all_shards
 from stackproof.contracts.subject import DataLoader, Subject
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
@@ -193,6 +194,7 @@ def _delivers(fresh) -> bool:
 
 
 @decides("data.integrity")
+@over_all_shards
 def integrity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Ids fit their vocabulary, documents begin and end where they should,
     and tokens and bytes add up to the manifest.
@@ -209,8 +211,8 @@ def integrity(limits: SimpleNamespace, subject: Subject) -> Verdict:
             )
         if sum(s["tokens"] for s in declared["shards"]) != declared["tokens"]:
             return failed(f"{name}: the shards do not add up to the declared tokens", split=name)
-        expected_ends = declared["documents"] + len(declared["shards"])
-        if n_read == stream.n_tokens and (ends != expected_ends or n_bytes != declared["bytes"]):
+        expected_ends = declared["documents"] + len(stream.paths)
+        if n_read == declared["tokens"] and (ends != expected_ends or n_bytes != declared["bytes"]):
             return failed(
                 f"{name}: {ends} ends of text for {declared['documents']} documents, {n_bytes} "
                 f"bytes for {declared['bytes']}",
@@ -225,7 +227,7 @@ def integrity(limits: SimpleNamespace, subject: Subject) -> Verdict:
                 split=name,
             )
         astray = _starts_astray(stream, n_read, tokenizer.eos_id)
-        if astray or len(stream.document_starts) != declared["documents"]:
+        if astray or len(stream.document_starts) != stream.n_documents:
             return failed(
                 f"{name}: {astray} document(s) do not begin after an end of text",
                 split=name,
@@ -317,6 +319,7 @@ def _finds_canary(held_out, train, places: np.ndarray, found: np.ndarray, span: 
 
 
 @decides("data.leakage")
+@over_all_shards
 def leakage(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """No held-out document is in the training split, and few runs of held-out tokens are. First the
     scanner must find a hidden passage.
@@ -361,7 +364,7 @@ def leakage(limits: SimpleNamespace, subject: Subject) -> Verdict:
 @decides("data.corpus-budget")
 def corpus_budget(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The corpus is large enough for the model and is not repeated too often."""
-    declared, unique = subject.declared, subject.corpus.splits["train"].n_tokens
+    declared, unique = subject.declared, subject.corpus.manifest["splits"]["train"]["tokens"]
     n_params, planned_tokens = declared.n_parameters, declared.max_steps * declared.tokens_per_step
     per_parameter, epochs = unique / n_params, planned_tokens / unique
     ok = per_parameter >= limits.unique_tokens_per_parameter_min and epochs <= limits.epochs_max

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.scope import over_all_shards
 from stackproof.contracts.subject import NotOffered, Subject
 
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
@@ -156,6 +157,7 @@ def merges(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 @decides("tokenizer.identity")
+@over_all_shards
 def identity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The tokenizer is the one that the shards and the model were made with. Each is compared where
     the trainer offers it; `judged` names those that were.

@@ -18,6 +18,8 @@ from stackproof.spec.files import MAX_TEXT_BYTES, open_regular, read_bytes
 MAX_SAFE_INTEGER = 2**53 - 1
 # A million short keys take 1.6 GB when they are parsed, 500 times their length.
 MAX_JSON_VALUES = 500_000
+# 32 MiB of text have room for a manifest of 170,000 shards, of seven values each.
+MAX_MANIFEST_VALUES = 1_200_000
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +46,7 @@ HANGING_S = 3 * 3600 if os.environ.get("STRESS") else 1800
 PRELOADED = [
     "torch._dynamo",
     "stackproof.cli",
+    "stackproof.model.parallelize",
     "stackproof.train.start",
     "stackproof.museum.prove",
     "stackproof.evaluate.sampling",
@@ -67,12 +68,14 @@ class Done:
 
 
 @cache
-def _context():
-    """The process that imports once.
+def server():
+    """The process that imports once, for commands and for pools of ranks.
     It computes nothing, so that its children inherit no thread and no random state in use.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # which it inherits
+        forkserver.ensure_running()
     return context
 
 
@@ -96,12 +99,10 @@ class Command:
             **(os.environ if environment is None else environment),
             "OMP_NUM_THREADS": "1",
         }
-        self.process = (get_context("fork") if light else _context()).Process(
+        self.process = (get_context("fork") if light else server()).Process(
             target=_become, args=(code, arguments, str(folder), environment, str(self.said))
         )
-        # the server inherits what stands here when the first command is given
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-            self.process.start()
+        self.process.start()
 
     @property
     def pid(self) -> int:

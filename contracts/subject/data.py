@@ -26,6 +26,7 @@ class TokenStream(Protocol):
 
     n_tokens: int
     n_bytes: int
+    n_documents: int
     paths: Sequence[Path]
     tokenizer_sha256: Sequence[str]
     document_hashes: np.ndarray
@@ -63,7 +64,9 @@ class Corpus:
 
     @value
     def splits(self) -> Mapping[str, TokenStream]:
-        """Token streams by name: train, validation."""
+        """Token streams by name: train, validation. Of some shards alone, where a run may not read
+        all.
+        """
 
     @value
     def manifest(self) -> Manifest:

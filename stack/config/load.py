@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from stackproof.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
 from stackproof.config.run import RunConfig
 from stackproof.kernels.table import by_operation
-from stackproof.spec.canonical import read_json
+from stackproof.spec.canonical import MAX_MANIFEST_VALUES, read_json
 from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.files import read_text
 from stackproof.spec.records import Override
@@ -183,7 +183,7 @@ def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
         return []
     path = Path(data["corpus"].get("path", ""), "manifest.json")
     try:
-        held = read_json(path)["config"]
+        held = read_json(path, max_values=MAX_MANIFEST_VALUES)["config"]
         built = {key: held[key] for key in BUILT_KEYS}
     except (OSError, IntegrityError, KeyError, TypeError) as e:
         raise ConfigError(

@@ -24,6 +24,7 @@ from stackproof.data import corpus, dedup, filters, plugins, receipts, shards
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.corpus import TextSource
 from stackproof.data.files import evaluation_texts
+from stackproof.data.manifest import read_manifest, write_manifest
 from stackproof.data.stages import (
     SPLITS,
     Chunk,
@@ -39,13 +40,14 @@ from stackproof.data.stages import (
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.data.workers import Pool
 from stackproof.evidence.file_lock import file_lock
-from stackproof.spec.canonical import canonical_json, read_json
+from stackproof.spec.canonical import canonical_json
 from stackproof.spec.errors import DataError, UsageError
 from stackproof.spec.files import holds, remedy, remove_leftovers, write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.tensorfile import BadTensorFile
 
 FORMAT = "stackproof/data/3"
+LEFTOVERS = ("safetensors", "shards")  # kinds of files of a split
 
 
 @dataclass
@@ -212,7 +214,7 @@ def _finished(path: Path, plan: dict) -> dict:
         )
     # left by a build that was killed just before its end
     shutil.rmtree(path.with_name(".work"), ignore_errors=True)
-    return read_json(path)
+    return read_manifest(path)
 
 
 def _open_work(folder: Path, plan: dict) -> None:
@@ -221,8 +223,9 @@ def _open_work(folder: Path, plan: dict) -> None:
     path = work / "plan.json"
     if work.exists() and not (path.is_file() and holds(path, canonical_json(plan))):
         shutil.rmtree(work)
-        for leftover in (p for split in SPLITS for p in folder.glob(f"{split}-*.safetensors")):
-            leftover.unlink()
+        for pattern in (f"{split}-*.{kind}" for split in SPLITS for kind in LEFTOVERS):
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
     work.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
 
@@ -266,7 +269,7 @@ class _Build:
         if grams is not None:
             shutil.copyfile(work / "grams.safetensors", folder / "grams.safetensors")
         write_json(folder / "plan.json", self.plan)
-        write_json(folder / "manifest.json", manifest)
+        manifest = write_manifest(folder, manifest)
         shutil.rmtree(work, ignore_errors=True)
         return manifest
 

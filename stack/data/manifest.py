@@ -1,18 +1,31 @@
 """The manifest of a built data set as a model: what readers of it may rely on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from stackproof.config.data import MAX_SHINGLE_WORDS
-from stackproof.spec.canonical import MAX_SAFE_INTEGER, read_json
+from stackproof.data.shard_table import (
+    BLOCK_SHARDS,
+    LISTED_SHARDS,
+    WINDOW_SIZES,
+    is_block,
+    write_blocks,
+)
+from stackproof.spec.canonical import (
+    MAX_MANIFEST_VALUES,
+    MAX_SAFE_INTEGER,
+    canonical_json,
+    read_json,
+    sha256_json,
+)
+from stackproof.spec.files import write_atomically
 from stackproof.spec.records import HEX64
 from stackproof.spec.tables import validated
 
 FILE = "manifest.json"
-# Of a document with a manifest: 32 MiB of text have room for 170,000 shards, of seven values each.
-MAX_VALUES = 1_200_000
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
 
 
@@ -31,12 +44,26 @@ class _Shard(_Part):
     tokens: Count
 
 
+class _Block(_Shard):
+    n_shards: int = Field(ge=1, le=BLOCK_SHARDS)
+    windows: list[Count] = Field(min_length=len(WINDOW_SIZES), max_length=len(WINDOW_SIZES))
+
+
+def _kind(entry: Any) -> str:
+    return "block" if isinstance(entry, Mapping) and is_block(entry) else "shard"
+
+
+_Entry = Annotated[
+    Annotated[_Shard, Tag("shard")] | Annotated[_Block, Tag("block")], Discriminator(_kind)
+]
+
+
 class _Split(_Part):
     tokens: Count
     documents: Count
     bytes: Count
     dropped_chars: Count
-    shards: list[_Shard]
+    shards: list[_Entry]
 
 
 class _Dropped(_Part):
@@ -150,7 +177,39 @@ def read_manifest(path: Path, *, schema: str = "") -> dict[str, Any]:
 
     Raises OSError, and IntegrityError naming file and field.
     """
-    document = read_json(path, max_values=MAX_VALUES)
+    document = read_json(path, max_values=MAX_MANIFEST_VALUES)
     if not (schema and isinstance(document, dict) and document.get("schema", schema) != schema):
         validated(_Manifest, document, origin=str(path))
     return document
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a folder, and return it as written. Entries of a split that lists more
+    than LISTED_SHARDS shards are written as blocks beside it.
+    """
+    splits = {
+        name: split | {"shards": write_blocks(folder, name, split["shards"])}
+        if len(split["shards"]) > LISTED_SHARDS
+        else split
+        for name, split in manifest["splits"].items()
+    }
+    written = {**manifest, "splits": splits}
+    write_atomically(folder / FILE, canonical_json(written))
+    return written
+
+
+def stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as a run states it: of a split of more than LISTED_SHARDS shards, their number and
+    the hash of their entries. What is stated already stays as it is.
+    """
+
+    def short(split: Mapping[str, Any]) -> Mapping[str, Any]:
+        entries = split["shards"]
+        if not isinstance(entries, list):
+            return split
+        n_shards = sum(e.get("n_shards", 1) for e in entries)
+        if n_shards <= LISTED_SHARDS:
+            return split
+        return {**split, "shards": {"n_shards": n_shards, "sha256": sha256_json(entries)}}
+
+    return {**manifest, "splits": {k: short(s) for k, s in manifest["splits"].items()}}

@@ -69,10 +69,17 @@ class PackedStream(TokenStream):
         self._plan = cache(self._make_plan)
 
     def _make_plan(self, shard: int, seq_len: int) -> "Plan":
-        return plan(self.starts_in(shard), int(self._tokens.lengths[shard]), seq_len)
+        return plan(self.starts_in(shard), self.shards[shard]["tokens"], seq_len)
 
-    def shard_windows(self, seq_len: int) -> list[int]:
-        return [self._plan(i, seq_len).n_rows for i in range(len(self._tokens))]
+    def part_windows(self, seq_len: int) -> np.ndarray:
+        """Rows of every part of the table of shards, int64 (n_parts,). Plans every shard."""
+        parts = range(len(self.shards.parts))
+        return np.array([self.windows_in(p, seq_len).sum() for p in parts], np.int64)
+
+    def windows_in(self, part: int, seq_len: int) -> np.ndarray:
+        """Rows of every shard of a part, int64."""
+        shards = self.shards.shards_of(part)
+        return np.array([self._plan(i, seq_len).n_rows for i in shards], np.int64)
 
     @require(
         lambda self, numbers, seq_len: within(numbers, self.n_windows(seq_len)),
@@ -80,15 +87,15 @@ class PackedStream(TokenStream):
     )
     def rows(self, numbers: np.ndarray, seq_len: int) -> Rows:
         """Rows by number. Raises DataError for an id outside the vocabulary."""
-        ends, shape = self._window_ends(seq_len), (len(numbers), seq_len)
+        shape = (len(numbers), seq_len)
         rows = Rows(
             np.zeros(shape, np.int64),
             np.full(shape, IGNORE_INDEX, np.int64),
             np.zeros(shape, np.int64),
         )
-        for row, number in enumerate(np.asarray(numbers).tolist()):
-            shard = int(np.searchsorted(ends, number, side="right"))
-            self._fill(rows, row, shard, number - (int(ends[shard - 1]) if shard else 0), seq_len)
+        places = zip(*(a.tolist() for a in self.places(numbers, seq_len)))
+        for row, (shard, number) in enumerate(places):
+            self._fill(rows, row, shard, number, seq_len)
         self._checked(rows.input_ids)
         return rows
 
@@ -106,7 +113,7 @@ class PackedStream(TokenStream):
         rows.document_ids[row, at:] = len(pieces)
 
     def n_labels(self, seq_len: int) -> int:
-        return sum(self._plan(i, seq_len).n_labels for i in range(len(self._tokens)))
+        return sum(self._plan(i, seq_len).n_labels for i in range(len(self.shards)))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The data set of a configuration: built once, cached by content, and verified when opened."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from stackproof.data import tokenizer as tokenizers
 from stackproof.data.build import FORMAT, Progress
 from stackproof.data.manifest import read_manifest
 from stackproof.data.packing import Packing
+from stackproof.data.shard_table import LISTED_SHARDS, ShardTable, is_block, require_beside
 from stackproof.data.shards import TokenStream, map_shard
 from stackproof.data.stages import SPLITS
 from stackproof.data.tokenizer import Tokenizer
@@ -22,20 +24,43 @@ from stackproof.spec.files import remedy
 from stackproof.tensorfile import BadTensorFile
 
 WORKERS = os.cpu_count() or 1
-LISTED_SHARDS = 10_000  # in a record
+JUDGED_SHARDS = 16  # of a split, with data.verify = drawn
 # Of documents longer than this a sample holds only a few of each source.
 SAMPLED_TOKENS, LONG_DOCUMENTS = 65536, 2
 
 
 class Dataset:
-    """A prepared corpus: its tokenizer, its two splits, and the manifest that describes them."""
+    """A prepared corpus: its tokenizer, its two splits, and the manifest that describes them.
+    Gates read all shards, or a sample of `judged_shards` of each split.
+    """
 
-    def __init__(self, directory: Path, manifest: dict, tokenizer: Tokenizer, how: Packing):
+    def __init__(
+        self,
+        directory: Path,
+        manifest: dict,
+        tokenizer: Tokenizer,
+        how: Packing,
+        *,
+        judged_shards: int | None = None,
+    ):
         self.directory, self.manifest, self.tokenizer = directory, manifest, tokenizer
-        vocab_size = manifest["tokenizer"]["vocab_size"]
-        self.train, self.validation = (
-            packing.stream(directory, manifest["splits"][s], vocab_size, how) for s in SPLITS
-        )
+        self._how, self._judged_shards = how, judged_shards
+        self.train, self.validation = (self._stream(manifest["splits"][s]) for s in SPLITS)
+
+    def _stream(self, split: dict) -> TokenStream:
+        vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        return packing.stream(self.directory, split, vocab_size, self._how)
+
+    @cached_property
+    def judged(self) -> Mapping[str, TokenStream]:
+        """The splits by name as gates read them. The bytes of text of a sample are estimated."""
+        whole = dict(zip(SPLITS, (self.train, self.validation)))
+        if (most := self._judged_shards) is None:
+            return whole
+        return {
+            name: stream if len(stream.shards) <= most else self._stream(_sample(stream, most))
+            for name, stream in whole.items()
+        }
 
     @property
     def sources(self) -> dict[str, dict]:
@@ -54,15 +79,15 @@ class Dataset:
         """Shards, tokenizer and manifest, as inputs of a record. More than LISTED_SHARDS shards are
         left out: the manifest states the hash of each.
         """
-        n_shards = sum(len(self.manifest["splits"][split]["shards"]) for split in SPLITS)
+        n_shards = len(self.train.shards) + len(self.validation.shards)
         rows = [
             {
                 "name": f"{split} tokens",
                 **{k: s[k] for k in ("path", "sha256", "bytes", "tokens")},
                 "license": self.sources[s["source"]]["license"],
             }
-            for split in (SPLITS if n_shards <= LISTED_SHARDS else ())
-            for s in self.manifest["splits"][split]["shards"]
+            for split, stream in zip(SPLITS, (self.train, self.validation))
+            for s in (stream.shards if n_shards <= LISTED_SHARDS else ())
         ]
         paths = [self.directory / name for name in ("tokenizer.json", "manifest.json")]
         return [
@@ -88,15 +113,14 @@ class Dataset:
                 yield text
 
     def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
-        """(source, text) of a share of the training documents of every source, spread evenly,
-        decoded from the shards; at least `minimum`.
+        """(source, text) of a share of the judged training documents of every source, spread
+        evenly, decoded from the shards; at least `minimum`.
         """
-        stream = self.train
+        stream = self.judged["train"]
         bounds = np.append(stream.document_starts, stream.n_tokens)
-        source_of = np.repeat(
-            np.array(stream.shard_sources), [len(s) for s in stream.shard_document_starts()]
-        )
-        for source in dict.fromkeys(stream.shard_sources):
+        sources = [entry["source"] for entry in stream.shards]
+        source_of = np.repeat(np.array(sources), [len(s) for s in stream.shard_document_starts()])
+        for source in dict.fromkeys(sources):
             mine = np.flatnonzero(source_of == source)
             n_long = 0
             wanted = min(len(mine), max(minimum, round(frac * len(mine))))
@@ -110,6 +134,14 @@ class Dataset:
         """Tokens start … stop-1 of a split as text, without end-of-text tokens."""
         ids = stream.token_range(start, stop)
         return self.tokenizer.decode(ids[ids != self.tokenizer.eos_id].tolist())
+
+
+def _sample(stream: TokenStream, n_shards: int) -> dict:
+    """A sample of the shards of a split, as a split of a manifest."""
+    shards = stream.shards.sample(n_shards)
+    tokens, documents = (sum(e[k] for e in shards) for k in ("tokens", "documents"))
+    n_bytes = stream.n_bytes * tokens // stream.n_tokens
+    return {"tokens": tokens, "documents": documents, "bytes": n_bytes, "shards": shards}
 
 
 def cache_directory() -> Path:
@@ -187,15 +219,20 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
                 next_step=rebuild,
             )
         for split in SPLITS:
-            for entry in manifest["splits"][split]["shards"]:
-                verify_shard(folder / entry["path"], entry, cfg.verify)
+            _verify_split(folder, manifest["splits"][split]["shards"], cfg.verify)
         tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
         if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
             raise DataError(
                 f"{folder / 'tokenizer.json'} is not the tokenizer of these shards",
                 next_step=rebuild,
             )
-        return Dataset(folder, manifest, tokenizer, cfg.packing)
+        return Dataset(
+            folder,
+            manifest,
+            tokenizer,
+            cfg.packing,
+            judged_shards=JUDGED_SHARDS if cfg.verify == "drawn" else None,
+        )
     except (
         OSError,
         IntegrityError,
@@ -211,16 +248,19 @@ def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
         ) from e
 
 
+def _verify_split(folder: Path, entries: Sequence[dict], verify: str) -> None:
+    for entry in entries:  # shards, or blocks of them
+        verify_shard(folder / entry["path"], entry, verify)
+    if verify != "drawn" and any(map(is_block, entries)):
+        for entry in ShardTable(folder, entries):
+            verify_shard(folder / entry["path"], entry, verify)
+
+
 def verify_shard(path: Path, entry: dict, verify: str) -> None:
     """Compare a shard with its manifest entry: its size, and its hash if `verify` is full. One that
     is verified when it is drawn is not looked at. Raises DataError.
     """
-    if Path(entry["path"]).name != entry["path"]:
-        raise DataError(
-            f"the manifest in {path.parent} names a file outside of the folder",
-            value=entry["path"],
-            allowed="names of files beside the manifest",
-        )
+    require_beside(path.parent, entry["path"])
     if verify == "drawn":
         return
     size = path.stat().st_size if path.is_file() else -1

@@ -8,7 +8,7 @@ import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from stackproof import tensorfile
 from stackproof.contracts.conditions import require
+from stackproof.data.shard_table import BLOCKS_KEPT, ShardTable, n_windows, sums_before
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import DataError
 
@@ -151,19 +152,17 @@ class MappedShards(Sequence):
     """Token arrays of shards by number, memory-mapped on first use. Beyond `mappable()` maps, the
     least recently used is closed.
 
-    `lengths` int64 (n_shards,) come from the manifest, so opening a stream reads only the first
-    shard.
+    Lengths come from the table of the shards, so opening a stream reads only the first shard.
     """
 
-    def __init__(self, paths: Sequence[Path], entries: Sequence[dict], vocab_size: int):
-        self.paths, self.vocab_size = paths, vocab_size
-        self.lengths = np.array([e["tokens"] for e in entries], np.int64)
+    def __init__(self, table: ShardTable, vocab_size: int):
+        self.table, self.vocab_size = table, vocab_size
         self._recent = lru_cache(mappable())(self._random_access)
-        if len(paths):
+        if len(table):
             self._recent(0)  # detects shards of another vocabulary immediately
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.table)
 
     def __getitem__(self, number: int) -> np.ndarray:
         return self._recent(number)
@@ -179,8 +178,8 @@ class MappedShards(Sequence):
         """A separate map for sequential reading.
         Raises DataError if the shard contradicts the manifest.
         """
-        dtype = token_dtype(self.vocab_size)
-        return map_shard(self.paths[number], "tokens", dtype, int(self.lengths[number]))
+        entry, dtype = self.table[number], token_dtype(self.vocab_size)
+        return map_shard(self.table.folder / entry["path"], "tokens", dtype, entry["tokens"])
 
 
 def mappable() -> int:
@@ -230,21 +229,24 @@ class TokenStream:
         self.n_tokens, self.n_bytes = split["tokens"], split["bytes"]
         self.n_documents = split["documents"]
         self.vocab_size = vocab_size
-        self.paths = [folder / s["path"] for s in split["shards"]]
-        self.shard_sources = [s["source"] for s in split["shards"]]
-        self._documents = [s["documents"] for s in split["shards"]]
-        self._tokens = MappedShards(self.paths, split["shards"], vocab_size)
-        self._starts = np.concatenate([[0], np.cumsum(self._tokens.lengths)])
-        self._window_ends = cache(self._count_windows)
+        self.shards = ShardTable(folder, split["shards"])
+        self._tokens = MappedShards(self.shards, vocab_size)
+        self._windows_before = cache(self._count_windows)
+        self._windows_before_in = lru_cache(BLOCKS_KEPT)(self._count_windows_in)
         self._grid = lru_cache(min(GRIDS_KEPT, mappable()))(self._make_grid)
 
     @property
+    def paths(self) -> list[Path]:
+        """The file of each shard."""
+        return [self.shards.folder / entry["path"] for entry in self.shards]
+
+    @property
     def document_hashes(self) -> np.ndarray:
-        """int64 (n_documents,), read from the shards."""
+        """int64 (n_documents,), copied from the shards, so that none stays mapped."""
         return np.concatenate(
             [
-                np.asarray(map_shard(path, "document_hashes", np.int64, n))
-                for path, n in zip(self.paths, self._documents)
+                np.array(map_shard(path, "document_hashes", np.int64, entry["documents"]))
+                for path, entry in zip(self.paths, self.shards)
             ]
         )
 
@@ -255,15 +257,16 @@ class TokenStream:
 
     def shard_document_starts(self) -> list[np.ndarray]:
         """Position of every document's first token in its shard, int64, per shard."""
-        return [self.starts_in(shard) for shard in range(len(self.paths))]
+        return [self.starts_in(shard) for shard in range(len(self.shards))]
 
     def starts_in(self, shard: int) -> np.ndarray:
         """Position of every document's first token in one shard, int64. Raises DataError for
         positions that do not rise, or lie outside the shard.
         """
-        path = self.paths[shard]
-        starts = np.asarray(map_shard(path, "document_starts", np.int64, self._documents[shard]))
-        bounds = np.concatenate([[0], starts, [self._tokens.lengths[shard]]])
+        entry = self.shards[shard]
+        path = self.shards.folder / entry["path"]
+        starts = np.array(map_shard(path, "document_starts", np.int64, entry["documents"]))
+        bounds = np.concatenate([[0], starts, [entry["tokens"]]])
         if (bounds[1:] <= bounds[:-1]).any():
             raise DataError(
                 f"shard {path} holds document_starts that do not rise within its tokens",
@@ -272,18 +275,21 @@ class TokenStream:
         return starts
 
     def documents(self) -> Iterator[tuple[str, int, int]]:
-        """(source, start, stop) of every document in the split, in order."""
-        counts = [len(starts) for starts in self.shard_document_starts()]
-        bounds = [*self.document_starts.tolist(), self.n_tokens]
-        yield from zip(np.repeat(self.shard_sources, counts).tolist(), bounds, bounds[1:])
+        """(source, start, stop) of every document in the split, in order. A shard is opened when
+        its first document is reached.
+        """
+        for shard, entry in enumerate(self.shards):
+            first = self.shards.start(shard)
+            bounds = [*(self.starts_in(shard) + first).tolist(), first + entry["tokens"]]
+            yield from zip(repeat(entry["source"]), bounds, bounds[1:])
 
     @property
     def document_starts(self) -> np.ndarray:
         """Position of every document's first token in the split, int64 (n_documents,)."""
         return np.concatenate(
             [
-                starts + first
-                for starts, first in zip(self.shard_document_starts(), self._starts.tolist())
+                starts + self.shards.start(shard)
+                for shard, starts in enumerate(self.shard_document_starts())
             ]
         )
 
@@ -292,7 +298,7 @@ class TokenStream:
         """Number of windows of seq_len + 1 tokens in the shards; the last tokens of a shard may not
         fill one.
         """
-        return int(self._window_ends(seq_len)[-1]) if self.paths else 0
+        return int(self._windows_before(seq_len)[-1])
 
     def n_labels(self, seq_len: int) -> int:
         """Labels of all rows, without padding."""
@@ -302,15 +308,39 @@ class TokenStream:
         """Tokens of the split that are the label of no row, besides the leading one of each
         shard.
         """
-        return int((self._tokens.lengths - 1).sum()) - self.n_labels(seq_len)
+        return self.shards.n_tokens - len(self.shards) - self.n_labels(seq_len)
 
     def padding(self, seq_len: int) -> int:
         """Positions of all rows that hold no token."""
         return self.n_windows(seq_len) * seq_len - self.n_labels(seq_len)
 
+    def part_windows(self, seq_len: int) -> np.ndarray:
+        """Windows of every part of the table of shards, int64 (n_parts,)."""
+        return self.shards.windows(seq_len)
+
+    def windows_in(self, part: int, seq_len: int) -> np.ndarray:
+        """Windows of every shard of a part, int64."""
+        return n_windows(self.shards.lengths(part), seq_len)
+
     def _count_windows(self, seq_len: int) -> np.ndarray:
-        """Windows up to the end of every shard, int64 (n_shards,)."""
-        return np.cumsum(self.shard_windows(seq_len), dtype=np.int64)
+        """Windows before every part, and of all, int64 (n_parts + 1,)."""
+        return sums_before(self.part_windows(seq_len))
+
+    def _count_windows_in(self, part: int, seq_len: int) -> np.ndarray:
+        """Windows of a part before every shard of it, and of all, int64."""
+        return sums_before(self.windows_in(part, seq_len))
+
+    def places(self, numbers: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard of every window, and its number there, int64 (len(numbers),)."""
+        numbers, before = np.asarray(numbers, np.int64), self._windows_before(seq_len)
+        parts = np.searchsorted(before, numbers, side="right") - 1
+        shards, places = self.shards.first[parts], numbers - before[parts]
+        for part in set(parts[self.shards.sizes[parts] > 1].tolist()):
+            here, inner = parts == part, self._windows_before_in(part, seq_len)
+            shard = np.searchsorted(inner, places[here], side="right") - 1
+            shards[here] += shard
+            places[here] -= inner[shard]
+        return shards, places
 
     def _make_grid(self, shard: int, seq_len: int) -> np.ndarray:
         """A shard as a view (n_windows, seq_len + 1); consecutive windows share a token."""
@@ -318,19 +348,12 @@ class TokenStream:
 
     def shard_windows(self, seq_len: int) -> list[int]:
         """Windows of every shard."""
-        return ((self._tokens.lengths - 1) // seq_len).tolist()
+        parts = range(len(self.shards.parts))
+        return [n for part in parts for n in self.windows_in(part, seq_len).tolist()]
 
     def spans(self, seq_len: int) -> dict[str, tuple[int, int]]:
-        """(first window, number of windows) of every source, in order; the shards of a source are
-        consecutive.
-        """
-        spans, first = {}, 0
-        for source, n in zip(self.shard_sources, self.shard_windows(seq_len)):
-            spans[source] = (
-                (spans[source][0], spans[source][1] + n) if source in spans else (first, n)
-            )
-            first += n
-        return spans
+        """(first window, number of windows) of every source, in order."""
+        return self.shards.spans(self.part_windows(seq_len))
 
     def window(self, number: int, seq_len: int) -> np.ndarray:
         """Tokens of one window, int64 (seq_len + 1,).
@@ -346,22 +369,19 @@ class TokenStream:
         """Tokens of windows by number, int64 (len(numbers), seq_len + 1).
         Raises DataError for an id outside the vocabulary.
         """
-        numbers, ends = np.asarray(numbers, np.int64), self._window_ends(seq_len)
-        shards = np.searchsorted(ends, numbers, side="right")
+        shards, places = self.places(numbers, seq_len)
         out = np.empty((len(numbers), seq_len + 1), token_dtype(self.vocab_size))
         for shard in set(shards.tolist()):
             here = shards == shard
-            out[here] = self._grid(shard, seq_len)[
-                numbers[here] - (ends[shard - 1] if shard else 0)
-            ]
+            out[here] = self._grid(shard, seq_len)[places[here]]
         return self._checked(out).astype(np.int64)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         if ids.max(initial=0) >= self.vocab_size:
             raise DataError(
-                f"a shard under {self.paths[0].parent} holds token id {int(ids.max())}",
+                f"a shard under {self.shards.folder} holds token id {int(ids.max())}",
                 allowed=f"0 … {self.vocab_size - 1}",
-                next_step=_rebuild(self.paths[0]),
+                next_step=_rebuild(self.shards.path(0)),
             )
         return ids
 
@@ -369,13 +389,10 @@ class TokenStream:
         """Tokens start … stop-1 of the split in order, over shard boundaries, int64.
         Raises DataError for an id outside the vocabulary.
         """
-        pieces = []
-        first, last = np.searchsorted(self._starts, [start, stop], side="right")
-        for shard in range(max(int(first) - 1, 0), min(int(last), len(self.paths))):
-            offset, n = int(self._starts[shard]), int(self._tokens.lengths[shard])
-            low, high = max(start - offset, 0), min(stop - offset, n)
-            if low < high:
-                pieces.append(np.asarray(self._tokens.fresh(shard)[low:high], np.int64))
+        pieces = [
+            np.asarray(self._tokens.fresh(shard)[max(start - first, 0) : stop - first], np.int64)
+            for shard, first, _ in self.shards.overlapping(start, stop)
+        ]
         return self._checked(np.concatenate(pieces)) if pieces else np.zeros(0, np.int64)
 
 

@@ -48,7 +48,7 @@ class BuiltCorpus(Corpus):
 
     @property
     def splits(self) -> Mapping[str, TokenStream]:
-        return {"train": self.dataset.train, "validation": self.dataset.validation}
+        return self.dataset.judged
 
     @property
     def manifest(self) -> Manifest:

@@ -2,6 +2,7 @@
 tests. Each run has a process group of its own.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,12 @@ SETTINGS = {
     "checkpoint.every": 12,
     "parallel.compare_every": 4,
 }
-PRELOADED = ("stackproof.model.parallelize", "stackproof.train.start", "stackproof.museum.prove")
+PRELOADED = [
+    "torch._dynamo",  # which an optimizer imports in its first step
+    "stackproof.model.parallelize",
+    "stackproof.train.start",
+    "stackproof.museum.prove",
+]
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,20 @@ class Answer:
 
 class RankPool:
     """Processes that wait for jobs. A job is a function, named "module:function", that every rank
-    calls with the same arguments, with the variables set that torchrun sets. `preloaded` modules
-    are imported once.
+    calls with the same arguments, with the variables set that torchrun sets. Each is forked from
+    a server that has imported PRELOADED, and imports `modules` before its first job.
     """
 
-    def __init__(self, preloaded: Sequence[str] = PRELOADED) -> None:
-        self._preloaded = tuple(preloaded)
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._modules = (*PRELOADED, *modules)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._preloaded), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self._modules), daemon=True)
         process.start()
         theirs.close()
         self._connections.append(ours)
@@ -102,23 +109,24 @@ class RankPool:
 
 
 @contextmanager
-def pool(preloaded: Sequence[str] = PRELOADED) -> Iterator[RankPool]:
+def pool(modules: Sequence[str] = ()) -> Iterator[RankPool]:
     """A pool until the block ends."""
-    ranks = RankPool(preloaded)
+    ranks = RankPool(modules)
     try:
         yield ranks
     finally:
         ranks.close()
 
 
-def _work(connection: Connection, preloaded: Sequence[str]) -> None:
+def _work(connection: Connection, modules: Sequence[str]) -> None:
     """Import what jobs need, then fork a process for each: its sockets close with it, and nothing
     of a plant is left.
     """
     os.setsid()  # so that what is forked can be ended with it
-    for module in preloaded:
+    for module in modules:
         import_module(module)
     torch.set_num_threads(1)
+    gc.freeze()  # no collection of garbage in a job goes over it, which would copy its memory
     while True:
         try:
             variables, job, arguments = connection.recv()

@@ -95,8 +95,7 @@ def corpus_of(built: Path) -> Corpus:
     path = built / "manifest.json"
     try:
         manifest = read_manifest(path)
-        shards = manifest["splits"]["train"]["shards"]
-        return Corpus(manifest["tokenizer"]["vocab_size"], sum(s["tokens"] for s in shards))
+        return Corpus(manifest["tokenizer"]["vocab_size"], manifest["splits"]["train"]["tokens"])
     except (OSError, IntegrityError, LookupError, TypeError, AttributeError) as e:
         raise DataError(
             f"{built} is not a built data set: {type(e).__name__}: {e}",

@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stackproof.data.manifest import MAX_VALUES
 from stackproof.distributed.output import OUTPUT, RANKS, rank_folder
 from stackproof.evidence.file_lock import LOCK
 from stackproof.spec import checksums, rank_log
 from stackproof.spec.building import RecordBuilder, iso
 from stackproof.spec.canonical import (
+    MAX_MANIFEST_VALUES,
     canonical_json,
     is_canonical_line,
     parse_strict,
@@ -182,7 +182,7 @@ class RunDir:
         path = self.path / "run.json"
         try:
             data = read_bytes(path)
-            document = parse_strict(data, origin=str(path), max_values=MAX_VALUES)
+            document = parse_strict(data, origin=str(path), max_values=MAX_MANIFEST_VALUES)
             validated(RunDocument, document, origin=str(path))
         except (OSError, IntegrityError) as e:
             if isinstance(e, FileNotFoundError):

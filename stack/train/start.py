@@ -15,6 +15,7 @@ from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import KEPT_MOMENTS, UNFIT_VALUES, Gatekeeper
 from stackproof.data import curriculum
 from stackproof.data.data_loader import eval_batches, probe_batches
+from stackproof.data.manifest import stated
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
 from stackproof.distributed.launch import n_started
@@ -139,7 +140,7 @@ def fresh(
                     trainer.output.record,
                     device=trainer.state.device.type,
                     inherited_s=trainer.output.inherited_s,
-                    data=trainer.dataset.manifest,
+                    data=stated(trainer.dataset.manifest),
                     n_eval_batches=len(trainer.held_out),
                     parents=list(trainer.output.record.parents),
                     carried=[artefact.model_dump() for artefact in trainer.output.carried],
@@ -330,9 +331,10 @@ def setup(
     record.environment = environment(str(device), allocator=allocator, **chosen)
     record.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":
+        looked = "their sizes were" if cfg.data.verify == "size" else "the length of drawn ones was"
         record.not_covered = (
             *NOT_COVERED,
-            "bit flips in the token shards: only their sizes were compared",
+            f"bit flips in the token shards: only {looked} compared",
         )
 
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
@@ -577,9 +579,10 @@ def _outside(overrides: Sequence[Override], keys: Sequence[str]) -> list[Overrid
 
 def _refuse_other_data(trainer: Trainer, document: dict) -> None:
     """Raise DataError if the data are not those that the run was started on."""
-    manifest = trainer.dataset.manifest
+    manifest, then = trainer.dataset.manifest, document["data"]
+    either = stated(manifest), manifest  # earlier versions listed any number of shards
     if changed := [
-        k for k in ("tokenizer", "sources", "splits") if document["data"].get(k) != manifest[k]
+        k for k in ("tokenizer", "sources", "splits") if then.get(k) not in [m[k] for m in either]
     ]:
         raise DataError(
             f"the data are not those the run was started on: {', '.join(changed)} differ",

@@ -204,6 +204,35 @@ def test_leakage_does_not_judge_a_split_shorter_than_a_run(spec, subject):
     assert verdict.outcome == "not_run"
 
 
+def test_budget_counts_the_tokens_of_all_shards(spec, subject):
+    gate, train = spec.gates["data.corpus-budget"], subject.corpus.splits["train"]
+    sampled = with_splits(subject, train=With(train, n_tokens=1))
+    assert call_check(gate, sampled).passed
+    assert call_check(gate, sampled) == call_check(gate, subject)
+
+
+OVER_ALL_SHARDS = (
+    "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity "
+    "data.leakage tokenizer.identity"
+).split()
+
+
+@pytest.mark.parametrize("gate_id", OVER_ALL_SHARDS)
+def test_shards_that_were_not_read_are_no_pass(spec, subject, gate_id):
+    """One more shard in the manifest than in the streams, without a token."""
+    manifest = copy.deepcopy(dict(subject.corpus.manifest))
+    shards = manifest["splits"]["train"]["shards"]
+    shards.append(shards[0] | {"tokens": 0, "documents": 0})
+    whole, sampled = (
+        call_check(spec.gates[gate_id], s)
+        for s in (subject, changed(subject, corpus={"manifest": manifest}))
+    )
+    assert whole.outcome == "pass" and sampled.outcome == "not_run"
+    n = sum(len(s.paths) for s in subject.corpus.splits.values())
+    assert dict(sampled.measured) == whole.measured | {"read_shards": n, "shards": n + 1}
+    assert f"green on {n} of {n + 1} shards" in sampled.message
+
+
 def test_budget_refuses_the_founding_failure(spec, subject):
     """18 M tokens for 370 M parameters: 0.05 each."""
     gate, n_tokens = spec.gates["data.corpus-budget"], subject.corpus.splits["train"].n_tokens

@@ -1,5 +1,5 @@
 """Opening a corpus of 15 T tokens: what is read at the start, and per row, does not depend on its
-size.
+size. A table of shards that a manifest lists is read whole.
 """
 
 import json
@@ -11,16 +11,20 @@ from types import SimpleNamespace
 import pytest
 
 from stackproof.config import ByteTokenizer, DataConfig, Files
-from stackproof.data.prepare import LISTED_SHARDS, SPLITS, open_folder, prepare
+from stackproof.data.manifest import write_manifest
+from stackproof.data.prepare import open_folder, prepare
+from stackproof.data.shard_table import BLOCK_SHARDS, LISTED_SHARDS
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError
 
 SHARD_TOKENS = 128 * 2**20  # 512 MiB of ids of four bytes
 N_SHARDS = -(-15 * 10**12 // SHARD_TOKENS)
 FEW, STEPS, ROWS = 10, 8, 4
+BLOCK_BYTES = 100 * BLOCK_SHARDS
 # Counts what a start opens and looks up, then draws rows as the last of 1,024 ranks.
 START = """
-import json, os, sys, time
+import json, os, sys
+import tracemalloc
 opened, stated, stat = [], [], os.stat
 
 def watch(event, arguments):
@@ -31,9 +35,8 @@ def counted(path, *more, **named):
     stated.append(path)
     return stat(path, *more, **named)
 
-def status(name):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+def bytes_read():
+    return int(open("/proc/self/io").read().split()[1])
 
 folder, verify, steps, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 from pathlib import Path
@@ -41,27 +44,31 @@ from stackproof.config import DataConfig
 from stackproof.data.data_loader import DataLoader
 from stackproof.data.prepare import open_folder
 from stackproof.data.shards import mappable
-before, began = status("VmRSS"), time.perf_counter()
+open_folder(Path(folder).with_name("of-10"), DataConfig(verify="drawn"))  # imports what it needs
 sys.addaudithook(watch)
 os.stat = counted
+tracemalloc.start()
+before = bytes_read()
 data = open_folder(Path(folder), DataConfig(verify=verify))
+read = bytes_read() - before
 os.stat = stat
-start = {"opened": sorted(opened), "stated": len(stated), "start_s": time.perf_counter() - began}
+peak_bytes = tracemalloc.get_traced_memory()[1]
+tracemalloc.stop()
+start = {"opened": sorted(opened), "stated": len(stated), "read": read, "peak_bytes": peak_bytes}
 opened.clear()
 loader = DataLoader(
     data.train, seq_len=4096, seed=1, rows=rows, rank=1023, world_size=1024, on_exhausted="error"
 )
 for _ in range(steps):
     loader.next_batch()
-most = status("VmHWM") - before
-print(json.dumps(start | {"drawing": len(opened), "maps": mappable(), "peak_bytes": most}))
+print(json.dumps(start | {"drawing": len(opened), "maps": mappable()}))
 """
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A data set of a few shards, and one of 15 T tokens in the same files: all entries of its
-    training split are of one sparse file.
+    """A data set of a few shards, one of 15 T tokens in the same files, and the latter with a
+    manifest that lists all shards. The training split is in one sparse file.
     """
     place = tmp_path_factory.mktemp("15T")
     (place / "text").write_text("\n".join(f"A line of text, number {n}." for n in range(200)))
@@ -80,15 +87,18 @@ def folders(tmp_path_factory):
     (entry,) = manifest["splits"]["train"]["shards"]
     entry |= {"path": "sparse.safetensors", "bytes": size, "tokens": SHARD_TOKENS}
     found = []
-    for n in (FEW, N_SHARDS):
-        folder = place / f"of-{n}"
+    for name, n in (("10", FEW), ("many", N_SHARDS), ("listed", N_SHARDS)):
+        folder = place / f"of-{name}"
         folder.mkdir()
         for path in made.iterdir():
             if path.name != "manifest.json":
                 (folder / path.name).hardlink_to(path)
         split = manifest["splits"]["train"] | {"tokens": n * SHARD_TOKENS, "shards": [entry] * n}
-        text = canonical_json(manifest | {"splits": manifest["splits"] | {"train": split}})
-        (folder / "manifest.json").write_bytes(text)
+        document = manifest | {"splits": manifest["splits"] | {"train": split}}
+        if name == "listed":
+            (folder / "manifest.json").write_bytes(canonical_json(document))
+        else:
+            write_manifest(folder, document)
         found.append(folder)
     return found
 
@@ -104,18 +114,23 @@ def started(folder, verify="drawn"):
 
 
 def test_a_start_reads_the_manifest_and_no_shard_of_15_t_tokens_but_the_first(folders):
-    few, many = map(started, folders)
+    few, many, listed = map(started, folders)
     validation = few.opened[-1]
     assert set(few.opened) == {"manifest.json", "tokenizer.json", "sparse.safetensors", validation}
-    assert many.opened == few.opened and many.stated == few.stated
-    # A row is of one shard, which is opened twice: for its header, and to be mapped.
-    assert 0 < many.drawing <= 2 * STEPS * ROWS
-    assert many.peak_bytes - few.peak_bytes < 10_000 * N_SHARDS
+    assert sorted([*few.opened, "train-00000.shards"]) == many.opened
+    assert many.stated == few.stated and listed.opened == few.opened
+    # A row is of one shard, which is opened twice, for its header and to be mapped, and of a block.
+    assert 0 < listed.drawing <= 2 * STEPS * ROWS
+    assert 0 < many.drawing <= 3 * STEPS * ROWS
+    # One byte per shard and one block; a listed table takes 170 bytes of text and 1,200 of memory.
+    assert 0 < many.read - few.read < N_SHARDS + BLOCK_BYTES < N_SHARDS * 100 < listed.read
+    assert many.peak_bytes < few.peak_bytes + 10 * N_SHARDS < N_SHARDS * 500 < listed.peak_bytes
 
 
 def test_a_start_that_looks_at_every_shard_is_noticed(folders):
-    few, many = (started(folder, "size") for folder in folders)
-    assert many.stated - few.stated >= N_SHARDS - FEW
+    few, *larger = (started(folder, "size") for folder in folders)
+    for many in larger:
+        assert many.stated - few.stated >= N_SHARDS - FEW
 
 
 def test_a_shard_of_another_length_is_refused_when_it_is_drawn(folders, tmp_path):
@@ -133,8 +148,9 @@ def test_a_shard_of_another_length_is_refused_when_it_is_drawn(folders, tmp_path
 
 
 def test_a_record_of_many_shards_names_their_manifest(folders):
-    few, many = (open_folder(folder, DataConfig(verify="drawn")) for folder in folders)
+    few, *larger = (open_folder(folder, DataConfig(verify="drawn")) for folder in folders)
     named = [row["name"] for row in few.inputs()]
     assert named.count("train tokens") == FEW and named[-2:] == ["tokenizer", "manifest"]
-    assert [row["name"] for row in many.inputs()] == ["tokenizer", "manifest"]
-    assert sum(len(many.manifest["splits"][s]["shards"]) for s in SPLITS) > LISTED_SHARDS
+    for many in larger:
+        assert [row["name"] for row in many.inputs()] == ["tokenizer", "manifest"]
+        assert len(many.train.shards) == N_SHARDS > LISTED_SHARDS

@@ -6,6 +6,7 @@ import pytest
 
 from stackproof.config import load_config
 from stackproof.museum.ranks import SETTINGS, pool
+from tests.processes import server
 
 SAVED_AT = 6  # and at the end
 OF_RUNS = SETTINGS | {"model.dropout": 0.1, "checkpoint.every": SAVED_AT}
@@ -13,7 +14,8 @@ OF_RUNS = SETTINGS | {"model.dropout": 0.1, "checkpoint.every": SAVED_AT}
 
 @pytest.fixture(scope="session")
 def ranks(private_cache):
-    with pool() as processes:
+    server()
+    with pool(["tests.distributed.jobs"]) as processes:
         yield processes
 
 

@@ -158,25 +158,30 @@ def loss_distance(
     return tuple(worst)
 
 
-def overflow_on_one_rank(mesh: dict, rank: int) -> tuple[int, float, float, int]:
-    """Retries, loss, clipped norm and loss scale of a float16 step in which one rank's part of the
-    gradients overflows once.
+def overflow_on_one_rank(mesh: dict) -> list[tuple[int, float, float, int]]:
+    """For each rank: retries, loss, clipped norm and loss scale of a float16 step in which its part
+    of the gradients overflows once.
     """
     cfg = configuration(mesh, {"train.dtype": "float16"})
     with joined(cfg, CPU) as ranks:
-        state = states(cfg, ranks, torch.float32)[1]
-        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        unscale, n_calls = state.scaler.unscale_, []
+        return [overflow(cfg, ranks, rank) for rank in range(ranks.world_size)]
 
-        def unscale_after_overflow(optimizer):
-            n_calls.append(1)
-            if len(n_calls) == 1 and ranks.rank == rank:
-                local_part(opt.gradients(state.model)[0])[0] = torch.inf
-            unscale(optimizer)
 
-        state.scaler.unscale_ = unscale_after_overflow
-        report = steps.train_step(state, own(batches_of(cfg, 1), ranks))
-        scale = state.scaler.get_scale()
+def overflow(cfg: RunConfig, ranks, rank: int) -> tuple[int, float, float, int]:
+    """`overflow_on_one_rank` of one rank."""
+    state = states(cfg, ranks, torch.float32)[1]
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    unscale, n_calls = state.scaler.unscale_, []
+
+    def unscale_after_overflow(optimizer):
+        n_calls.append(1)
+        if len(n_calls) == 1 and ranks.rank == rank:
+            local_part(opt.gradients(state.model)[0])[0] = torch.inf
+        unscale(optimizer)
+
+    state.scaler.unscale_ = unscale_after_overflow
+    report = steps.train_step(state, own(batches_of(cfg, 1), ranks))
+    scale = state.scaler.get_scale()
     return report.overflow_retries, report.loss_nats, report.clipped_grad_norm, scale
 
 

@@ -7,11 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from stackproof.distributed.process_group import joined
-from tests.distributed.jobs import CPU, configuration
+from stackproof.recipes import recipe
 
 if __name__ == "__main__":
-    with joined(configuration({}, {}), CPU) as ranks:
+    with joined(recipe("pocket"), torch.device("cpu")) as ranks:
         if not ranks.restarted:
             if ranks.rank == 1:
                 ranks.store.wait(["waits"])

@@ -85,8 +85,9 @@ STEP = "distributed.one-process-step"
 
 
 def in_bfloat16(prover, plant_id=None):
-    """The verdict on a step of a tensor group in bfloat16."""
+    """The verdict on the first step of a tensor group in bfloat16."""
     fixed = {"train.dtype": "bfloat16", "parallel.tensor": 2, "model.dropout": 0.1}
+    fixed |= {"train.max_steps": 4, "schedule.warmup_steps": 1}
     gate = load_spec().gates[STEP]
     cfg = prover.config(gate)
     cfg = load_config(cfg, fixed={key: (value, "test") for key, value in fixed.items()})[0]

@@ -216,12 +216,12 @@ def test_inspect_refuses_times_of_other_ranks(whole_run, tmp_path, capsys):
 @pytest.mark.parametrize("mesh", [{"shard": 2}, {"tensor": 2}])
 def test_tracing_leaves_a_divided_run_as_it_is(run, cfg, whole_run, tmp_path, mesh):
     """Points of each rank's own rows; the steps are those of the run that is not traced."""
-    keys = {"trace.every": 4} | {f"parallel.{name}": n for name, n in mesh.items()}
+    keys = {"trace.every": 6} | {f"parallel.{name}": n for name, n in mesh.items()}
     fixed = {key: (value, "test") for key, value in keys.items()}
     folder = tmp_path / "run"
     assert run(load_config(cfg, fixed=fixed)[0], folder) == ["completed", None]
     traced = [{line["step"] for line in points(f)} for f in (folder, folder / "ranks/00001")]
-    assert traced == [{4, 8, 12}, {4, 8, 12}]
+    assert traced == [{6, 12}, {6, 12}]
     if "shard" in mesh:
         assert losses(folder) == losses(whole_run)
 

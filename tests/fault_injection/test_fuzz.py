@@ -16,6 +16,7 @@ from stackproof.config.data import BestFit, ByteTokenizer, Concatenated
 from stackproof.config.load import load_config, load_mixture, recorded_config
 from stackproof.contracts import backtest
 from stackproof.data.prepare import open_folder, prepare
+from stackproof.data.shard_table import write_blocks
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evaluate.audit import Answer, graded
 from stackproof.evaluate.stopping import StopRule
@@ -457,6 +458,23 @@ def shard(folder: Path) -> Target:
     return Target(path, path.read_bytes(), of_header, read)
 
 
+def block(folder: Path) -> Target:
+    """A block of shards of which the manifest states the hash."""
+    made, cfg = _data_set(folder)
+    manifest = json.loads((made / "manifest.json").read_bytes())
+    split = manifest["splits"]["train"]
+    split["shards"] = write_blocks(made, "train", split["shards"])
+    path = made / split["shards"][0]["path"]
+
+    def read(data: bytes) -> None:
+        split["shards"][0].update(bytes=len(data), sha256=sha256_bytes(data))
+        (made / "manifest.json").write_bytes(canonical_json(manifest))
+        found = open_folder(made, cfg.model_copy(update={"verify": "drawn"}))
+        found.train.rows([0, 1], 16), found.train.document_hashes
+
+    return Target(path, path.read_bytes(), of_bytes, read)
+
+
 def kernels(folder: Path) -> Target:
     path = folder / measured.FILE
     one = {"device": "cpu", "made_at": "x", "versions": {"torch": "2"}, "sha256": {"a": {"b": "c"}}}
@@ -505,7 +523,7 @@ TARGETS = (
         failures,
         findings,
     ),
-    *(registry, answers, bundle, log, data_set, shard, kernels, kernel_parity),
+    *(registry, answers, bundle, log, data_set, shard, block, kernels, kernel_parity),
 )
 
 

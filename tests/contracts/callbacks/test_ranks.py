@@ -29,6 +29,7 @@ from stackproof.museum.ranks import pool
 from stackproof.spec import ROOT
 from stackproof.spec.gates import load_spec
 from stackproof.spec.records import read_record
+from tests.processes import server
 
 JOBS = "tests.contracts.callbacks.rank_jobs"
 GATES = [f"distributed.{name}" for name in ("ranks", "rows", "one-process-step", "replicas")]
@@ -37,6 +38,7 @@ GATES = [f"distributed.{name}" for name in ("ranks", "rows", "one-process-step",
 @pytest.fixture(scope="module")
 def processes():
     lightning = ("lightning.pytorch",) if find_spec("lightning") else ()
+    server()
     with pool((JOBS, *lightning)) as found:
         yield found
 
