@@ -22,6 +22,7 @@ Kind = Literal[
     "trace",
     "compare",
     "falsification",
+    "mutation",
     "export",
     "import",
     "benchmark",

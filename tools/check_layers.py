@@ -23,7 +23,7 @@ NAMES = {"spec": "stackproof.spec", "contracts": "stackproof.contracts", "stack"
 # stand with config; __init__.py and __main__.py, which offer what the others hold, stand with cli.
 LAYERS = (
     "spec contracts kernels config evidence data distributed model evaluate trace train "
-    "replay export recipes museum cli"
+    "replay export recipes museum mutation cli"
 )
 ORDER = [f"stackproof.{layer}" for layer in LAYERS.split()]
 # The trainer calls what checks a run before step 1, and that is made of the trainer's own parts.

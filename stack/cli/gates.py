@@ -1,17 +1,17 @@
-"""`stack gates list | show | prove | backtest | repro | coverage`."""
+"""`stack gates list | show | prove | mutate | backtest | repro | coverage`."""
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.text import Text
-from typer import Argument, Option, Typer
+from typer import Argument, Context, Option, Typer
 
 from stackproof.cli.options import Evidence, Json, RecordDir, examples
 from stackproof.cli.output import emit, note, print_line, print_table
 from stackproof.cli.paths import bundle_at, file_at
 from stackproof.cli.recording import Claim, open_record, print_record
-from stackproof.spec.errors import GateFailed
+from stackproof.spec.errors import GateFailed, UsageError
 
 app = Typer(
     name="gates",
@@ -236,6 +236,87 @@ def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
         )
 
     return matrix(tuple(gate_ids), report)
+
+
+@app.command(
+    epilog=examples("stack gates mutate --n 50", "stack gates mutate --seed 7 --config experts")
+)
+def mutate(
+    context: Context,
+    n: Annotated[int, Option(min=1, help="Mutants to draw.")] = 300,
+    seed: Annotated[
+        int | None, Option(min=0, help="Seed of the draw. Default: another one each time.")
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        Option(help="Configuration to try mutants on; all without. Repeatable."),
+    ] = None,
+    jobs: Annotated[
+        int | None, Option(min=1, help="Processes at once. Default: one per core.")
+    ] = None,
+    run_dir: RecordDir = None,
+    json: Json = False,
+) -> None:
+    """Make small random changes in code that a run executes, one at a time, and measure how many
+    the gates catch. Writes a record, with the changes that they did not catch.
+    """
+    import os
+    import secrets
+
+    from stackproof.museum.prove import workshop
+    from stackproof.mutation import report
+    from stackproof.mutation.mutate import mutate, survey
+    from stackproof.mutation.scenarios import CONFIGURATIONS, scenarios
+
+    names = config or list(CONFIGURATIONS)
+    if unknown := [name for name in names if name not in CONFIGURATIONS]:
+        raise UsageError(
+            "--config names no configuration of mutants",
+            value=unknown[0],
+            allowed=", ".join(CONFIGURATIONS),
+            next_step="name one of these, or leave it out",
+        )
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    jobs = jobs or os.cpu_count() or 1
+    settings = {"n": n, "seed": seed, "configurations": names}
+    claim = Claim("mutation", report.CLAIM, report.NOT_COVERED)
+    opened, judged = open_record(claim, settings, run_dir=run_dir, json=json), []
+
+    def verb(arguments: list[str]) -> None:
+        context.find_root().command.main(arguments, prog_name="stack", standalone_mode=False)
+
+    with workshop() as root:
+        made = scenarios(root, verb, names)
+        clean = survey(made, root, jobs, lambda name: note(f"{name}: green without a mutant"))
+        for one in mutate(clean, root, n, seed, jobs):
+            judged.append(one)
+            _note_mutant(one)
+    record = report.mutation_record(judged, opened.builder, opened.path(""))
+    survivors = [j.row() for j in judged if j.outcome in ("survivor", "warned", "statement")]
+    document = {"seed": seed, **report.tally(judged), "survivors": survivors}
+    document |= {key: report.by(judged, key) for key in ("package", "scenario", "operator")}
+    print_record(record, opened.directory, document, json, _show_mutants)
+
+
+def _note_mutant(one: Any) -> None:
+    colour = {"caught": "green", "survivor": "red", "warned": "red", "statement": "yellow"}
+    found = " ".join(filter(None, (one.ending.red, one.ending.moment)))
+    text = f" {one.scenario:12} {one.mutant.target.removeprefix('stackproof.')}  {found}"
+    note(Text.assemble((f"{one.outcome:10}", colour.get(one.outcome, "dim")), text))
+
+
+def _show_mutants(document: dict) -> None:
+    print_table(f"Mutants, seed {document['seed']}", ["outcome", "n"], document["counts"].items())
+    for row in document["survivors"]:
+        print_line(f"{row['outcome']}: {row['target']} line {row['line']}, {row['operator']}")
+        print_line(row["diff"])
+        print_line(f"  changes {', '.join(row['differing'][:3])}")
+    rows = [
+        [key, name, f"{own['k']} of {own['n']}", f"{own['low']:.0%} – {own['high']:.0%}"]
+        for key, tallies in {"all": {"": document}, "package": document["package"]}.items()
+        for name, own in ((n, t["caught_frac"]) for n, t in tallies.items())
+    ]
+    print_table("Caught, of those that raise no error", ["", "", "caught", "95 % interval"], rows)
 
 
 @app.command()

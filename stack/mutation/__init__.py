@@ -1,1 +1,1 @@
-"""Mutants of the stack: small random changes of the code that a run executes, judged by its gates."""
+"""Mutants of the stack: small random changes of code that a run executes, judged by its gates."""

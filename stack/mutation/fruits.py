@@ -1,4 +1,4 @@
-"""Everything that a command writes, value by value, so that two runs can be compared bit for bit."""
+"""All values that a command writes, so that two runs can be compared bit for bit."""
 
 import hashlib
 import json
@@ -41,7 +41,11 @@ def fruits_of(folder: Path) -> Fruits:
 
 def _leaves_of(suffix: str, text: str) -> Iterator[tuple[str, str]]:
     try:
-        tree = [json.loads(line) for line in text.splitlines()] if suffix == LINES else json.loads(text)
+        tree = (
+            [json.loads(line) for line in text.splitlines()]
+            if suffix == LINES
+            else json.loads(text)
+        )
     except ValueError:
         yield "", text
         return
@@ -73,9 +77,7 @@ class Reference:
     def __init__(self, clean: Iterable[Fruits]):
         first, *others = clean
         self.fruits = first
-        self.volatile = {
-            _any_place(key) for other in others for key in _differing(first, other)
-        }
+        self.volatile = {_any_place(key) for other in others for key in _differing(first, other)}
 
     def differing(self, found: Fruits) -> list[str]:
         """Sorted keys whose values differ from those of the clean runs."""

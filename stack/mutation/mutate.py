@@ -78,7 +78,7 @@ def survey(
                 raise IntegrityError(
                     f"scenario {scenario.name} is not green without a mutant",
                     value=trial.ending,
-                    next_step="mend the stack first: stack gates prove",
+                    next_step="correct the stack or the scenario; stack gates prove shows gates that are not green",
                 )
         gated, bare = ([done[i].fruits for i in range(n, n + N_CLEAN)] for n in (0, N_CLEAN))
         found.append(Clean(scenario, trace, Reference(gated), Reference(bare), cpu_s))
@@ -103,9 +103,7 @@ def _traced(scenario: Scenario, folder: Path) -> tuple[Trace, float]:
     return trace, usage.ru_utime + usage.ru_stime
 
 
-def mutate(
-    clean: Sequence[Clean], root: Path, n: int, seed: int, at_once: int
-) -> Iterator[Judged]:
+def mutate(clean: Sequence[Clean], root: Path, n: int, seed: int, at_once: int) -> Iterator[Judged]:
     """Draw `n` mutants among the lines that any scenario runs, and judge each in one of those that
     run its line; if it is equivalent there, in the others.
     """

@@ -68,7 +68,7 @@ REDUCTIONS: Mapping[str, str] = {
     "sin": "cos",
 }
 AXES = ("dim", "axis")
-# Calls without which the same type goes on: `x.detach()` becomes `x`, `sorted(x)` becomes `x`.
+# Calls that return the type of their input: `x.detach()` becomes `x`, `sorted(x)` becomes `x`.
 DROPPED_METHODS = frozenset(
     "clone contiguous detach double float to half bfloat16 abs sqrt clamp exp log neg mT T copy "
     "strip lower rstrip sort".split()
@@ -153,7 +153,9 @@ def _of_statement(statement: ast.stmt, bound: frozenset[str]) -> Iterator[Change
             yield Change("skipped-branch", test, "False")
             yield Change("skipped-branch", test, "True")
         case ast.With(items=[ast.withitem(optional_vars=None) as item]):
-            yield Change("dropped-context", item.context_expr, "__import__('contextlib').suppress()")
+            yield Change(
+                "dropped-context", item.context_expr, "__import__('contextlib').suppress()"
+            )
         case ast.Continue() | ast.Break():
             yield Change("dropped-statement", statement, "pass")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stackproof.config import RunConfig, load_config
-from stackproof.mutation.trial import Command, Scenario
 from stackproof.museum.collection import museum_config
+from stackproof.mutation.trial import Command, Scenario
 from stackproof.spec.records import Record
 from stackproof.train import start
 from stackproof.train.loop import train as train_run
@@ -21,7 +21,9 @@ CONFIGURATIONS: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "museum": ({}, ()),
     "resumed": (SHORT | {"checkpoint.async_save": True}, ("resume",)),
     "bfloat16": (
-        SHORT | PLAIN | ADAMW
+        SHORT
+        | PLAIN
+        | ADAMW
         | {
             "train.dtype": "bfloat16",
             "train.activation_checkpointing": "blocks",
@@ -36,7 +38,8 @@ CONFIGURATIONS: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
         (),
     ),
     "differential": (
-        SHORT | PLAIN
+        SHORT
+        | PLAIN
         | {
             "model.attention": {"kind": "differential"},
             "model.norm.kind": "layernorm",

@@ -90,8 +90,8 @@ def perform(
     command, warned = "", []
     try:
         with in_place(mutant) if mutant else nullcontext():
-            for command, run in scenario.commands.items():
-                warned += run(folder, scenario.cfg, only)
+            for command in scenario.commands:
+                warned += scenario.commands[command](folder, scenario.cfg, only)
         ending = Ending("completed", command, warned=warned)
     except BaseException as error:
         traceback.print_exc()
@@ -102,7 +102,9 @@ def perform(
 def _ending_of(error: BaseException, command: str, warned: list[str]) -> Ending:
     match error:
         case GateFailed():
-            return Ending("red", command, error.gate_id, _moment(error, command), warned, str(error))
+            return Ending(
+                "red", command, error.gate_id, _moment(error, command), warned, str(error)
+            )
         case StackproofError():
             kind = "refused" if error.exit_code in REFUSALS else "crashed"
             return Ending(kind, command, warned=warned, error=f"{type(error).__name__}: {error}")
