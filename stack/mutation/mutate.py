@@ -78,7 +78,7 @@ def survey(
                 raise IntegrityError(
                     f"scenario {scenario.name} is not green without a mutant",
                     value=trial.ending,
-                    next_step="correct the stack or the scenario; stack gates prove shows gates that are not green",
+                    next_step="stack gates prove shows gates that are not green",
                 )
         gated, bare = ([done[i].fruits for i in range(n, n + N_CLEAN)] for n in (0, N_CLEAN))
         found.append(Clean(scenario, trace, Reference(gated), Reference(bare), cpu_s))
