@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LINES, DOCUMENT = ".jsonl", ".json"
+HASH, SIZE = ".sha256", ".bytes"
 PLACE = "PLACE"  # what the path of the folder is replaced by
 # Files that only state or show what was computed. A mutant that changes no other file changes no
 # weight, score, sample, log of losses, or prepared datum.
@@ -71,13 +72,17 @@ def _any_place(key: str) -> str:
 
 class Reference:
     """What clean runs of one command bring forth, without the values in which they differ among
-    each other: times, identifiers and what is measured of the machine.
+    each other: times, identifiers and what is measured of the machine. The size of a file whose hash
+    differs is left out too, since numbers of other lengths stand in it.
     """
 
     def __init__(self, clean: Iterable[Fruits]):
         first, *others = clean
         self.fruits = first
         self.volatile = {_any_place(key) for other in others for key in _differing(first, other)}
+        self.volatile |= {
+            f"{key.removesuffix(HASH)}{SIZE}" for key in self.volatile if key.endswith(HASH)
+        }
 
     def differing(self, found: Fruits) -> list[str]:
         """Sorted keys whose values differ from those of the clean runs."""

@@ -86,7 +86,7 @@ def perform(
     """The commands of a scenario, one after the other, until one fails; leaves `ending.json`.
     `only` are the gates to install, None for all.
     """
-    os.environ["STACKPROOF_CACHE"] = str(folder / "cache")
+    os.environ |= {"STACKPROOF_CACHE": str(folder / "cache"), "HOME": str(folder / "home")}
     command, warned = "", []
     try:
         with in_place(mutant) if mutant else nullcontext():

@@ -160,6 +160,12 @@ def test_values_that_clean_runs_differ_in_are_not_compared(tmp_path):
     assert reference.differing(changed) == ["metrics.jsonl::[0].loss", "metrics.jsonl::[1].loss"]
     del changed["weights.bin"]
     assert "weights.bin" in reference.differing(changed)
+    assert (
+        Reference([{"m::.f.sha256": "1"}, {"m::.f.sha256": "2"}]).differing(
+            {"m::.f.sha256": "3", "m::.f.bytes": "4"}
+        )
+        == []
+    )
     assert is_statement("run/metadata.json::.claim")
     assert not is_statement("run/metrics.jsonl::[0].loss")
 
