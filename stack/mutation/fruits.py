@@ -72,8 +72,8 @@ def _any_place(key: str) -> str:
 
 class Reference:
     """What clean runs of one command bring forth, without the values in which they differ among
-    each other: times, identifiers and what is measured of the machine. The size of a file whose hash
-    differs is left out too, since numbers of other lengths stand in it.
+    each other: times, identifiers and what is measured of the machine. The size of a file whose
+    hash differs is left out too, since numbers of other lengths stand in it.
     """
 
     def __init__(self, clean: Iterable[Fruits]):
