@@ -15,7 +15,7 @@ from stackproof.train.loop import train as train_run
 # By name: values that differ from the run of the museum, a mixture with a bandit, BPE, packed rows,
 # dropout, Muon and accumulation; and what is done beside training and evaluation.
 SHORT = {"train.max_steps": 12, "eval.every": 6, "checkpoint.every": 6, "sample.every": 4}
-PLAIN = {"curriculum": {"kind": "static"}, "data.dedup": {"kind": "exact"}}
+PLAIN = {"curriculum.kind": "static", "data.dedup.kind": "exact"}
 ADAMW = {"optim.kind": "adamw", "optim.lr": 3e-3}
 CONFIGURATIONS: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "museum": ({}, ()),
@@ -27,25 +27,25 @@ CONFIGURATIONS: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
         | {
             "train.dtype": "bfloat16",
             "train.activation_checkpointing": "blocks",
-            "data.tokenizer": {"kind": "byte"},
-            "data.packing": {"kind": "concatenated"},
+            "data.tokenizer.kind": "byte",
+            "data.packing.kind": "concatenated",
             "model.attention.window": 48,
         },
         (),
     ),
     "experts": (
-        SHORT | PLAIN | ADAMW | {"model.ffn": {"kind": "moe"}, "data.tokenizer": {"kind": "char"}},
+        SHORT | PLAIN | ADAMW | {"model.ffn.kind": "moe", "data.tokenizer.kind": "char"},
         (),
     ),
     "differential": (
         SHORT
         | PLAIN
         | {
-            "model.attention": {"kind": "differential"},
+            "model.attention.kind": "differential",
             "model.norm.kind": "layernorm",
             "model.tied_head": False,
             "train.micro_batch_size": 4,
-            "schedule": {"kind": "wsd"},
+            "schedule.kind": "wsd",
         },
         (),
     ),
