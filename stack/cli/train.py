@@ -1,6 +1,7 @@
 """`stack train`."""
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from json import dumps
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer
 
 from stackproof.cli.options import Json, Plugins, Sets, examples
-from stackproof.cli.output import emit, print_line
+from stackproof.cli.output import emit, note, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.config import trackers
 from stackproof.distributed import launch, output
@@ -160,6 +161,12 @@ def train(
             value=f"--assume {assume[0]}",
             next_step="add --dry-run and --nproc N with N of at least 2, or drop it",
         )
+    if restarts and nproc == 1:
+        raise UsageError(
+            "--restarts is for processes that --nproc starts",
+            value=f"--restarts {restarts}, --nproc 1",
+            next_step="add --nproc N with N of at least 2, or drop it; torchrun has --max-restarts",
+        )
     if dry_run:
         return _dry_run(cfg, overrides, nproc, assume or (), json)
     from stackproof.data import plugins
@@ -179,8 +186,10 @@ def train(
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
     if nproc > 1 and not launch.is_worker():
         mesh_sizes(cfg, nproc)
+        _require_devices(cfg.device, nproc)
         named = () if resume or run_dir else ("--run-dir", str(directory))
-        return launch.launch((*sys.argv[1:], *named), nproc, directory, max_restarts=restarts)
+        given = (*sys.argv[1:], *named)
+        return launch.launch(given, nproc, directory, max_restarts=restarts, say=note)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
@@ -193,6 +202,20 @@ def train(
     document["metrics"] = {name: m.value for name, m in record.metrics.items()}
     document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
     emit(document, json)
+
+
+def _require_devices(device: str, nproc: int) -> None:
+    """Raise EnvironmentUnfit before any process is started that could not have its device. Print a
+    line if processes will wait for each other's cores.
+    """
+    from stackproof.distributed.process_group import require_devices
+    from stackproof.train.device import resolve_device
+
+    n_cores = os.cpu_count() or 1
+    if resolve_device(device).type == "cuda":
+        require_devices(nproc)
+    elif nproc > n_cores:
+        note(f"{nproc} processes on {n_cores} cores: they wait for each other's cores")
 
 
 def _run(
@@ -213,9 +236,13 @@ def _run(
     from stackproof.train.callbacks import TRACKERS
     from stackproof.train.device import resolve_device
 
-    with joined(cfg, resolve_device(cfg.device)) as ranks:
+    device = resolve_device(cfg.device)
+    with joined(cfg, device, directory) as ranks:
         callbacks = []
         if ranks.is_main:
+            if (n := ranks.sizes.world_size) > 1:
+                library = "nccl" if device.type == "cuda" else "gloo"
+                note(f"on {n} ranks: {ranks.sizes} ({device.type}, {library})")
             watching = (TRACKERS[name]() for name in tracker)
             callbacks = [ProgressReporter(quiet=quiet), ReproRecorder(), *watching]
         if ranks.restarted and resume:

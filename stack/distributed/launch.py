@@ -1,23 +1,43 @@
-"""Starting several processes of one command on this machine, by torch's elastic agent."""
+"""Starting several processes of one command on this machine, and what they know of their start.
+Imports no torch.
+"""
 
-import logging
+import json
 import os
 import signal
-import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stackproof.distributed.output import RANKS, output_of
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
-# Set for the processes that the agent starts.
+# Set for the processes that `launch` starts.
 THREADS = "OMP_NUM_THREADS"
 RESTARTS = "STACKPROOF_RESTARTS"  # how many came before
+LOST_RANK = "STACKPROOF_LOST_RANK"  # the end that made the latest one necessary
 # A process was lost: a restart may succeed. It would repeat an error of use, data or a gate, and
 # undo a request to stop.
 LOST = (1, RankLost.exit_code)
-STOPPING_S = 600  # for the step and the save of ranks that a signal to the launcher stops
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank has ended: its process number and exit code, a negative one for a signal."""
+
+    rank: int
+    pid: int
+    code: int
+
+    def __str__(self) -> str:
+        how = f"was ended by {_name_of(-self.code)}"
+        if self.code >= 0:
+            how = f"ended with exit code {self.code}"
+        return f"rank {self.rank} (pid {self.pid}) {how}"
+
+
+def _name_of(number: int) -> str:
+    return next((s.name for s in signal.Signals if s == number), f"signal {number}")
 
 
 def is_worker() -> bool:
@@ -40,87 +60,81 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_restarts: int) -> int:
+def lost_rank() -> Ended | None:
+    """The end of a rank after which `launch` has started this run again."""
+    stated = os.environ.get(LOST_RANK)
+    return Ended(**json.loads(stated)) if stated else None
+
+
+def resume_command(run_dir: Path, n_processes: int | None = None) -> str:
+    """The command that continues a run on as many processes: by default those of this one."""
+    n = n_processes or n_started()
+    if n_processes is None and n > 1 and RESTARTS not in os.environ:
+        return f"torchrun … -m stackproof train --resume {run_dir}"
+    return f"stack train --resume {run_dir}" + (f" --nproc {n}" if n > 1 else "")
+
+
+def launch(
+    arguments: Sequence[str],
+    n_processes: int,
+    run_dir: Path,
+    *,
+    max_restarts: int,
+    say: Callable[[str], None],
+) -> int:
     """Run `python -m stackproof ARGUMENTS` in several processes until all have ended. If one is
-    lost, the others are ended and all are started again, up to `max_restarts` times. Returns the
-    exit code of the rank that ended first.
+    lost, the others are ended and all are started again, up to `max_restarts` times. `say` prints
+    a line. Returns the exit code of the rank that ended first.
 
     Raises RankLost if rank 0 has stated no error.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from stackproof.distributed.supervisor import Supervisor
 
-    # The ranks state their errors themselves, and the agent repeats them without a cause.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // n_processes)))
-    try:
-        for attempt in range(max_restarts + 1):
-            os.environ[RESTARTS] = str(attempt)
-            codes = _start(arguments, n_processes)
-            if not codes:
-                return 0
-            if exit_code(codes.values()) not in LOST:
+    supervisor, restart = Supervisor(), 0
+    with supervisor.listening():
+        while True:
+            os.environ[RESTARTS] = str(restart)
+            failed = supervisor.run(arguments, n_processes)
+            code = exit_code(end.code for end in failed) if failed else 0
+            if supervisor.stop or code not in LOST or restart == max_restarts:
                 break
-    except SignalException as e:
-        return _stopped_by(e.sigval)
-    if error := first_lost(codes, run_dir):
+            restart += 1
+            os.environ[LOST_RANK] = json.dumps(asdict(failed[0]))
+            say(f"{failed[0]}; restart {restart} of {max_restarts}")
+    if supervisor.stop:
+        return code
+    if error := first_lost(failed, run_dir, n_processes):
         raise error
-    return exit_code(codes.values())
-
-
-def _start(arguments: Sequence[str], n_processes: int) -> dict[int, int]:
-    """One start of all processes, by an agent that does not restart: torch's restarts after every
-    exit code. Returns the exit codes of the ranks that failed, in the order in which they ended.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    with tempfile.TemporaryDirectory(prefix="stackproof-ranks-") as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=n_processes,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id="stackproof",
-            max_restarts=0,
-            shutdown_timeout=STOPPING_S,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
-        except ChildFailedError as e:
-            failures = sorted(e.failures.items(), key=lambda item: item[1].timestamp)
-            return {rank: failure.exitcode for rank, failure in failures}
-    return {}
+    if failed and failed[0].code < 0:
+        say(str(failed[0]))
+    return code
 
 
 def exit_code(codes: Iterable[int]) -> int:
     """The exit code of a launch from those of its failed ranks, in the order in which they ended;
-    negative ones are signals. The agent ends the others by SIGTERM, so that the first one counts.
+    negative ones are signals. The others end because of the first one, which counts.
     """
     first = next(iter(codes))
     if -first in (signal.SIGTERM, signal.SIGINT):  # before the rank handled signals
-        return _stopped_by(-first)
+        return 130 if -first == signal.SIGINT else 75
     return first if first in EXIT_CODES else RankLost.exit_code
 
 
-def _stopped_by(number: int) -> int:
-    return 130 if number == signal.SIGINT else 75
-
-
-def first_lost(codes: Mapping[int, int], run_dir: Path) -> RankLost | None:
+def first_lost(failed: Sequence[Ended], run_dir: Path, n_processes: int) -> RankLost | None:
     """The error that names the first of the failed ranks, given in the order in which they ended;
-    None if rank 0 has stated one on its terminal.
+    None if there is none, or if rank 0 has stated one on its terminal.
     """
-    if codes.get(0) == exit_code(codes.values()):
+    code = exit_code(end.code for end in failed) if failed else 0
+    if any(end.rank == 0 and end.code == code for end in failed) or not failed:
         return None
-    first, code = next(iter(codes.items()))
+    first = failed[0]
+    begun = (run_dir / "run.json").is_file()
+    again = f"{resume_command(run_dir, n_processes)} continues from the last checkpoint"
     error = RankLost(
-        f"rank {first} ended first, and rank 0 has not stated why",
-        value=f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}",
-        next_step=f"read {output_of(run_dir, first) if first else run_dir / RANKS}; stack train "
-        f"--resume {run_dir} continues from the last checkpoint",
+        f"{first}, and rank 0 has not stated why",
+        next_step=f"read {output_of(run_dir, first.rank) if first.rank else run_dir / RANKS}; "
+        + (again if begun else "no step was taken: give the command again"),
     )
-    error.exit_code = exit_code(codes.values())
+    error.exit_code = code
     return error

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol, TypeVar
 
@@ -181,9 +182,15 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, store: dist.Store, sizes: MeshSizes, device: torch.device, timeout: timedelta
+        self,
+        store: dist.PrefixStore,
+        sizes: MeshSizes,
+        device: torch.device,
+        timeout: timedelta,
+        run_dir: Path,
     ):
         self.store, self.sizes, self.device, self.timeout = store, sizes, device, timeout
+        self.run_dir = run_dir
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.mesh = sizes.device_mesh(device.type)
         self.data_rank = self.rank // sizes.tensor
@@ -286,7 +293,7 @@ class ProcessGroup:
             raise error
         for rank, end in enumerate(ends):
             if end is not None:
-                raise failure.lost(rank, end)
+                raise failure.lost(self, rank, end)
 
     def behind(self) -> "ProcessGroup":
         other = copy(self)
@@ -323,11 +330,11 @@ class ProcessGroup:
         beats, since = -1, time.monotonic()
         while not self.store.check([done]):
             if ended := failure.ended(self.store, 0):
-                raise failure.lost(0, ended)
+                raise failure.lost(self, 0, ended)
             if (latest := self.store.add(BEATS, 0)) != beats:
                 beats, since = latest, time.monotonic()
             elif time.monotonic() - since > self.timeout.total_seconds():
-                raise failure.silent(self.store, [0], "waiting for rank 0")
+                raise failure.silent(self, [0], "waiting for rank 0")
             time.sleep(POLL_S)
 
     def at(self, step: int, operation: str) -> None:
@@ -338,9 +345,7 @@ class ProcessGroup:
         try:
             yield
         except BaseException as error:
-            if failure.of_a_collective(error) and (
-                lost := failure.find(self.store, self.rank, self.world_size)
-            ):
+            if failure.of_a_collective(error) and (lost := failure.find(self)):
                 raise lost from error
             failure.announce(self.store, self.rank, error)
             raise

@@ -9,6 +9,7 @@ from stackproof.config import BanditCurriculum
 from stackproof.contracts.coherence import coherence
 from stackproof.contracts.subject import Subject
 from stackproof.data.data_loader import Batch
+from stackproof.distributed.launch import resume_command
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
@@ -325,5 +326,5 @@ def stop_if_asked(trainer: Trainer, requests: Requests, last: bool) -> None:
     raise Stopped(
         f"{status} after step {step}; its checkpoint is good",
         exit_code=exit_code,
-        next_step=f"stack train --resume {run_dir}",
+        next_step=resume_command(run_dir),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from stackproof.config import RunConfig, recorded_config
 from stackproof.contracts.gate import Verdict, failed
+from stackproof.distributed.mesh import ONE_RANK
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import leaves, sha256_bytes, sha256_file
@@ -199,9 +200,10 @@ def _spans(processes: list[Process]) -> Iterator[tuple[int, int, dict | None]]:
 
 
 def _facts(of: Mapping[str, Any]) -> dict[str, Any]:
-    """Environment and code of a process, as one table."""
+    """Environment and code of a process, as one table; one process states no mesh."""
     code = of["code"] if isinstance(of["code"], dict) else of["code"].model_dump()
-    return of["environment"] | {f"code.{name}": value for name, value in code.items()}
+    mesh = {f"mesh_{name}": size for name, size in ONE_RANK.as_dict().items()}
+    return mesh | of["environment"] | {f"code.{name}": value for name, value in code.items()}
 
 
 def _other_process(
@@ -210,12 +212,17 @@ def _other_process(
     """What a record states of a process that took steps; empty if it was like the last one."""
     if then is None:
         return f"which code and environment steps {begin} to {end} had: it is not known"
-    changes = "; ".join(
-        f"{k} {then.get(k, first.get(k))}, now {last.get(k, first.get(k))}"
+    pairs = {
+        k: (then.get(k, first.get(k)), last.get(k, first.get(k)))
         for k in sorted(then.keys() | last.keys())
-        if then.get(k, first.get(k)) != last.get(k, first.get(k))
-    )
-    return f"steps {begin} to {end} had another process: {changes}" if changes else ""
+    }
+    apart = {k: (was, now) for k, (was, now) in pairs.items() if was != now}
+    changes = "; ".join(f"{k} {was}, now {now}" for k, (was, now) in apart.items())
+    match apart.get("world_size"):
+        case (was, now):
+            return f"steps {begin} to {end} were taken by {was} ranks, now {now}: {changes}"
+        case _:
+            return f"steps {begin} to {end} had another process: {changes}" if changes else ""
 
 
 def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:

@@ -5,6 +5,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.manifest import stated
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
-from stackproof.distributed.launch import n_started
+from stackproof.distributed.launch import lost_rank, n_started
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import file_lock
@@ -219,6 +220,8 @@ def resume(
             for text in others:
                 trainer.callbacks.on_message(text)
             now = iso(utc_now())
+            if lost := lost_rank():
+                own.log("events.jsonl", event="rank_lost", step=step, at=now, **asdict(lost))
             own.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
             yield trainer
 

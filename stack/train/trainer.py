@@ -18,6 +18,7 @@ from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
+from stackproof.distributed.launch import resume_command
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.evaluate.baselines import (
     bigram_bits_per_byte,
@@ -365,7 +366,7 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     except OSError as e:
         raise EnvironmentUnfit(
             f"the record of the run could not be written: {e}",
-            next_step=f"{remedy(e)}, then stack train --resume {root}",
+            next_step=f"{remedy(e)}, then {resume_command(root)}",
         ) from e
     trainer.callbacks.on_close(record, root)
     try:
