@@ -103,6 +103,8 @@ def launch(
             os.environ[LOST_RANK] = json.dumps(asdict(failed[0]))
             say(f"{failed[0]}; restart {restart} of {max_restarts}")
     if supervisor.stop:
+        if failed and failed[0].code < 0:
+            say("stopped before the ranks had started")
         return code
     if error := first_lost(failed, run_dir, n_processes):
         raise error

@@ -41,8 +41,8 @@ class RankProcess(subprocess.Popen):
 
 class Supervisor:
     """Starts ranks, waits for their ends in the order in which they come, and ends those that are
-    left. A signal to this process is sent on to all of them, also to those not started yet.
-    `stop` is the first one.
+    left. A signal to this process is sent on to all that are started by then, and no further one
+    is started. `stop` is the first one.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Supervisor:
 
     def run(self, arguments: Sequence[str], n_ranks: int) -> list[Ended]:
         """Start all ranks of a run and wait until all have ended. Returns the ends of those that
-        failed, in their order; those of ranks that were not started are missing.
+        failed, in their order.
         """
         # The store outlives the ranks, and is another one in each start.
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -80,11 +80,11 @@ class Supervisor:
         }
         self._plan = []
         for rank in range(n_ranks):
-            if self.stop is not None:
-                break
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._running[rank] = process = RankProcess(arguments, variables | own)
             Thread(target=self._await, args=(rank, process), daemon=True).start()
+            if self.stop is not None:
+                break
         return self._until_all_ended(store)
 
     def _await(self, rank: int, process: RankProcess) -> None:

@@ -9,16 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from stackproof.cli import main
 from stackproof.config import load_config
+from stackproof.distributed import launch
 from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
 from tests.cli.conftest import tiny
 from tests.distributed.jobs import CPU
-from tests.processes import Command
+from tests.processes import Command, Done
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "stackproof", "train", "pocket")
@@ -51,6 +54,7 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file
     # Progress comes from rank 0 alone, and nothing else comes to the terminal.
     progress = [line for line in done.stderr.splitlines() if line.startswith("step 24/24")]
     assert len(progress) == 1 and "Warning" not in done.stderr, done.stderr
+    assert "on 2 ranks: replicate 1 × shard 2 × tensor 1 (cpu, gloo)" in done.stderr
     (started,) = output_of(run_dir, 1).read_text().splitlines()
     assert started.startswith("--- rank 1, start 1")
     assert not output_of(run_dir, 0).exists()
@@ -83,21 +87,136 @@ def test_a_refused_mesh_starts_no_process(tmp_path):
     ],
 )
 def test_only_a_lost_process_is_started_again(tmp_path, ending, code, n_starts):
-    """Processes that only end, in place of those of a run."""
-    process = tmp_path / "process"
-    process.write_text(f'#!/bin/sh\necho "$STACKPROOF_RESTARTS" >> {tmp_path}/starts\n{ending}\n')
+    script = f'echo "$STACKPROOF_RESTARTS" >> {tmp_path}/starts\n{ending}'
+    assert launched(tmp_path, script, max_restarts=2).code == code
+    starts = (tmp_path / "starts").read_text().split()
+    assert starts == [str(n) for n in range(n_starts)]
+
+
+def launched(folder: Path, script: str, n_ranks: int = 1, max_restarts: int = 0) -> Done:
+    """What a launcher leaves whose processes run a script of the shell, in place of ranks."""
+    process = folder / "process"
+    process.write_text(f"#!/bin/sh\n{script}\n")
     process.chmod(0o700)
     begin = (
         "import sys; from stackproof.distributed.launch import launch\n"
         "from stackproof.spec.errors import RankLost; from pathlib import Path\n"
         f"sys.executable = {str(process)!r}\n"
-        "try: code = launch([], 1, Path('run'), max_restarts=2)\n"
-        "except RankLost as e: code = e.exit_code\n"
+        f"given = dict(max_restarts={max_restarts}, say=print)\n"
+        f"try: code = launch([], {n_ranks}, Path('run'), **given)\n"
+        "except RankLost as e: print(e); code = e.exit_code\n"
         "sys.exit(code)"
     )
-    assert Command(folder=tmp_path, code=begin).wait().code == code
-    starts = (tmp_path / "starts").read_text().split()
-    assert starts == [str(n) for n in range(n_starts)]
+    return Command(folder=folder, code=begin).wait()
+
+
+# Rank 1 is killed in the first start, after which rank 0 states an error, as survivors do.
+KILLED = """
+test "$STACKPROOF_RESTARTS" = 1 && { echo "$STACKPROOF_LOST_RANK" > lost; exit 0; }
+if test "$RANK" = 1; then echo $$ > .pid; mv .pid pid; kill -KILL $$; fi
+until test -f pid; do sleep 0.01; done
+while kill -0 $(cat pid) 2> /dev/null; do sleep 0.01; done
+exit 7
+"""
+
+
+def test_a_killed_rank_is_named_with_its_signal_and_the_restart(tmp_path):
+    done = launched(tmp_path, KILLED, n_ranks=2, max_restarts=2)
+    pid = int((tmp_path / "pid").read_text())
+    assert done.code == 0
+    assert done.out == f"rank 1 (pid {pid}) was ended by SIGKILL; restart 1 of 2\n"
+    lost = json.loads((tmp_path / "lost").read_text())
+    assert lost == {"rank": 1, "pid": pid, "code": -9}
+
+
+def test_a_killed_rank_is_named_without_a_restart(tmp_path):
+    done = launched(tmp_path, KILLED, n_ranks=2)
+    pid = (tmp_path / "pid").read_text().strip()
+    assert (done.code, done.out) == (7, f"rank 1 (pid {pid}) was ended by SIGKILL\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
+def test_a_signal_while_ranks_are_started_ends_those_that_have_begun(tmp_path, name, code):
+    signalled = f"echo $$ >> pids\ntest $RANK = 1 && kill -{name} $PPID\nexec sleep 60"
+    done = launched(tmp_path, signalled, n_ranks=50, max_restarts=2)
+    assert (done.code, done.out) == (code, "stopped before the ranks had started\n")
+    pids = (tmp_path / "pids").read_text().split()
+    assert pids
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
+@pytest.mark.parametrize(("alive", "code"), [(True, 0), (False, -15)])
+def test_a_rank_ends_before_its_imports_if_its_launcher_has_ended(alive, code):
+    launcher = os.getpid() if alive else 1
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "stackproof", "--help"],
+        env=environment(STACKPROOF_LAUNCHER=str(launcher)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    assert ("Usage" in done.stdout) == alive
+    assert ("stackproof.cli" in done.stderr) == alive and "stackproof.distributed" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
+def test_the_kernel_ends_a_rank_with_its_launcher():
+    shown = (
+        "import ctypes; from stackproof.distributed.parent import end_with_launcher\n"
+        "end_with_launcher(); number = ctypes.c_int()\n"
+        "ctypes.CDLL(None).prctl(2, ctypes.byref(number)); print(number.value)"
+    )
+    command = [sys.executable, "-c", shown]
+    assert subprocess.check_output(command, env=environment(), text=True) == "15\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "n", "command"),
+    [
+        ({}, None, "stack train --resume runs/a"),
+        ({}, 2, "stack train --resume runs/a --nproc 2"),  # of the launcher
+        (
+            {"WORLD_SIZE": "2", "STACKPROOF_RESTARTS": "0"},
+            None,
+            "stack train --resume runs/a --nproc 2",
+        ),
+        ({"WORLD_SIZE": "8"}, None, "torchrun … -m stackproof train --resume runs/a"),
+    ],
+)
+def test_the_next_command_starts_as_many_processes(monkeypatch, variables, n, command):
+    for name in ("WORLD_SIZE", "STACKPROOF_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.resume_command(Path("runs/a"), n) == command
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments", "code", "told"),
+    [
+        (0, ("--device", "cuda", "--nproc", "2"), 7, "torch finds no CUDA device"),
+        (1, ("--device", "cuda", "--nproc", "2"), 7, "2 ranks on this machine, 1 CUDA devices"),
+        (2, ("--device", "cuda", "--nproc", "2"), None, ""),
+        (0, ("--device", "cpu", "--nproc", "2"), None, ""),
+        (0, ("--device", "cpu", "--nproc", "4"), None, "4 processes on 2 cores"),
+        (0, ("--restarts", "3"), 2, "--restarts 3, --nproc 1"),
+    ],
+)
+def test_what_the_machine_lacks_is_stated_before_processes_start(
+    monkeypatch, tmp_path, capsys, devices, arguments, code, told
+):
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda *given, **more: started.append(given) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "pocket", *arguments, "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == (code or 0) and len(started) == (code is None)
+    text = capsys.readouterr().err
+    assert told in text if told else text == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_agents_on_two_nodes_start_their_ranks_again_together(tmp_path):
