@@ -189,7 +189,7 @@ def train(
         _require_devices(cfg.device, nproc)
         named = () if resume or run_dir else ("--run-dir", str(directory))
         given = (*sys.argv[1:], *named)
-        return launch.launch(given, nproc, directory, max_restarts=restarts, say=note)
+        return launch.launch(given, nproc, directory, max_restarts=restarts, note=note)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}

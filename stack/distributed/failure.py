@@ -5,7 +5,8 @@ and those that lose a rank find out which one it was, and where it stood.
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -13,12 +14,20 @@ from stackproof.distributed.launch import Ended, resume_command
 from stackproof.distributed.output import output_of
 from stackproof.spec.errors import EnvironmentUnfit, RankLost, StackproofError
 
-if TYPE_CHECKING:
-    from stackproof.distributed.ranks import ProcessGroup
-
 KILLED = "stackproof/killed"  # in the launcher's own part of the store
 SURVIVORS_S = 5.0  # that the ranks which noticed a loss wait for one another
 COLLECTIVE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting")
+
+
+class Survivor(Protocol):
+    """What the search for a lost rank needs of one that is left. `store` is the part of this start
+    in that of the launcher.
+    """
+
+    rank: int
+    world_size: int
+    store: dist.PrefixStore
+    run_dir: Path
 
 
 def place_of(rank: int) -> str:
@@ -69,7 +78,7 @@ def of_a_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in COLLECTIVE_ERRORS)
 
 
-def find(ranks: "ProcessGroup") -> RankLost | None:
+def find(ranks: Survivor) -> RankLost | None:
     """The error of a rank whose operation with others failed: what another rank has announced, or
     its launcher, or else the ranks that do not answer, with the place where each of them was. None
     if all answer.
@@ -84,7 +93,7 @@ def find(ranks: "ProcessGroup") -> RankLost | None:
         )
 
 
-def _find(ranks: "ProcessGroup") -> RankLost | None:
+def _find(ranks: Survivor) -> RankLost | None:
     store, every = ranks.store, range(ranks.world_size)
     store.set(f"stackproof/alive/{ranks.rank}", b"1")
     until = time.monotonic() + SURVIVORS_S
@@ -101,7 +110,7 @@ def _find(ranks: "ProcessGroup") -> RankLost | None:
     return silent(ranks, without, last_operation()) if without else None
 
 
-def lost(ranks: "ProcessGroup", rank: int, end: dict[str, Any]) -> RankLost:
+def lost(ranks: Survivor, rank: int, end: dict[str, Any]) -> RankLost:
     """The error of the ranks that lost one which had announced its own."""
     error = RankLost(
         f"rank {rank} ended: {end['what']}",
@@ -111,14 +120,14 @@ def lost(ranks: "ProcessGroup", rank: int, end: dict[str, Any]) -> RankLost:
     return error
 
 
-def _killed(ranks: "ProcessGroup", rank: int, end: str) -> RankLost:
+def _killed(ranks: Survivor, rank: int, end: str) -> RankLost:
     return RankLost(
         f"{end}, {_place(ranks.store, rank)}",
         next_step=f"{resume_command(ranks.run_dir)} continues from the last checkpoint",
     )
 
 
-def silent(ranks: "ProcessGroup", others: Sequence[int], operation: str) -> RankLost:
+def silent(ranks: Survivor, others: Sequence[int], operation: str) -> RankLost:
     """The error of a rank whose operation failed since other ranks do not answer. Of several, some
     may only wait for the lost one.
     """

@@ -1,5 +1,5 @@
-"""Starting several processes of one command on this machine, and what they know of their start.
-Imports no torch.
+"""Starting several processes of one command on this machine, and the variables that
+state their start. Imports no torch.
 """
 
 import json
@@ -80,10 +80,10 @@ def launch(
     run_dir: Path,
     *,
     max_restarts: int,
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> int:
     """Run `python -m stackproof ARGUMENTS` in several processes until all have ended. If one is
-    lost, the others are ended and all are started again, up to `max_restarts` times. `say` prints
+    lost, the others are ended and all are started again, up to `max_restarts` times. `note` prints
     a line. Returns the exit code of the rank that ended first.
 
     Raises RankLost if rank 0 has stated no error.
@@ -101,15 +101,15 @@ def launch(
                 break
             restart += 1
             os.environ[LOST_RANK] = json.dumps(asdict(failed[0]))
-            say(f"{failed[0]}; restart {restart} of {max_restarts}")
+            note(f"{failed[0]}; restart {restart} of {max_restarts}")
     if supervisor.stop:
         if failed and failed[0].code < 0:
-            say("stopped before the ranks had started")
+            note("stopped before the ranks had started")
         return code
     if error := first_lost(failed, run_dir, n_processes):
         raise error
     if failed and failed[0].code < 0:
-        say(str(failed[0]))
+        note(str(failed[0]))
     return code
 
 
@@ -125,7 +125,7 @@ def exit_code(codes: Iterable[int]) -> int:
 
 def first_lost(failed: Sequence[Ended], run_dir: Path, n_processes: int) -> RankLost | None:
     """The error that names the first of the failed ranks, given in the order in which they ended;
-    None if there is none, or if rank 0 has stated one on its terminal.
+    None if rank 0 has stated one on its terminal, or no rank has failed.
     """
     code = exit_code(end.code for end in failed) if failed else 0
     if any(end.rank == 0 and end.code == code for end in failed) or not failed:

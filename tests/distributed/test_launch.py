@@ -102,7 +102,7 @@ def launched(folder: Path, script: str, n_ranks: int = 1, max_restarts: int = 0)
         "import sys; from stackproof.distributed.launch import launch\n"
         "from stackproof.spec.errors import RankLost; from pathlib import Path\n"
         f"sys.executable = {str(process)!r}\n"
-        f"given = dict(max_restarts={max_restarts}, say=print)\n"
+        f"given = dict(max_restarts={max_restarts}, note=print)\n"
         f"try: code = launch([], {n_ranks}, Path('run'), **given)\n"
         "except RankLost as e: print(e); code = e.exit_code\n"
         "sys.exit(code)"

@@ -218,7 +218,7 @@ def launched(
 
 def _launch(command: Sequence[str], folder: Path, restarts: int) -> int:
     try:
-        return launch.launch(command, 2, folder / "run", max_restarts=restarts, say=print)
+        return launch.launch(command, 2, folder / "run", max_restarts=restarts, note=print)
     except RankLost as e:
         return e.exit_code
 

@@ -57,7 +57,7 @@ def test_a_rank_that_is_lost_is_named_and_no_other_takes_a_further_step(undistur
     told = undisturbed.call(fault)
     done = launched(*undisturbed.command, folder=tmp_path, fault=fault)
     assert (done.code, done.codes) == (7, [[7, -SIGKILL]]), (told, done.said())
-    found = re.search(r"without an answer: rank 1 at step (\d+), ", done.output(0))
+    found = re.search(r"rank 1 \(pid \d+\) was ended by SIGKILL, at step (\d+), ", done.output(0))
     assert found, (told, done.said())
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert int(found[1]) - 1 <= json.loads(lines[-1])["step"] <= int(found[1]), told
