@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stackproof.cli.output import MARKS, message_of, note, print_table, progress_bar, stderr
 from stackproof.contracts.gate import Verdict
-from stackproof.distributed.launch import resume_command
+from stackproof.distributed.started import resume_command
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Metric, Record

@@ -14,7 +14,7 @@ from stackproof.cli.options import Json, Plugins, Sets, examples
 from stackproof.cli.output import emit, note, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.config import trackers
-from stackproof.distributed import launch, output
+from stackproof.distributed import output, started
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
@@ -148,8 +148,8 @@ def train(
             allowed=", ".join(trackers.NAMES),
             next_step="correct the name",
         )
-    if launch.n_started() > 1 and (folder := resume or run_dir):
-        output.divide_output(folder, launch.rank(), launch.restarts() + 1)
+    if started.n_started() > 1 and (folder := resume or run_dir):
+        output.divide_output(folder, started.rank(), started.restarts() + 1)
     sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
@@ -178,22 +178,19 @@ def train(
             value=str(run_dir),
             next_step="drop --run-dir, or use --fork",
         )
-    if launch.is_worker() and not (resume or run_dir):
+    if started.is_worker() and not (resume or run_dir):
         raise UsageError(
             "the processes of a run need one folder, and each would choose its own",
             next_step="add --run-dir DIR, a folder that all of them share",
         )
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
-    if nproc > 1 and not launch.is_worker():
-        mesh_sizes(cfg, nproc)
-        _require_devices(cfg.device, nproc)
+    if nproc > 1 and not started.is_worker():
         named = () if resume or run_dir else ("--run-dir", str(directory))
-        given = (*sys.argv[1:], *named)
-        return launch.launch(given, nproc, directory, max_restarts=restarts, note=note)
+        return _launched(cfg, nproc, (*sys.argv[1:], *named), directory, restarts)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
-        with output.traceback_kept(directory, launch.rank() if launch.n_started() > 1 else None):
+        with output.traceback_kept(directory, started.rank() if started.n_started() > 1 else None):
             record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
     if record is None:
         return
@@ -204,18 +201,23 @@ def train(
     emit(document, json)
 
 
-def _require_devices(device: str, nproc: int) -> None:
-    """Raise EnvironmentUnfit before any process is started that could not have its device. Print a
-    line if processes will wait for each other's cores.
+def _launched(
+    cfg: Any, nproc: int, arguments: Sequence[str], directory: Path, restarts: int
+) -> int:
+    """Run the command in several processes: its exit code. Raises EnvironmentUnfit before one is
+    started if they cannot all have the device; cores that are too few are only noted.
     """
+    from stackproof.distributed.launch import launch
     from stackproof.distributed.process_group import require_devices
     from stackproof.train.device import resolve_device
 
+    mesh_sizes(cfg, nproc)
     n_cores = os.cpu_count() or 1
-    if resolve_device(device).type == "cuda":
+    if resolve_device(cfg.device).type == "cuda":
         require_devices(nproc)
     elif nproc > n_cores:
         note(f"{nproc} processes on {n_cores} cores: they wait for each other's cores")
+    return launch(arguments, nproc, directory, max_restarts=restarts, note=note)
 
 
 def _run(

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from stackproof.distributed.launch import Ended, resume_command
 from stackproof.distributed.output import output_of
+from stackproof.distributed.started import Ended, resume_command
 from stackproof.spec.errors import EnvironmentUnfit, RankLost, StackproofError
 
 KILLED = "stackproof/killed"  # in the launcher's own part of the store

@@ -1,77 +1,20 @@
-"""Starting several processes of one command on this machine, and the variables that
-state their start. Imports no torch.
-"""
+"""Starting several processes of one command on this machine."""
 
 import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from stackproof.distributed.output import RANKS, output_of
+from stackproof.distributed.started import LOST_RANK, RESTARTS, Ended, resume_command
+from stackproof.distributed.supervisor import Supervisor
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
-# Set for the processes that `launch` starts.
-THREADS = "OMP_NUM_THREADS"
-RESTARTS = "STACKPROOF_RESTARTS"  # how many came before
-LOST_RANK = "STACKPROOF_LOST_RANK"  # the end that made the latest one necessary
 # A process was lost: a restart may succeed. It would repeat an error of use, data or a gate, and
 # undo a request to stop.
 LOST = (1, RankLost.exit_code)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a rank has ended: its process number and exit code, a negative one for a signal."""
-
-    rank: int
-    pid: int
-    code: int
-
-    def __str__(self) -> str:
-        how = f"was ended by {_name_of(-self.code)}"
-        if self.code >= 0:
-            how = f"ended with exit code {self.code}"
-        return f"rank {self.rank} (pid {self.pid}) {how}"
-
-
-def _name_of(number: int) -> str:
-    return next((s.name for s in signal.Signals if s == number), f"signal {number}")
-
-
-def is_worker() -> bool:
-    """Whether torchrun, or `launch`, has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
-
-
-def n_started() -> int:
-    """How many processes the launcher has started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> int:
-    """How often `launch` or torchrun has restarted the processes of this run."""
-    return sum(int(os.environ.get(n, "0")) for n in (RESTARTS, "TORCHELASTIC_RESTART_COUNT"))
-
-
-def rank() -> int:
-    """The number of this process among those that the launcher has started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def lost_rank() -> Ended | None:
-    """The end of a rank after which `launch` has started this run again."""
-    stated = os.environ.get(LOST_RANK)
-    return Ended(**json.loads(stated)) if stated else None
-
-
-def resume_command(run_dir: Path, n_processes: int | None = None) -> str:
-    """The command that continues a run on as many processes: by default those of this one."""
-    n = n_processes or n_started()
-    if n_processes is None and n > 1 and RESTARTS not in os.environ:
-        return f"torchrun … -m stackproof train --resume {run_dir}"
-    return f"stack train --resume {run_dir}" + (f" --nproc {n}" if n > 1 else "")
 
 
 def launch(
@@ -88,9 +31,7 @@ def launch(
 
     Raises RankLost if rank 0 has stated no error.
     """
-    from stackproof.distributed.supervisor import Supervisor
-
-    os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // n_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
     supervisor, restart = Supervisor(), 0
     with supervisor.listening():
         while True:

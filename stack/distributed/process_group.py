@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from stackproof.config import RunConfig
-from stackproof.distributed.launch import n_started, restarts
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.parent import end_with_launcher
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
+from stackproof.distributed.started import n_started, restarts
 from stackproof.distributed.starts import common_start
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
 

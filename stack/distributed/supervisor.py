@@ -13,8 +13,8 @@ from threading import Thread
 import torch.distributed as dist
 
 from stackproof.distributed import failure
-from stackproof.distributed.launch import Ended
 from stackproof.distributed.parent import LAUNCHER
+from stackproof.distributed.started import Ended
 
 SETTLING_S = 10  # for the other ranks to notice a lost one and to state their errors
 CLOSING_S = 30  # between SIGTERM and SIGKILL for ranks that did not end by themselves

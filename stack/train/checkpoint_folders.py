@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from stackproof.distributed.launch import resume_command
+from stackproof.distributed.started import resume_command
 from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError
 from stackproof.spec.files import read_bytes, remedy, remove_folder, write_atomically

@@ -9,7 +9,7 @@ from stackproof.config import BanditCurriculum
 from stackproof.contracts.coherence import coherence
 from stackproof.contracts.subject import Subject
 from stackproof.data.data_loader import Batch
-from stackproof.distributed.launch import resume_command
+from stackproof.distributed.started import resume_command
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss

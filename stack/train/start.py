@@ -19,8 +19,8 @@ from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.manifest import stated
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
-from stackproof.distributed.launch import lost_rank, n_started
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
+from stackproof.distributed.started import lost_rank, n_started
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch

@@ -18,8 +18,8 @@ from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
-from stackproof.distributed.launch import resume_command
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.distributed.started import resume_command
 from stackproof.evaluate.baselines import (
     bigram_bits_per_byte,
     uniform_loss_nats,

@@ -14,7 +14,7 @@ import yaml
 
 from stackproof.cli import main
 from stackproof.config import load_config
-from stackproof.distributed import launch
+from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
@@ -55,8 +55,8 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file
     progress = [line for line in done.stderr.splitlines() if line.startswith("step 24/24")]
     assert len(progress) == 1 and "Warning" not in done.stderr, done.stderr
     assert "on 2 ranks: replicate 1 × shard 2 × tensor 1 (cpu, gloo)" in done.stderr
-    (started,) = output_of(run_dir, 1).read_text().splitlines()
-    assert started.startswith("--- rank 1, start 1")
+    (first,) = output_of(run_dir, 1).read_text().splitlines()
+    assert first.startswith("--- rank 1, start 1")
     assert not output_of(run_dir, 0).exists()
     assert "ranks_communication_frac" in record["metrics"]
 
@@ -189,7 +189,7 @@ def test_the_next_command_starts_as_many_processes(monkeypatch, variables, n, co
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launch.resume_command(Path("runs/a"), n) == command
+    assert started.resume_command(Path("runs/a"), n) == command
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,14 @@ def test_the_next_command_starts_as_many_processes(monkeypatch, variables, n, co
 def test_what_the_machine_lacks_is_stated_before_processes_start(
     monkeypatch, tmp_path, capsys, devices, arguments, code, told
 ):
-    started = []
-    monkeypatch.setattr(launch, "launch", lambda *given, **more: started.append(given) or 0)
+    launches = []
+    monkeypatch.setattr(launch, "launch", lambda *given, **more: launches.append(given) or 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with pytest.raises(SystemExit) as ended:
         main(["train", "pocket", *arguments, "--run-dir", str(tmp_path / "run")])
-    assert ended.value.code == (code or 0) and len(started) == (code is None)
+    assert ended.value.code == (code or 0) and len(launches) == (code is None)
     text = capsys.readouterr().err
     assert told in text if told else text == ""
     assert not (tmp_path / "run").exists()

@@ -9,8 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from stackproof.distributed import failure
-from stackproof.distributed.launch import Ended, exit_code, first_lost
+from stackproof.distributed.launch import exit_code, first_lost
 from stackproof.distributed.ranks import ONE_PROCESS
+from stackproof.distributed.started import Ended
 from stackproof.distributed.starts import common_start
 from stackproof.spec.errors import RankLost, StackproofError
 

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from stackproof.distributed import launch, supervisor
+from stackproof.distributed import launch, started, supervisor
 from stackproof.distributed.output import output_of
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.spec.errors import RankLost
@@ -189,7 +189,7 @@ def launched(
     attempts: list[list[Command]] = []
 
     def begin(command: Sequence[str], env: dict[str, str]) -> Rank:
-        attempt = int(env.get(launch.RESTARTS, 0)) + int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        attempt = int(env.get(started.RESTARTS, 0)) + int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
         rank = int(env["RANK"])
         if attempt == len(attempts):
             attempts.append([])
@@ -295,7 +295,7 @@ def _targets() -> list[str]:
 def arm() -> None:
     """Begin to count in this rank, with the fault of its environment, and log the rows it draws."""
     faults = file_calls.arm(RankFaults)
-    log = Path(faults.below).parent / f"calls-{launch.restarts()}-{launch.rank()}"
+    log = Path(faults.below).parent / f"calls-{started.restarts()}-{started.rank()}"
     util.Finalize(None, lambda: log.write_text(json.dumps(faults.seen)), exitpriority=1)
     for name in COLLECTIVES:
         setattr(dist, name, _counted(faults, name, getattr(dist, name)))
