@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stackproof.distributed.output import RANKS, output_of
-from stackproof.distributed.started import LOST_RANK, RESTARTS, Ended, resume_command
+from stackproof.distributed.started import LOST_RANK, RESTARTS, Ended, next_command
 from stackproof.distributed.supervisor import Supervisor
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
@@ -72,12 +72,10 @@ def first_lost(failed: Sequence[Ended], run_dir: Path, n_processes: int) -> Rank
     if any(end.rank == 0 and end.code == code for end in failed) or not failed:
         return None
     first = failed[0]
-    begun = (run_dir / "run.json").is_file()
-    again = f"{resume_command(run_dir, n_processes)} continues from the last checkpoint"
     error = RankLost(
         f"{first}, and rank 0 has not stated why",
-        next_step=f"read {output_of(run_dir, first.rank) if first.rank else run_dir / RANKS}; "
-        + (again if begun else "no step was taken: give the command again"),
+        next_step=f"read {output_of(run_dir, first.rank) if first.rank else run_dir / RANKS}, then "
+        f"{next_command(run_dir, n_processes)}",
     )
     error.exit_code = code
     return error

@@ -63,3 +63,10 @@ def resume_command(run_dir: Path, n_processes: int | None = None) -> str:
     if n_processes is None and n > 1 and RESTARTS not in os.environ:
         return f"torchrun … -m stackproof train --resume {run_dir}"
     return f"stack train --resume {run_dir}" + (f" --nproc {n}" if n > 1 else "")
+
+
+def next_command(run_dir: Path, n_processes: int | None = None) -> str:
+    """What to do after the end of a run: to continue it, or before step 1 to begin it again."""
+    if (run_dir / "run.json").is_file():
+        return resume_command(run_dir, n_processes)
+    return "give the command again"

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from stackproof.distributed.started import resume_command
+from stackproof.distributed.started import next_command
 from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError
 from stackproof.spec.files import read_bytes, remedy, remove_folder, write_atomically
@@ -37,8 +37,8 @@ def require_free(root: Path, n_bytes: int, n_checkpoints: int = 1) -> None:
             value=f"{free} bytes free",
             allowed=f"at least {needed} bytes",
             next_step=(
-                "free space, then stack train --resume; or another --run-dir; checkpoint.keep sets "
-                "how many are kept"
+                f"free space, then {next_command(root.parent)}; or another --run-dir; "
+                "checkpoint.keep sets how many are kept"
             ),
         )
 
@@ -51,14 +51,11 @@ def not_written(root: Path, step: int, error: Exception) -> CheckpointError:
     if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
         value = f"the limit of the size of files, {_file_limit()} (ulimit -f)"
         allowed, solved = "one above the size of a checkpoint", "raise the limit"
-    again = "give the command again"
-    if (root.parent / "run.json").is_file():
-        again = f"{resume_command(root.parent)}; earlier checkpoints are intact"
     return CheckpointError(
         f"the checkpoint of step {step} could not be written: {error}",
         value=value,
         allowed=allowed,
-        next_step=f"{solved}, then {again}",
+        next_step=f"{solved}, then {next_command(root.parent)}",
     )
 
 

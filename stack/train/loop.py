@@ -9,7 +9,7 @@ from stackproof.config import BanditCurriculum
 from stackproof.contracts.coherence import coherence
 from stackproof.contracts.subject import Subject
 from stackproof.data.data_loader import Batch
-from stackproof.distributed.started import resume_command
+from stackproof.distributed.started import next_command, resume_command
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
@@ -273,7 +273,7 @@ def _written(
     except OSError as e:
         raise CheckpointError(
             f"old checkpoints below {root} could not be cleared away: {e}",
-            next_step=f"{remedy(e)}, then stack train --resume; the newest is intact",
+            next_step=f"{remedy(e)}, then {next_command(root.parent)}; the newest is intact",
         ) from e
     trainer.callbacks.on_saved(trainer, point)
 

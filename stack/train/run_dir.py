@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof.distributed.output import OUTPUT, RANKS, rank_folder
+from stackproof.distributed.started import next_command
 from stackproof.evidence.file_lock import LOCK
 from stackproof.spec import checksums, rank_log
 from stackproof.spec.building import RecordBuilder, iso
@@ -226,7 +227,7 @@ class RunDir:
             except OSError as e:
                 raise CheckpointError(
                     f"{self.path / name} could not be written: {e}",
-                    next_step=f"{remedy(e)}, then stack train --resume; checkpoints are intact",
+                    next_step=f"{remedy(e)}, then {next_command(self.document.parent)}",
                 ) from e
             log.add(data)
 

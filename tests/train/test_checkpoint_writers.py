@@ -143,5 +143,5 @@ def test_a_refused_save_states_what_refused_it_and_a_step_that_is_there(tmp_path
     limited = number == errno.EFBIG
     assert ("ulimit -f" in error.value) == limited and ("bytes free" in error.value) != limited
     solved = "raise the limit" if limited else "free space"
-    again = f"stack train --resume {tmp_path}; earlier checkpoints are intact"
-    assert error.next_step == f"{solved}, then {again if begun else 'give the command again'}"
+    again = f"stack train --resume {tmp_path}" if begun else "give the command again"
+    assert error.next_step == f"{solved}, then {again}"
