@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from stackproof.distributed.output import output_of
-from stackproof.distributed.started import Ended, resume_command
+from stackproof.distributed.started import Ended, next_command
 from stackproof.spec.errors import EnvironmentUnfit, RankLost, StackproofError
 
 KILLED = "stackproof/killed"  # in the launcher's own part of the store
@@ -86,11 +86,16 @@ def find(ranks: Survivor) -> RankLost | None:
     try:
         return _find(ranks)
     except dist.DistError as e:
-        return RankLost(
-            "the launcher of the ranks does not answer: it has ended, or its machine",
-            value=str(e).splitlines()[0],
-            next_step=f"{resume_command(ranks.run_dir)} continues from the last checkpoint",
-        )
+        return without_launcher(e, ranks.run_dir)
+
+
+def without_launcher(error: dist.DistError, run_dir: Path) -> RankLost:
+    """The error of a rank that does not reach the store of its launcher."""
+    return RankLost(
+        "the launcher of the ranks does not answer: it has ended, or its machine",
+        value=str(error).splitlines()[0],
+        next_step=next_command(run_dir),
+    )
 
 
 def _find(ranks: Survivor) -> RankLost | None:
@@ -123,7 +128,7 @@ def lost(ranks: Survivor, rank: int, end: dict[str, Any]) -> RankLost:
 def _killed(ranks: Survivor, rank: int, end: str) -> RankLost:
     return RankLost(
         f"{end}, {_place(ranks.store, rank)}",
-        next_step=f"{resume_command(ranks.run_dir)} continues from the last checkpoint",
+        next_step=next_command(ranks.run_dir),
     )
 
 
@@ -138,8 +143,8 @@ def silent(ranks: Survivor, others: Sequence[int], operation: str) -> RankLost:
         value=operation,
         allowed="an answer of every rank within parallel.timeout_s",
         next_step=(
-            f"look at the machine of that rank and at {output_of(ranks.run_dir, others[0])}; "
-            f"{resume_command(ranks.run_dir)} continues from the last checkpoint"
+            f"look at the machine of that rank and at {output_of(ranks.run_dir, others[0])}, "
+            f"then {next_command(ranks.run_dir)}"
         ),
     )
 

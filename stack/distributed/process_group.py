@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stackproof.config import RunConfig
+from stackproof.distributed import failure
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.parent import end_with_launcher
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
@@ -44,7 +45,10 @@ def joined(cfg: RunConfig, device: torch.device, run_dir: Path = Path("RUN")) ->
     _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
     timeout = timedelta(seconds=cfg.parallel.timeout_s)
-    shared, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        shared, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as e:
+        raise failure.without_launcher(e, run_dir) from e
     start, n = common_start(shared, rank, world_size, timeout)
     # It outlives the ranks: those of a restart must not read addresses of lost ones.
     store = dist.PrefixStore(start, shared)

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from stackproof.distributed import failure
+from stackproof.distributed import failure, process_group
 from stackproof.distributed.launch import exit_code, first_lost
+from stackproof.distributed.process_group import joined
 from stackproof.distributed.ranks import ONE_PROCESS
 from stackproof.distributed.started import Ended
 from stackproof.distributed.starts import common_start
 from stackproof.spec.errors import RankLost, StackproofError
+from tests.distributed.jobs import CPU, configuration
 
 RUN = Path("RUN")
 
@@ -126,8 +128,25 @@ def ends(codes: dict[int, int]) -> list[Ended]:
     return [Ended(rank, 100 + rank, code) for rank, code in codes.items()]
 
 
+def test_a_rank_without_the_store_of_its_launcher_ends_after_the_timeout(monkeypatch):
+    """By default torch tries for half an hour."""
+    given = []
+
+    def refused(url, timeout):
+        given.append((url, timeout))
+        raise dist.DistNetworkError("connection refused")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(process_group, "end_with_launcher", lambda: None)
+    monkeypatch.setattr(dist, "rendezvous", refused)
+    cfg = configuration({}, {"parallel.timeout_s": 5})
+    with pytest.raises(RankLost, match="launcher of the ranks does not answer"), joined(cfg, CPU):
+        pass
+    assert given == [("env://", timedelta(seconds=5))]
+
+
 @pytest.fixture
-def survivor(monkeypatch):
+def survivor(monkeypatch, tmp_path):
     """What rank 1 of four has, whose operation has failed, in a run that `launch` has started."""
     monkeypatch.setenv("STACKPROOF_RESTARTS", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -135,14 +154,15 @@ def survivor(monkeypatch):
     shared = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = dist.PrefixStore("start", shared)
     store.set(failure.place_of(2), "step 39, train step")
-    return SimpleNamespace(rank=1, world_size=4, store=store, run_dir=Path("runs/b"))
+    (tmp_path / "run.json").touch()
+    return SimpleNamespace(rank=1, world_size=4, store=store, run_dir=tmp_path)
 
 
 def test_survivors_name_the_rank_that_the_launcher_has_seen_killed(survivor):
     failure.state_killed(survivor.store.underlying_store, Ended(2, 102, -9))
     told = str(failure.find(survivor))
     assert "rank 2 (pid 102) was ended by SIGKILL, at step 39, train step" in told
-    assert "stack train --resume runs/b --nproc 4 continues" in told
+    assert told.endswith(f"stack train --resume {survivor.run_dir} --nproc 4")
     assert "rank 0" not in told and "rank 3" not in told
 
 
