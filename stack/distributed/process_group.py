@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from stackproof.config import RunConfig
-from stackproof.distributed.launch import n_started, restarts
+from stackproof.distributed.launch import by_torchrun, n_started, restarts
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
-from stackproof.distributed.starts import common_start
+from stackproof.distributed.starts import Launcher, common_start
 from stackproof.spec.errors import EnvironmentUnfit, RankLost, UsageError
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -35,18 +35,17 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     processes without connecting them, EnvironmentUnfit if this one has no GPU of its own, RankLost
     if a rank or the launcher ends or does not answer.
     """
-    world_size = n_started()
+    world_size, timeout = n_started(), timedelta(seconds=cfg.parallel.timeout_s)
     sizes = mesh_sizes(cfg, world_size)
     if world_size == 1:
         _refuse_strangers()
-        yield OneProcess(restarted=restarts() > 0)
+        launcher = Launcher(_store(timeout)[0] if by_torchrun() else None)
+        yield OneProcess(restarted=restarts() > 0, launcher=launcher)
         return
     _end_with_launcher()
     _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
-    timeout = timedelta(seconds=cfg.parallel.timeout_s)
-    shared, rank, _ = next(dist.rendezvous("env://"))
-    shared.set_timeout(timeout)
+    shared, rank = _store(timeout)
     start, n = common_start(shared, rank, world_size, timeout)
     # It outlives the ranks: those of a restart must not read addresses of lost ones.
     store = dist.PrefixStore(start, shared)
@@ -59,6 +58,7 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     try:
         with ranks.watched():
             ranks.restarted = max(ranks.highest(n - 1, restarts())) > 0
+            ranks.launcher = Launcher(shared)
             yield ranks
             # Rank 0 may close its record for longer than a collective operation may take.
             with ranks.main_first():
@@ -67,6 +67,13 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
             ranks.highest(0)
     finally:
         ranks.close()
+
+
+def _store(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The launcher's store, and the number of this rank."""
+    store, rank, _ = next(dist.rendezvous("env://"))
+    store.set_timeout(timeout)
+    return store, rank
 
 
 def _end_with_launcher() -> None:
