@@ -41,6 +41,9 @@ class Launcher:
             self.store.set(BEGUN, b"1")
 
 
+NO_STORE = Launcher()
+
+
 def common_start(
     store: dist.Store, rank: int, world_size: int, timeout: timedelta
 ) -> tuple[str, int]:

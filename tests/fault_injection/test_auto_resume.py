@@ -1,5 +1,5 @@
-"""The command of a job that a scheduler starts again, on two ranks: an occupied folder is refused in
-every start of a launcher that has not begun its run, and continued with `--auto-resume`.
+"""The command of a job that a scheduler starts again, on two ranks: an occupied folder is refused
+in every start of a launcher that has not begun its run, and continued with `--auto-resume`.
 """
 
 import os
