@@ -32,6 +32,8 @@ EXAMPLES = examples(
     "stack train --depth 3 --dry-run",
     "stack train gpt2-124m --nproc 1024 --dry-run --assume memory_bytes=40e9",
 )
+# Quantities of a dry run that several processes have otherwise, beside those of memory.
+OF_ONE_PROCESS = ("accumulation", "eta_s", "this_machine_refuses")
 REACHED_SHARE = (
     0.5  # share of the matrix-product rate; small models spend the rest on memory traffic
 )
@@ -302,7 +304,8 @@ def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_js
     if nproc > 1 and (vocab_size := _vocab_size(cfg)) is not None:
         from stackproof.cli.rank_plan import planned
 
-        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed)}
+        probed = derived.get("probed_flops_per_s", 0.0)  # without torch, no plan either
+        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed, probed)}
     document = {
         "config": cfg.to_dict(),
         "overrides": [o.model_dump(by_alias=True) for o in overrides],
@@ -310,14 +313,16 @@ def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_js
     }
     if emit(document, as_json):
         return
+    from stackproof.cli.rank_plan import print_plan, quantity
+
     origins = {o.key: o.source for o in overrides}
     for key, value in leaves(document["config"]):
         print_line(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""))
     for key, value in derived.items():
-        print_line(f"# {key}: {value if isinstance(value, str) else format(value, ',')}")
+        of_one = key in OF_ONE_PROCESS or (key.endswith("_bytes") and key != "checkpoint_bytes")
+        whose = " of one process on this machine" if ranks and of_one else ""
+        print_line(f"# {key}{whose}: {quantity(key, value)}")
     if ranks:
-        from stackproof.cli.rank_plan import print_plan
-
         print_plan(ranks["ranks"])
     if cfg.data.tokenizer.kind == "bpe":
         print_line(
