@@ -3,6 +3,7 @@ where it has ended.
 """
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -56,6 +57,32 @@ def test_another_run_and_a_folder_without_the_option_are_refused(stack, text_fil
         refused = stack("train", *sets, "--run-dir", "run", *more)
         assert_standard(refused, 2, "run already holds a run", "--auto-resume")
     assert files_of(run) == before
+
+
+# The loss of step 5 is no number, so that a gate halts the run.
+HALTED = f"""
+from stackproof.train import loop
+take = loop.steps.train_step
+def broken(state, batches):
+    report = take(state, batches)
+    if state.step == 5:
+        report.loss_nats = float("nan")
+    return report
+loop.steps.train_step = broken
+{NO_PREFLIGHT}
+"""
+
+
+def test_a_halted_run_and_a_damaged_checkpoint_are_refused(stack, text_file):
+    command = ["train", *tiny(text_file, train__max_steps="9", checkpoint__every="3"), *AGAIN]
+    assert stack(*command, code=HALTED).code == 4
+    assert_standard(stack(*command), 2, "runtime.finite halted this run at step 5")
+    shutil.rmtree(stack.folder / "run")
+    assert stack(*command).code == 0
+    (stack.folder / "run/metadata.json").unlink()
+    weights = stack.folder / "run/checkpoints/step-00000009/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    assert_standard(stack(*command), 5, "step 6 is intact: stack train --resume run --at 6")
 
 
 def test_it_needs_a_folder_and_stands_alone(in_process, tmp_path):
