@@ -128,9 +128,9 @@ def test_processes_that_are_not_connected_are_refused(monkeypatch, variable):
         assert ranks.sizes.world_size == 1
 
 
-# What SLURM has in place of these: the job of ranks ends with 1 when it gets SIGTERM, or at once.
+# They stand for programs of SLURM: the ranks end with 1 after SIGTERM, or at once with 3.
 STAND_INS = {
-    "srun": 'touch begun; [ "$FAILS" ] && exit 3; while [ ! -e stopped ]; do sleep 0.05; done; exit 1',
+    "srun": 'touch begun; [ "$FAILS" ] && exit 3; until [ -e stopped ]; do sleep .1; done; exit 1',
     "scancel": 'test "$*" = "--signal=TERM 7" && touch stopped',
     "scontrol": 'test "$1" = show && echo node0 || echo "$@" >> requeued',
 }

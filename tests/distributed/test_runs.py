@@ -155,6 +155,18 @@ def test_inspect_shows_the_mesh_and_the_ranks(whole_run, capsys, monkeypatch):
     assert "Mesh: replicate 1 × shard 2 × tensor 1" in text
     (row,) = [line for line in text.splitlines() if line.startswith("1     0, 1, 0")]
     assert row.split()[-1] == f"{shown['ranks'][1]['exposed_frac']:.3g}"
+    assert "no step was profiled" not in text
+
+
+def test_inspect_states_why_a_short_run_has_no_shares(whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    log = folder / "ranks.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(line for line in lines if b"own_s" not in line))
+    with pytest.raises(SystemExit):
+        main(["inspect", str(folder)])
+    text = capsys.readouterr().out
+    assert "no step was profiled" in text and "parallel.compare_every" in text
 
 
 def test_a_restart_does_not_continue_the_run_of_another_command(
