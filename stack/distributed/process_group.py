@@ -35,7 +35,8 @@ def joined(cfg: RunConfig, device: torch.device) -> Iterator[Ranks]:
     processes without connecting them, EnvironmentUnfit if this one has no GPU of its own, RankLost
     if a rank or the launcher ends or does not answer.
     """
-    world_size, timeout = n_started(), timedelta(seconds=cfg.parallel.timeout_s)
+    world_size = n_started()
+    timeout = timedelta(seconds=cfg.parallel.timeout_s)
     sizes = mesh_sizes(cfg, world_size)
     if world_size == 1:
         _refuse_strangers()
