@@ -26,12 +26,15 @@ EXAMPLES = examples(
     "stack train pocket-code --set train.max_steps=200",
     "stack train --set data.corpus.kind=files --set data.corpus.paths='[\"notes/\"]'",
     "stack train --resume runs/pocket-1",
+    "stack train pocket --run-dir runs/night --auto-resume",
     "stack train --fork runs/pocket-1 --set optim.lr=1e-3",
     "stack train --data data/mix --set curriculum.kind=bandit",
     "stack train --continue-from runs/pocket-1 --set curriculum.caps.wikitext=0.2",
     "stack train --depth 3 --dry-run",
     "stack train gpt2-124m --nproc 1024 --dry-run --assume memory_bytes=40e9",
 )
+# Quantities of a dry run that several processes have otherwise, beside those of memory.
+OF_ONE_PROCESS = ("accumulation", "eta_s", "this_machine_refuses")
 REACHED_SHARE = (
     0.5  # share of the matrix-product rate; small models spend the rest on memory traffic
 )
@@ -53,6 +56,14 @@ def train(
         int | None,
         Option(min=0, help="With --resume: the step to continue from. Default: the latest."),
     ] = None,
+    auto_resume: Annotated[
+        bool,
+        Option(
+            "--auto-resume",
+            help="Continue the run that --run-dir holds, or begin it. For jobs that a scheduler "
+            "starts again.",
+        ),
+    ] = False,
     fork: Annotated[
         Path | None, Option(help="Start a child run from this run's checkpoint, with changes.")
     ] = None,
@@ -131,6 +142,12 @@ def train(
             value=f"{recipe} and --depth {depth}",
             next_step="drop one of them",
         )
+    if auto_resume and (resume or not run_dir):
+        raise UsageError(
+            "--auto-resume continues or begins the run of --run-dir",
+            value=f"--resume {resume}" if resume else "no --run-dir",
+            next_step="drop --resume" if resume else "add --run-dir DIR",
+        )
     if at is not None and not resume:
         raise UsageError(
             "--at chooses a checkpoint of --resume",
@@ -170,7 +187,7 @@ def train(
     if dry_run:
         return _dry_run(cfg, overrides, nproc, assume or (), json)
     from stackproof.data import plugins
-    from stackproof.train.run_dir import default_run_dir
+    from stackproof.train.run_dir import RunDir, default_run_dir
 
     if resume and run_dir:
         raise UsageError(
@@ -185,13 +202,16 @@ def train(
         )
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
     if nproc > 1 and not started.is_worker():
+        if not (resume or auto_resume):  # its restarts continue what they find
+            RunDir(directory).refuse_occupied()
         named = () if resume or run_dir else ("--run-dir", str(directory))
         return _launched(cfg, nproc, (*sys.argv[1:], *named), directory, restarts)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
+        continues = {"resume": resume, "at": at, "auto": auto_resume}
         with output.traceback_kept(directory, started.rank() if started.n_started() > 1 else None):
-            record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
+            record = _run(cfg, overrides, directory, continues, tracker or (), json, lineage)
     if record is None:
         return
     document = {"run_dir": str(directory), "record": record.id}
@@ -224,8 +244,7 @@ def _run(
     cfg: Any,
     overrides: Any,
     directory: Path,
-    resume: Path | None,
-    at: int | None,
+    continues: dict[str, Any],
     tracker: Sequence[str],
     quiet: bool,
     lineage: dict[str, Any],
@@ -247,13 +266,15 @@ def _run(
                 note(f"on {n} ranks: {ranks.sizes} ({device.type}, {library})")
             watching = (TRACKERS[name]() for name in tracker)
             callbacks = [ProgressReporter(quiet=quiet), ReproRecorder(), *watching]
+        resume, at = continues["resume"], continues["at"]
         if ranks.restarted and resume:
             at = None
-        elif ranks.restarted:
+        elif not resume:
             with ranks.together():
-                begun = ranks.is_main and restart.is_begun(directory, cfg, lineage["parent"])
-            if ranks.from_main(begun):  # run.json holds the changes of the command that began it
-                resume, overrides = directory, []
+                goes_on = ranks.is_main and (continues["auto"] or ranks.launcher.has_begun())
+                begun = goes_on and restart.is_begun(directory, cfg, lineage["parent"])
+            if ranks.from_main(begun):
+                resume, overrides = directory, restart.not_yet_stated(directory, overrides)
         if not resume:
             return loop.train(
                 start.fresh(cfg, overrides, directory, callbacks, ranks=ranks, **lineage)
@@ -312,7 +333,8 @@ def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_js
     if nproc > 1 and (vocab_size := _vocab_size(cfg)) is not None:
         from stackproof.cli.rank_plan import planned
 
-        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed)}
+        probed = derived.get("probed_flops_per_s", 0.0)  # without torch, no plan either
+        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed, probed)}
     document = {
         "config": cfg.to_dict(),
         "overrides": [o.model_dump(by_alias=True) for o in overrides],
@@ -320,14 +342,16 @@ def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_js
     }
     if emit(document, as_json):
         return
+    from stackproof.cli.rank_plan import print_plan, quantity
+
     origins = {o.key: o.source for o in overrides}
     for key, value in leaves(document["config"]):
         print_line(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""))
     for key, value in derived.items():
-        print_line(f"# {key}: {value if isinstance(value, str) else format(value, ',')}")
+        of_one = key in OF_ONE_PROCESS or (key.endswith("_bytes") and key != "checkpoint_bytes")
+        whose = " of one process on this machine" if ranks and of_one else ""
+        print_line(f"# {key}{whose}: {quantity(key, value)}")
     if ranks:
-        from stackproof.cli.rank_plan import print_plan
-
         print_plan(ranks["ranks"])
     if cfg.data.tokenizer.kind == "bpe":
         print_line(

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from stackproof.distributed.output import output_of
-from stackproof.distributed.started import Ended, next_command
+from stackproof.distributed.started import next_command
 from stackproof.spec.errors import EnvironmentUnfit, RankLost, StackproofError
 
-KILLED = "stackproof/killed"  # in the launcher's own part of the store
 SURVIVORS_S = 5.0  # that the ranks which noticed a loss wait for one another
 COLLECTIVE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting")
 
@@ -56,12 +55,6 @@ def announce(store: dist.Store, rank: int, error: BaseException) -> None:
         store.set(_end_of(rank), json.dumps(document(error)))
     except RuntimeError:  # the store is gone with its host, and all ranks with it
         return
-
-
-def state_killed(store: dist.Store, end: Ended) -> None:
-    """State in the launcher's store that a signal has ended a rank, which could not announce it."""
-    if end.code < 0:
-        store.set(KILLED, json.dumps([end.rank, str(end)]))
 
 
 def ended(store: dist.Store, rank: int) -> dict[str, Any] | None:
@@ -106,8 +99,6 @@ def _find(ranks: Survivor) -> RankLost | None:
         for other in every:
             if other != ranks.rank and (end := ended(store, other)):
                 return lost(ranks, other, end)
-        if store.underlying_store.check([KILLED]):
-            return _killed(ranks, *json.loads(store.underlying_store.get(KILLED)))
         without = [r for r in every if not store.check([f"stackproof/alive/{r}"])]
         if time.monotonic() > until or not without:
             break
@@ -123,13 +114,6 @@ def lost(ranks: Survivor, rank: int, end: dict[str, Any]) -> RankLost:
     )
     error.exit_code = end["exit_code"]
     return error
-
-
-def _killed(ranks: Survivor, rank: int, end: str) -> RankLost:
-    return RankLost(
-        f"{end}, {_place(ranks.store, rank)}",
-        next_step=next_command(ranks.run_dir),
-    )
 
 
 def silent(ranks: Survivor, others: Sequence[int], operation: str) -> RankLost:

@@ -16,8 +16,8 @@ from stackproof.distributed import failure
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.distributed.parent import end_with_launcher
 from stackproof.distributed.ranks import OneProcess, ProcessGroup, Ranks
-from stackproof.distributed.started import n_started, restarts
-from stackproof.distributed.starts import common_start
+from stackproof.distributed.started import by_torchrun, n_started, restarts
+from stackproof.distributed.starts import Launcher, common_start
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
 RECORDED_OPERATIONS = 2000  # kept by the flight recorder
@@ -36,19 +36,17 @@ def joined(cfg: RunConfig, device: torch.device, run_dir: Path = Path("RUN")) ->
     if a rank or the launcher ends or does not answer.
     """
     world_size = n_started()
+    timeout = timedelta(seconds=cfg.parallel.timeout_s)
     sizes = mesh_sizes(cfg, world_size)
     if world_size == 1:
         _refuse_strangers()
-        yield OneProcess(restarted=restarts() > 0)
+        launcher = Launcher(_store(timeout, run_dir)[0] if by_torchrun() else None)
+        yield OneProcess(restarted=restarts() > 0, launcher=launcher)
         return
     end_with_launcher()
     _leave_out_known_warnings()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_OPERATIONS))
-    timeout = timedelta(seconds=cfg.parallel.timeout_s)
-    try:
-        shared, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-    except dist.DistError as e:
-        raise failure.without_launcher(e, run_dir) from e
+    shared, rank = _store(timeout, run_dir)
     start, n = common_start(shared, rank, world_size, timeout)
     # It outlives the ranks: those of a restart must not read addresses of lost ones.
     store = dist.PrefixStore(start, shared)
@@ -61,6 +59,7 @@ def joined(cfg: RunConfig, device: torch.device, run_dir: Path = Path("RUN")) ->
     try:
         with ranks.watched():
             ranks.restarted = max(ranks.highest(n - 1, restarts())) > 0
+            ranks.launcher = Launcher(shared)
             yield ranks
             # Rank 0 may close its record for longer than a collective operation may take.
             with ranks.main_first():
@@ -69,6 +68,16 @@ def joined(cfg: RunConfig, device: torch.device, run_dir: Path = Path("RUN")) ->
             ranks.highest(0)
     finally:
         ranks.close()
+
+
+def _store(timeout: timedelta, run_dir: Path) -> tuple[dist.Store, int]:
+    """The launcher's store, and the number of this rank. Raises RankLost if it does not answer."""
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as e:
+        raise failure.without_launcher(e, run_dir) from e
+    store.set_timeout(timeout)
+    return store, rank
 
 
 def device_of_rank() -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stackproof.distributed import failure
 from stackproof.distributed.mesh import ONE_RANK, MeshSizes
+from stackproof.distributed.starts import NO_STORE, Launcher
 
 POLL_S = 0.05
 BEAT_S = 0.5  # between two signs of life of rank 0 while the others wait
@@ -35,6 +36,7 @@ class Ranks(Protocol):
     sizes: MeshSizes
     control: dist.ProcessGroup | None  # of small messages; None in one process
     restarted: bool  # whether the launcher has started this run before, on any machine
+    launcher: Launcher
 
     @property
     def is_main(self) -> bool:
@@ -115,6 +117,7 @@ class OneProcess:
     is_main: bool = True
     control: None = None
     restarted: bool = False
+    launcher: Launcher = NO_STORE
 
     def total(self, *counts: int) -> list[int]:
         return list(counts)
@@ -198,7 +201,7 @@ class ProcessGroup:
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         # for the collective operations of a save behind training
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
-        self.restarted = False
+        self.restarted, self.launcher = False, NO_STORE
         self._turns = 0
 
     def close(self) -> None:

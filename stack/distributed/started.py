@@ -36,6 +36,11 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
 
 
+def by_torchrun() -> bool:
+    """Whether an agent of torchrun has started this process and holds a store for it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def n_started() -> int:
     """How many processes the launcher has started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -12,13 +12,14 @@ from stackproof.config import RunConfig, recorded_config
 from stackproof.contracts.gate import Verdict, failed
 from stackproof.distributed.mesh import ONE_RANK
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import leaves, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
 from stackproof.spec.files import holds, write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Series
-from stackproof.spec.renamed_keys import translated
+from stackproof.spec.renamed_keys import current_override, translated
 from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.checkpoint_format import Process
 from stackproof.train.run_dir import RunDir
@@ -226,11 +227,12 @@ def _other_process(
 
 
 def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
-    """Whether a command that is started again continues the run of its folder, which it had begun.
-    False if the folder holds no such run. A child without a checkpoint begins again, since its seed
-    is not where it began: its run.json is deleted.
+    """Whether a command that is started again continues the run of its folder. False if the folder
+    holds none. A child without a checkpoint begins again, since its seed is not where it began: its
+    run.json is deleted.
 
-    Raises ConfigError if the run has another configuration than `cfg`, that of the command.
+    Raises ConfigError if the run has another configuration than `cfg`, that of the command, or
+    another parent, and UsageError if a process is writing to a child that would begin again.
     """
     directory = RunDir(run_dir)
     if not (directory.path / "run.json").is_file():
@@ -238,12 +240,27 @@ def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
     document = directory.read_run()
     refuse_changes(directory, document, cfg, ())
     parents = [checkpoint.load_document(checkpoint.find(parent))["record"]] if parent else []
-    if document.get("parents", []) != parents:
-        return False
+    if (theirs := document.get("parents", [])) != parents:
+        raise ConfigError(
+            f"{directory.path} holds a run with another parent",
+            value=", ".join(theirs) or "none",
+            allowed=", ".join(parents) or "a run without a parent, as the command names none",
+            next_step=f"stack train --resume {directory.path}, or choose another --run-dir",
+        )
     if not parent or checkpoint_folders.has_any(directory.checkpoints):
         return True
-    (directory.path / "run.json").unlink()
+    with file_lock(directory.path, "run"):
+        (directory.path / "run.json").unlink()
     return False
+
+
+def not_yet_stated(run_dir: Path, overrides: Iterable[Override]) -> list[Override]:
+    """The changes of a command that run.json does not state, such as those of the command that
+    began the run.
+    """
+    then = RunDir(run_dir).read_run()["overrides"]
+    stated = [current_override(Override.model_validate(o)) for o in then]
+    return [o for o in overrides if o not in stated]
 
 
 def refuse_changes(

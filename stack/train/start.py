@@ -120,6 +120,8 @@ def fresh(
     device = resolve_device(cfg.device)
     with file_lock(directory.path, "run"), kernels_of(cfg, device, recorded_in):
         directory.open()
+        if ranks.is_main:
+            ranks.launcher.note_begun()
         trainer = setup(cfg, overrides, directory, callbacks, ranks=ranks, only=only)
         # From here on an exception closes the record, so that a failed run is evidence as well.
         with recorded(trainer):

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ import torch
 import yaml
 
 from stackproof.cli import main
-from stackproof.config import load_config
+from stackproof.config import ByteTokenizer, DataConfig, Files, load_config
+from stackproof.data.prepare import prepare
 from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
@@ -243,23 +247,113 @@ def test_processes_that_are_not_connected_are_refused(monkeypatch, variable):
         assert ranks.sizes.world_size == 1
 
 
-def test_the_slurm_script_of_the_guide_is_a_script():
+# They stand for programs of SLURM: the ranks end with 1 after SIGTERM, or at once with 3.
+STAND_INS = {
+    "srun": 'touch begun; [ "$FAILS" ] && exit 3; until [ -e stopped ]; do sleep .1; done; exit 1',
+    "scancel": 'test "$*" = "--signal=TERM 7" && touch stopped',
+    "scontrol": 'test "$1" = show && echo node0 || echo "$@" >> requeued',
+}
+
+
+def begun_by_slurm(folder: Path, **more: str) -> subprocess.Popen:
+    """The script of the guide, begun in a folder with programs that stand for those of SLURM."""
+    (folder / "stackproof/bin").mkdir(parents=True)
+    (folder / "stackproof/bin/activate").touch()
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o700)
+    own = {"HOME": str(folder), "SLURM_JOB_ID": "7", "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.Popen(["bash", "-c", slurm_script()], cwd=folder, env=own | more)
+
+
+def slurm_script() -> str:
     (script,) = [text for _, text in BLOCKS if text.startswith("#!/bin/bash")]
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert "--ntasks-per-node=1" in script and "torchrun" in script
-    assert commands(script) == ["train pocket"]
+    return script
+
+
+def test_the_slurm_script_queues_the_job_again_before_its_time_limit(tmp_path):
+    job = begun_by_slurm(tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait() == 1
+    assert (tmp_path / "stopped").exists() and (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_the_slurm_script_does_not_queue_a_job_again_that_has_failed(tmp_path):
+    assert begun_by_slurm(tmp_path, FAILS="1").wait() == 3
+    assert (tmp_path / "begun").exists() and not (tmp_path / "requeued").exists()
+
+
+def test_the_slurm_script_starts_one_agent_on_each_node():
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", slurm_script(), re.MULTILINE))
+    assert options["ntasks-per-node"] == "1" and options["signal"].startswith("B:USR1@")
+    assert f"--nproc-per-node {options['gpus-per-node']} " in slurm_script()
+    assert {"requeue", "cpus-per-task", "time", "mem", "output"} <= options.keys()
+    assert int(options["signal"].split("@")[1]) > number_in(slurm_script(), "shutdown-timeout")
 
 
 def test_the_job_of_the_guide_is_a_job():
+    service, claim, job = kubernetes()
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    arguments = " ".join(container["args"])
+    assert (
+        job["spec"]["completions"] == job["spec"]["parallelism"] == number_in(arguments, "nnodes")
+    )
+    endpoint = re.search(r"--rdzv-endpoint=(\S+)", arguments)[1]
+    assert endpoint.startswith(f"{job['metadata']['name']}-0.{spec['subdomain']}:")
+    assert service["metadata"]["name"] == spec["subdomain"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == number_in(
+        arguments, "nproc-per-node"
+    )
+    assert spec["terminationGracePeriodSeconds"] > number_in(arguments, "shutdown-timeout")
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted.keys() == {volume["name"] for volume in spec["volumes"]}
+    assert mounted["shm"] == "/dev/shm" and f"--run-dir {mounted['runs']}/" in arguments
+    (runs,) = [v["persistentVolumeClaim"] for v in spec["volumes"] if v["name"] == "runs"]
+    assert runs["claimName"] == claim["metadata"]["name"]
+
+
+def kubernetes() -> list[dict]:
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
-    service, job = yaml.safe_load_all(text)
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    nodes = next(a for a in container["args"] if a.startswith("--nnodes="))
-    assert job["spec"]["completions"] == int(nodes.split("=")[1]) == job["spec"]["parallelism"]
-    endpoint = next(a for a in container["args"] if a.startswith("--rdzv-endpoint="))
-    assert endpoint.split("=")[1].startswith(f"{job['metadata']['name']}-0.")
-    assert service["metadata"]["name"] == job["spec"]["template"]["spec"]["subdomain"]
-    assert commands(" ".join([*container["command"], *container["args"]])) == ["train pocket"]
+    return list(yaml.safe_load_all(text))
+
+
+def number_in(text: str, option: str) -> int:
+    return int(re.search(rf"--{option}[= ](\d+)", text)[1])
+
+
+@pytest.mark.parametrize("file", ["slurm", "kubernetes"])
+def test_the_runs_of_the_guide_can_be_divided_among_their_ranks(in_process, data_set, file):
+    if file == "slurm":
+        command = slurm_script().replace("\\\n", " ")
+        n_nodes = number_in(command, "nodes")
+    else:
+        (container,) = kubernetes()[-1]["spec"]["template"]["spec"]["containers"]
+        command = " ".join([*container["command"], *container["args"]])
+        n_nodes = number_in(command, "nnodes")
+    (run,) = re.findall(r"torchrun .*-m stackproof (train .*?)(?:&|$)", command, re.MULTILINE)
+    arguments = shlex.split(run)
+    assert "--auto-resume" in arguments and "--run-dir" in arguments
+    arguments[arguments.index("--data") + 1] = data_set
+    n_ranks = n_nodes * number_in(command, "nproc-per-node")
+    code, found = in_process(*arguments, "--nproc", n_ranks, "--dry-run")
+    assert code == 0, found
+    ranks = found["derived"]["ranks"]
+    assert (ranks["world_size"], ranks["fits"]) == (16, True)
+    assert in_process("train", "pocket", "--nproc", n_ranks, "--dry-run")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    """A small folder that `stack data build` has written, with the vocabulary of its recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "t.txt").write_text("\n".join(f"line {n} of a small corpus" for n in range(60)))
+    files = Files(paths=(str(folder / "t.txt"),), documents="line")
+    cfg = DataConfig(corpus=files, tokenizer=ByteTokenizer())
+    return str(prepare(cfg, cache_dir=folder / "cache").directory)
 
 
 def test_the_settings_of_the_guide_are_those_of_the_configuration():
@@ -269,8 +363,3 @@ def test_the_settings_of_the_guide_are_those_of_the_configuration():
     declared = tomllib.loads(text)["parallel"]
     fixed = {f"parallel.{name}": (value, "guide") for name, value in declared.items()}
     assert load_config(recipe("pocket"), fixed=fixed)[0] == recipe("pocket")
-
-
-def commands(text: str) -> list[str]:
-    """Verb and recipe of each run of the stack in a script."""
-    return [" ".join(found) for found in re.findall(r"-m stackproof (\w+) (\w+)", text)]

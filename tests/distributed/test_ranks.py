@@ -158,19 +158,6 @@ def survivor(monkeypatch, tmp_path):
     return SimpleNamespace(rank=1, world_size=4, store=store, run_dir=tmp_path)
 
 
-def test_survivors_name_the_rank_that_the_launcher_has_seen_killed(survivor):
-    failure.state_killed(survivor.store.underlying_store, Ended(2, 102, -9))
-    told = str(failure.find(survivor))
-    assert "rank 2 (pid 102) was ended by SIGKILL, at step 39, train step" in told
-    assert told.endswith(f"stack train --resume {survivor.run_dir} --nproc 4")
-    assert "rank 0" not in told and "rank 3" not in told
-
-
-def test_only_a_signal_is_stated_by_the_launcher(survivor):
-    failure.state_killed(survivor.store.underlying_store, Ended(2, 102, 7))
-    assert "without an answer" in str(failure.find(survivor))
-
-
 def test_a_survivor_that_names_another_rank_is_not_blamed(survivor):
     """It has announced nothing, and the others look for the cause themselves."""
     found = failure.find(survivor)

@@ -1,7 +1,7 @@
-"""Runs on several ranks under `stack train --nproc` or torchrun, with faults at chosen calls of a
-rank.
+"""Runs on several ranks under the agent that `stack train --nproc` starts, with faults at chosen
+calls of a rank.
 
-The launcher runs in this process, and forks the ranks from one that has imported the libraries.
+The agent runs in this process, and forks the ranks from a process that has imported the libraries.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from stackproof.distributed import launch, started, supervisor
+from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.spec.errors import RankLost
@@ -74,6 +74,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast_objec
 EVALUATION = "dealt"
 ROWS = "rows.jsonl"  # beside the run: the rows that its ranks draw
 HANDLER = "get_subprocess_handler"  # of torch's agent
+CLOSING_S = 30  # that torch's agent gives a rank to end, before it kills it
 
 
 LAUNCHER = "launcher"  # stands for a rank where a signal goes to the launcher
@@ -157,25 +158,6 @@ def arguments(text_file: Path, sets: Sequence[str] = ()) -> list[str]:
     return [*training(text_file, **changes), *more]
 
 
-class Rank:
-    """What launchers use of a process."""
-
-    def __init__(self, command: Command):
-        self.command, self.pid = command, command.process.pid
-
-    def poll(self) -> int | None:
-        return self.command.poll()
-
-    def wait(self, timeout: float | None = None) -> int:
-        self.command.process.join(timeout)
-        if (ended := self.poll()) is None:
-            raise subprocess.TimeoutExpired("rank", timeout)
-        return ended
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-
 def launched(
     *command: str,
     folder: Path,
@@ -183,32 +165,45 @@ def launched(
     restarts: int = 0,
     torchrun: bool = False,
     code: str = ARMED,
-    closing_s: int = supervisor.CLOSING_S,
+    closing_s: int = CLOSING_S,
 ) -> Launched:
     """`stack COMMAND --nproc 2 --restarts K` in a folder, or the same by torchrun, to its end."""
     attempts: list[list[Command]] = []
 
-    def begin(command: Sequence[str], env: dict[str, str]) -> Rank:
-        attempt = int(env.get(started.RESTARTS, 0)) + int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-        rank = int(env["RANK"])
-        if attempt == len(attempts):
-            attempts.append([])
-        chosen = fault if fault and (fault.of, 0) == (rank, attempt) else None
-        env = env | _environment(folder, attempt, chosen)
-        begun = Command(*command, folder=folder, environment=env, code=code)
-        _state_pid(folder, f"{attempt}-{rank}", begun.process.pid)
-        attempts[attempt].append(begun)
-        return Rank(begun)
+    class Rank:
+        """What the agent uses of a process."""
+
+        def __init__(self, command: Command):
+            self.command, self.pid = command, command.process.pid
+
+        def poll(self) -> int | None:
+            return self.command.poll()
+
+        def wait(self, timeout: float) -> int:
+            self.command.process.join(timeout)
+            if (ended := self.poll()) is None:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            return ended
 
     class Forked(SubprocessHandler):
         def _popen(self, args: tuple, env: dict[str, str]) -> Rank:
-            return begin(args[args.index("stackproof") + 1 :], env)
+            attempt = int(env.get(started.RESTARTS, 0)) + int(env["TORCHELASTIC_RESTART_COUNT"])
+            rank = int(env["RANK"])
+            if attempt == len(attempts):
+                attempts.append([])
+            chosen = fault if fault and (fault.of, 0) == (rank, attempt) else None
+            env |= _environment(folder, attempt, chosen)
+            command = args[args.index("stackproof") + 1 :]
+            begun = Command(*command, folder=folder, environment=env, code=code)
+            _state_pid(folder, f"{attempt}-{rank}", begun.process.pid)
+            attempts[attempt].append(begun)
+            return Rank(begun)
 
         def close(self, death_sig: signal.Signals | None = None) -> None:
-            self.proc.send_signal(death_sig or signal.SIGTERM)
+            os.kill(self.proc.pid, death_sig or signal.SIGTERM)
 
     _state_pid(folder, f"0-{LAUNCHER}", os.getpid())
-    with _own_settings(begin, lambda **given: Forked(**given), closing_s):
+    with _own_settings(lambda **given: Forked(**given), closing_s):
         if torchrun:
             ended = _torchrun(command, restarts)
         else:
@@ -246,19 +241,15 @@ def _environment(folder: Path, attempt: int, fault: Fault | None) -> dict[str, s
 
 
 @contextmanager
-def _own_settings(begin, handler, closing_s: int):
-    """Launchers with another way to start processes. Signals and variables are afterwards as they
-    were.
+def _own_settings(handler, closing_s: int):
+    """The agent with another way to start and end processes. Signals and variables are afterwards
+    as they were.
     """
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
     former = {number: signal.getsignal(number) for number in numbers}
-    ours = mock.patch.multiple(
-        supervisor,
-        RankProcess=lambda command, variables: begin(command, os.environ | variables),
-        CLOSING_S=closing_s,
-    )
+    closing = mock.patch.object(api.PContext.close, "__defaults__", (None, closing_s))
     try:
-        with mock.patch.dict(os.environ), mock.patch.object(api, HANDLER, handler), ours:
+        with mock.patch.dict(os.environ), mock.patch.object(api, HANDLER, handler), closing:
             yield
     finally:
         for number, handled in former.items():
