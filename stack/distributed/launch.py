@@ -54,6 +54,8 @@ def launch(
                 note(f"{failed[0]}; restart {restart + 1} of {max_restarts}")
     except SignalException as e:
         return _stopped_by(e.sigval)
+    finally:
+        del os.environ[LAUNCHER]  # other launchers may be started from here
     if error := first_lost(failed, run_dir, n_processes):
         raise error
     if failed[0].code < 0:

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
+from stackproof.distributed.parent import LAUNCHER as LAUNCHER_PID
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.spec.errors import RankLost
 from stackproof.train import loop
@@ -193,6 +194,7 @@ def launched(
                 attempts.append([])
             chosen = fault if fault and (fault.of, 0) == (rank, attempt) else None
             env |= _environment(folder, attempt, chosen)
+            env.pop(LAUNCHER_PID, None)  # these are children of a server of forks
             command = args[args.index("stackproof") + 1 :]
             begun = Command(*command, folder=folder, environment=env, code=code)
             _state_pid(folder, f"{attempt}-{rank}", begun.process.pid)
