@@ -9,6 +9,7 @@ two lines that add the gates.
 """
 
 import argparse
+import os
 import pydoc_data.topics
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def main() -> None:
         parser.error("--steps is at least 8, so that each half saves and evaluates")
     train(options.out, options.steps, stop_at=options.steps // 2, record="first")
     gates = train(options.out, options.steps, stop_at=None, record="resumed")
+    if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 prints for all
+        return
     for gate_id, verdict in sorted(gates.verdicts().items()):
         print(f"{gate_id:28} {verdict.outcome:8} {verdict.message}")
     print(

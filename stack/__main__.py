@@ -1,6 +1,12 @@
 """`python -m stackproof` is the same as `stack`."""
 
-from stackproof.cli import main
+import os
+
+from stackproof.distributed.parent import LAUNCHER, end_with_launcher
 
 if __name__ == "__main__":
+    if LAUNCHER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
+    from stackproof.cli import main
+
     main()

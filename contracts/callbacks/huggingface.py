@@ -79,8 +79,8 @@ class GateCallback(GatedRun, TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         if self._watch is None or not (folder.is_dir() or args.world_size > 1):
             return
-        # All processes compare their weights after the first has written the folder.
-        if other := digest.other_replica(model):
+        # All processes compare what they hold after the first has written the folder.
+        if not self._watch.ranks.saving(step) and (other := digest.other_replica(model)):
             with self.session.alike():
                 self.session.artifact(other, step)
         self._saved(step, folder if args.process_index == 0 else None)

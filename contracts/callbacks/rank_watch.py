@@ -109,6 +109,16 @@ class RankWatch:
         document |= self._logged_since()
         self._judge(step, self.session.exchange(document))
 
+    def saving(self, step: int) -> bool:
+        """The trainer saves, on every rank: compare the replicas. Returns whether their gate is in
+        this run.
+        """
+        if self.ranks.world_size == 1 or REPLICAS_GATE not in self.session.keeper.states:
+            return False
+        document = {"at": f"save {step}", "parts": self._parts(step), "rows": []}
+        self._judge(step, self.session.exchange(document))
+        return True
+
     def end(self, step: int) -> None:
         """Training has ended on every rank."""
         if self.ranks.world_size == 1:
@@ -177,12 +187,25 @@ class RankWatch:
 
     def _replicas(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
         if REPLICAS_GATE in self.session.keeper.states:
-            self._observe(ReplicasCompared(step, *compare_parts(found)))
+            n, differing = compare_parts(found)
+            names = tuple(sorted(f"{name}{odd_ranks(name, found)}" for name in differing))
+            self._observe(ReplicasCompared(step, n, names))
 
     def _parts(self, step: int) -> dict[str, Any]:
         if self.ranks.world_size == 1 or REPLICAS_GATE not in self.session.keeper.states:
             return {}
         return parts_held(self.trained, step)
+
+
+def odd_ranks(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """The ranks that hold another value of a part than most of them do; empty where no value is
+    that of most ranks, as on two.
+    """
+    values = [repr(one.get(name)) for one in found]
+    common, n = Counter(values).most_common(1)[0]
+    if 2 * n <= len(values):
+        return ""
+    return f" on rank {', '.join(str(r) for r, v in enumerate(values) if v != common)}"
 
 
 def identity(trained: Trained, session: Session) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from stackproof.cli.output import MARKS, message_of, note, print_table, progress_bar, stderr
 from stackproof.contracts.gate import Verdict
+from stackproof.distributed.started import resume_command
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Metric, Record
@@ -147,7 +148,7 @@ class ProgressReporter(Callback):
             note(f"  stack evaluate {run_dir}")
             note(f"  stack inspect {run_dir}")
         elif record.exit_code in (75, 130) and (run_dir / "checkpoints" / "latest").is_file():
-            note(f"next  stack train --resume {run_dir}")
+            note(f"next  {resume_command(run_dir)}")
 
 
 def _value(metric: Metric) -> str:

@@ -296,7 +296,7 @@ def certify_resume(
     print_record(record, directory, document, json, ending)
     if not record.succeeded:
         raise IntegrityError(
-            "the resumed run differs from the uninterrupted one",
+            f"the resumed run is not the uninterrupted one: {record.end_reason}",
             value=str(directory),
             next_step="stack evidence show " + str(directory),
         )

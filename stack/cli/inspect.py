@@ -90,6 +90,11 @@ def _print_ranks(table: RankTable) -> None:
     ]
     columns = ["rank", "place", "device", "step, s", "own, s", "communication", "exposed"]
     print_table(f"Mesh: {mesh}", columns, rows)
+    if not table.n_profiled:
+        print_line(
+            "– : no step was profiled. The first one comes after half of parallel.compare_every "
+            "steps; --set parallel.compare_every=N profiles earlier"
+        )
 
 
 def _verify(run: Path, json: bool) -> None:

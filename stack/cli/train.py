@@ -1,6 +1,7 @@
 """`stack train`."""
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from json import dumps
@@ -10,10 +11,10 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer
 
 from stackproof.cli.options import Json, Plugins, Sets, examples
-from stackproof.cli.output import emit, print_line
+from stackproof.cli.output import emit, note, print_line
 from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 from stackproof.config import trackers
-from stackproof.distributed import launch, output
+from stackproof.distributed import output, started
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.canonical import leaves
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
@@ -25,12 +26,15 @@ EXAMPLES = examples(
     "stack train pocket-code --set train.max_steps=200",
     "stack train --set data.corpus.kind=files --set data.corpus.paths='[\"notes/\"]'",
     "stack train --resume runs/pocket-1",
+    "stack train pocket --run-dir runs/night --auto-resume",
     "stack train --fork runs/pocket-1 --set optim.lr=1e-3",
     "stack train --data data/mix --set curriculum.kind=bandit",
     "stack train --continue-from runs/pocket-1 --set curriculum.caps.wikitext=0.2",
     "stack train --depth 3 --dry-run",
     "stack train gpt2-124m --nproc 1024 --dry-run --assume memory_bytes=40e9",
 )
+# Quantities of a dry run that several processes have otherwise, beside those of memory.
+OF_ONE_PROCESS = ("accumulation", "eta_s", "this_machine_refuses")
 REACHED_SHARE = (
     0.5  # share of the matrix-product rate; small models spend the rest on memory traffic
 )
@@ -52,6 +56,14 @@ def train(
         int | None,
         Option(min=0, help="With --resume: the step to continue from. Default: the latest."),
     ] = None,
+    auto_resume: Annotated[
+        bool,
+        Option(
+            "--auto-resume",
+            help="Continue the run that --run-dir holds, or begin it. For jobs that a scheduler "
+            "starts again.",
+        ),
+    ] = False,
     fork: Annotated[
         Path | None, Option(help="Start a child run from this run's checkpoint, with changes.")
     ] = None,
@@ -130,6 +142,12 @@ def train(
             value=f"{recipe} and --depth {depth}",
             next_step="drop one of them",
         )
+    if auto_resume and (resume or not run_dir):
+        raise UsageError(
+            "--auto-resume continues or begins the run of --run-dir",
+            value=f"--resume {resume}" if resume else "no --run-dir",
+            next_step="drop --resume" if resume else "add --run-dir DIR",
+        )
     if at is not None and not resume:
         raise UsageError(
             "--at chooses a checkpoint of --resume",
@@ -147,8 +165,8 @@ def train(
             allowed=", ".join(trackers.NAMES),
             next_step="correct the name",
         )
-    if launch.n_started() > 1 and (folder := resume or run_dir):
-        output.divide_output(folder, launch.rank(), launch.restarts() + 1)
+    if started.n_started() > 1 and (folder := resume or run_dir):
+        output.divide_output(folder, started.rank(), started.restarts() + 1)
     sets = tuple(set_ or ())
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
@@ -160,10 +178,16 @@ def train(
             value=f"--assume {assume[0]}",
             next_step="add --dry-run and --nproc N with N of at least 2, or drop it",
         )
+    if restarts and nproc == 1:
+        raise UsageError(
+            "--restarts is for processes that --nproc starts",
+            value=f"--restarts {restarts}, --nproc 1",
+            next_step="add --nproc N with N of at least 2, or drop it; torchrun has --max-restarts",
+        )
     if dry_run:
         return _dry_run(cfg, overrides, nproc, assume or (), json)
     from stackproof.data import plugins
-    from stackproof.train.run_dir import default_run_dir
+    from stackproof.train.run_dir import RunDir, default_run_dir
 
     if resume and run_dir:
         raise UsageError(
@@ -171,21 +195,23 @@ def train(
             value=str(run_dir),
             next_step="drop --run-dir, or use --fork",
         )
-    if launch.is_worker() and not (resume or run_dir):
+    if started.is_worker() and not (resume or run_dir):
         raise UsageError(
             "the processes of a run need one folder, and each would choose its own",
             next_step="add --run-dir DIR, a folder that all of them share",
         )
     directory = resume or run_dir or default_run_dir(cfg.recipe, cfg.seed)
-    if nproc > 1 and not launch.is_worker():
-        mesh_sizes(cfg, nproc)
+    if nproc > 1 and not started.is_worker():
+        if not (resume or auto_resume):  # its restarts continue what they find
+            RunDir(directory).refuse_occupied()
         named = () if resume or run_dir else ("--run-dir", str(directory))
-        return launch.launch((*sys.argv[1:], *named), nproc, directory, max_restarts=restarts)
+        return _launched(cfg, nproc, (*sys.argv[1:], *named), directory, restarts)
     named = (*(plugin or ()), *plugins.chosen(cfg.data, overrides))
     with plugins.permitted(named, origin=str(resume or parent or plugins.UNNAMED)):
         lineage = {"parent": parent, "continued": bool(continue_from)}
-        with output.traceback_kept(directory, launch.rank() if launch.n_started() > 1 else None):
-            record = _run(cfg, overrides, directory, resume, at, tracker or (), json, lineage)
+        continues = {"resume": resume, "at": at, "auto": auto_resume}
+        with output.traceback_kept(directory, started.rank() if started.n_started() > 1 else None):
+            record = _run(cfg, overrides, directory, continues, tracker or (), json, lineage)
     if record is None:
         return
     document = {"run_dir": str(directory), "record": record.id}
@@ -195,12 +221,30 @@ def train(
     emit(document, json)
 
 
+def _launched(
+    cfg: Any, nproc: int, arguments: Sequence[str], directory: Path, restarts: int
+) -> int:
+    """Run the command in several processes: its exit code. Raises EnvironmentUnfit before one is
+    started if they cannot all have the device; cores that are too few are only noted.
+    """
+    from stackproof.distributed.launch import launch
+    from stackproof.distributed.process_group import require_devices
+    from stackproof.train.device import resolve_device
+
+    mesh_sizes(cfg, nproc)
+    n_cores = os.cpu_count() or 1
+    if resolve_device(cfg.device).type == "cuda":
+        require_devices(nproc)
+    elif nproc > n_cores:
+        note(f"{nproc} processes on {n_cores} cores: they wait for each other's cores")
+    return launch(arguments, nproc, directory, max_restarts=restarts, note=note)
+
+
 def _run(
     cfg: Any,
     overrides: Any,
     directory: Path,
-    resume: Path | None,
-    at: int | None,
+    continues: dict[str, Any],
     tracker: Sequence[str],
     quiet: bool,
     lineage: dict[str, Any],
@@ -213,18 +257,24 @@ def _run(
     from stackproof.train.callbacks import TRACKERS
     from stackproof.train.device import resolve_device
 
-    with joined(cfg, resolve_device(cfg.device)) as ranks:
+    device = resolve_device(cfg.device)
+    with joined(cfg, device, directory) as ranks:
         callbacks = []
         if ranks.is_main:
+            if (n := ranks.sizes.world_size) > 1:
+                library = "nccl" if device.type == "cuda" else "gloo"
+                note(f"on {n} ranks: {ranks.sizes} ({device.type}, {library})")
             watching = (TRACKERS[name]() for name in tracker)
             callbacks = [ProgressReporter(quiet=quiet), ReproRecorder(), *watching]
+        resume, at = continues["resume"], continues["at"]
         if ranks.restarted and resume:
             at = None
-        elif ranks.restarted:
+        elif not resume:
             with ranks.together():
-                begun = ranks.is_main and restart.is_begun(directory, cfg, lineage["parent"])
-            if ranks.from_main(begun):  # run.json holds the changes of the command that began it
-                resume, overrides = directory, []
+                goes_on = ranks.is_main and (continues["auto"] or ranks.launcher.has_begun())
+                begun = goes_on and restart.is_begun(directory, cfg, lineage["parent"])
+            if ranks.from_main(begun):
+                resume, overrides = directory, restart.not_yet_stated(directory, overrides)
         if not resume:
             return loop.train(
                 start.fresh(cfg, overrides, directory, callbacks, ranks=ranks, **lineage)
@@ -283,7 +333,8 @@ def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_js
     if nproc > 1 and (vocab_size := _vocab_size(cfg)) is not None:
         from stackproof.cli.rank_plan import planned
 
-        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed)}
+        probed = derived.get("probed_flops_per_s", 0.0)  # without torch, no plan either
+        ranks = {"ranks": planned(cfg, vocab_size, nproc, assumed, probed)}
     document = {
         "config": cfg.to_dict(),
         "overrides": [o.model_dump(by_alias=True) for o in overrides],
@@ -291,14 +342,16 @@ def _dry_run(cfg: Any, overrides: Any, nproc: int, assumed: Sequence[str], as_js
     }
     if emit(document, as_json):
         return
+    from stackproof.cli.rank_plan import print_plan, quantity
+
     origins = {o.key: o.source for o in overrides}
     for key, value in leaves(document["config"]):
         print_line(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""))
     for key, value in derived.items():
-        print_line(f"# {key}: {value if isinstance(value, str) else format(value, ',')}")
+        of_one = key in OF_ONE_PROCESS or (key.endswith("_bytes") and key != "checkpoint_bytes")
+        whose = " of one process on this machine" if ranks and of_one else ""
+        print_line(f"# {key}{whose}: {quantity(key, value)}")
     if ranks:
-        from stackproof.cli.rank_plan import print_plan
-
         print_plan(ranks["ranks"])
     if cfg.data.tokenizer.kind == "bpe":
         print_line(

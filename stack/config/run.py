@@ -91,6 +91,14 @@ class ParallelConfig(Frozen):
         description="steps between two comparisons of weights and optimizer state of all replicas",
     )
 
+    @field_validator("shard", mode="before")
+    @classmethod
+    def _auto_or_count(cls, value: object) -> object:
+        """One message: pydantic has one for each type of a union, and shows the first."""
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("it must be auto or a whole number of at least 1")
+        return value
+
 
 class EvalConfig(Frozen):
     every: int = Field(ge=1, description="steps between two evaluations on held-out data")

@@ -1,49 +1,37 @@
 """Starting several processes of one command on this machine, by torch's elastic agent."""
 
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from stackproof.distributed.output import RANKS, output_of
+from stackproof.distributed.parent import LAUNCHER
+from stackproof.distributed.started import LOST_RANK, RESTARTS, Ended, next_command
 from stackproof.spec.errors import EXIT_CODES, RankLost
 
-# Set for the processes that the agent starts.
-THREADS = "OMP_NUM_THREADS"
-RESTARTS = "STACKPROOF_RESTARTS"  # how many came before
 # A process was lost: a restart may succeed. It would repeat an error of use, data or a gate, and
 # undo a request to stop.
 LOST = (1, RankLost.exit_code)
 STOPPING_S = 600  # for the step and the save of ranks that a signal to the launcher stops
 
 
-def is_worker() -> bool:
-    """Whether torchrun, or `launch`, has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
-
-
-def n_started() -> int:
-    """How many processes the launcher has started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> int:
-    """How often `launch` or torchrun has restarted the processes of this run."""
-    return sum(int(os.environ.get(n, "0")) for n in (RESTARTS, "TORCHELASTIC_RESTART_COUNT"))
-
-
-def rank() -> int:
-    """The number of this process among those that the launcher has started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_restarts: int) -> int:
+def launch(
+    arguments: Sequence[str],
+    n_processes: int,
+    run_dir: Path,
+    *,
+    max_restarts: int,
+    note: Callable[[str], None],
+) -> int:
     """Run `python -m stackproof ARGUMENTS` in several processes until all have ended. If one is
-    lost, the others are ended and all are started again, up to `max_restarts` times. Returns the
-    exit code of the rank that ended first.
+    lost, the others are ended and all are started again, up to `max_restarts` times. `note` prints
+    a line. Returns the exit code of the rank that ended first.
 
     Raises RankLost if rank 0 has stated no error.
     """
@@ -51,25 +39,34 @@ def launch(arguments: Sequence[str], n_processes: int, run_dir: Path, *, max_res
 
     # The ranks state their errors themselves, and the agent repeats them without a cause.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // n_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
-        for attempt in range(max_restarts + 1):
-            os.environ[RESTARTS] = str(attempt)
-            codes = _start(arguments, n_processes)
-            if not codes:
+        for restart in range(max_restarts + 1):
+            os.environ[RESTARTS] = str(restart)
+            failed = _start(arguments, n_processes)
+            if not failed:
                 return 0
-            if exit_code(codes.values()) not in LOST:
+            if (code := exit_code(end.code for end in failed)) not in LOST:
                 break
+            if restart < max_restarts:
+                os.environ[LOST_RANK] = json.dumps(asdict(failed[0]))
+                note(f"{failed[0]}; restart {restart + 1} of {max_restarts}")
     except SignalException as e:
         return _stopped_by(e.sigval)
-    if error := first_lost(codes, run_dir):
+    finally:
+        del os.environ[LAUNCHER]  # other launchers may be started from here
+    if error := first_lost(failed, run_dir, n_processes):
         raise error
-    return exit_code(codes.values())
+    if failed[0].code < 0:
+        note(str(failed[0]))
+    return code
 
 
-def _start(arguments: Sequence[str], n_processes: int) -> dict[int, int]:
+def _start(arguments: Sequence[str], n_processes: int) -> list[Ended]:
     """One start of all processes, by an agent that does not restart: torch's restarts after every
-    exit code. Returns the exit codes of the ranks that failed, in the order in which they ended.
+    exit code. Returns the ends of the ranks that failed, in the order in which they ended. The
+    agent states it in whole seconds; within one, a rank that a signal ended is the first.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,9 +87,9 @@ def _start(arguments: Sequence[str], n_processes: int) -> dict[int, int]:
         try:
             elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
         except ChildFailedError as e:
-            failures = sorted(e.failures.items(), key=lambda item: item[1].timestamp)
-            return {rank: failure.exitcode for rank, failure in failures}
-    return {}
+            order = sorted(e.failures.items(), key=lambda f: (f[1].timestamp, f[1].exitcode >= 0))
+            return [Ended(rank, failure.pid, failure.exitcode) for rank, failure in order]
+    return []
 
 
 def exit_code(codes: Iterable[int]) -> int:
@@ -109,18 +106,18 @@ def _stopped_by(number: int) -> int:
     return 130 if number == signal.SIGINT else 75
 
 
-def first_lost(codes: Mapping[int, int], run_dir: Path) -> RankLost | None:
+def first_lost(failed: Sequence[Ended], run_dir: Path, n_processes: int) -> RankLost | None:
     """The error that names the first of the failed ranks, given in the order in which they ended;
-    None if rank 0 has stated one on its terminal.
+    None if rank 0 has stated one on its terminal, or no rank has failed.
     """
-    if codes.get(0) == exit_code(codes.values()):
+    code = exit_code(end.code for end in failed) if failed else 0
+    if any(end.rank == 0 and end.code == code for end in failed) or not failed:
         return None
-    first, code = next(iter(codes.items()))
+    first = failed[0]
     error = RankLost(
-        f"rank {first} ended first, and rank 0 has not stated why",
-        value=f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}",
-        next_step=f"read {output_of(run_dir, first) if first else run_dir / RANKS}; stack train "
-        f"--resume {run_dir} continues from the last checkpoint",
+        f"{first}, and rank 0 has not stated why",
+        next_step=f"read {output_of(run_dir, first.rank) if first.rank else run_dir / RANKS}, then "
+        f"{next_command(run_dir, n_processes)}",
     )
-    error.exit_code = exit_code(codes.values())
+    error.exit_code = code
     return error

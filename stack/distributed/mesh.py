@@ -43,6 +43,9 @@ class MeshSizes:
         sizes = (self.replicate, self.shard, self.tensor)
         return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
 
+    def __str__(self) -> str:
+        return " × ".join(f"{name} {n}" for name, n in self.as_dict().items())
+
     def as_dict(self) -> dict[str, int]:
         """JSON-ready."""
         return {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from stackproof.distributed import failure
 from stackproof.distributed.mesh import ONE_RANK, MeshSizes
+from stackproof.distributed.starts import NO_STORE, Launcher
 
 POLL_S = 0.05
 BEAT_S = 0.5  # between two signs of life of rank 0 while the others wait
@@ -34,6 +36,7 @@ class Ranks(Protocol):
     sizes: MeshSizes
     control: dist.ProcessGroup | None  # of small messages; None in one process
     restarted: bool  # whether the launcher has started this run before, on any machine
+    launcher: Launcher
 
     @property
     def is_main(self) -> bool:
@@ -114,6 +117,7 @@ class OneProcess:
     is_main: bool = True
     control: None = None
     restarted: bool = False
+    launcher: Launcher = NO_STORE
 
     def total(self, *counts: int) -> list[int]:
         return list(counts)
@@ -181,9 +185,15 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, store: dist.Store, sizes: MeshSizes, device: torch.device, timeout: timedelta
+        self,
+        store: dist.PrefixStore,
+        sizes: MeshSizes,
+        device: torch.device,
+        timeout: timedelta,
+        run_dir: Path,
     ):
         self.store, self.sizes, self.device, self.timeout = store, sizes, device, timeout
+        self.run_dir = run_dir
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.mesh = sizes.device_mesh(device.type)
         self.data_rank = self.rank // sizes.tensor
@@ -191,7 +201,7 @@ class ProcessGroup:
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         # for the collective operations of a save behind training
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
-        self.restarted = False
+        self.restarted, self.launcher = False, NO_STORE
         self._turns = 0
 
     def close(self) -> None:
@@ -286,7 +296,7 @@ class ProcessGroup:
             raise error
         for rank, end in enumerate(ends):
             if end is not None:
-                raise failure.lost(rank, end)
+                raise failure.lost(self, rank, end)
 
     def behind(self) -> "ProcessGroup":
         other = copy(self)
@@ -323,11 +333,11 @@ class ProcessGroup:
         beats, since = -1, time.monotonic()
         while not self.store.check([done]):
             if ended := failure.ended(self.store, 0):
-                raise failure.lost(0, ended)
+                raise failure.lost(self, 0, ended)
             if (latest := self.store.add(BEATS, 0)) != beats:
                 beats, since = latest, time.monotonic()
             elif time.monotonic() - since > self.timeout.total_seconds():
-                raise failure.silent(self.store, [0], "waiting for rank 0")
+                raise failure.silent(self, [0], "waiting for rank 0")
             time.sleep(POLL_S)
 
     def at(self, step: int, operation: str) -> None:
@@ -338,9 +348,7 @@ class ProcessGroup:
         try:
             yield
         except BaseException as error:
-            if failure.of_a_collective(error) and (
-                lost := failure.find(self.store, self.rank, self.world_size)
-            ):
+            if failure.of_a_collective(error) and (lost := failure.find(self)):
                 raise lost from error
             failure.announce(self.store, self.rank, error)
             raise

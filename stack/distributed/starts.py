@@ -1,18 +1,47 @@
-"""The start that all ranks join. The launcher's store outlives the ranks, and torchrun counts the
-restarts of each node apart, so that neither is enough to distinguish the ranks of one start from
-those that an earlier one has lost.
+"""The start that all ranks join, and whether an earlier start has begun the run. The launcher's
+store outlives the ranks, and torchrun counts the restarts of each node apart, so that neither is
+enough to distinguish the ranks of one start from those that an earlier one has lost.
 """
 
+import os
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import uuid4
 
 import torch.distributed as dist
 
+from stackproof.distributed.started import RESTARTS
 from stackproof.spec.errors import RankLost
 
 POLL_S = 0.05
 STARTS = "stackproof/starts"
+BEGUN = "stackproof/begun"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What has started this process, and starts it again. `store` is that of torchrun's agent; None
+    without torchrun.
+    """
+
+    store: dist.Store | None = None
+
+    def has_begun(self) -> bool:
+        """Whether the run of this folder was begun by an earlier start of this launcher. Only rank
+        0 has the answer. `stack train --nproc` refuses an occupied folder before its first start.
+        """
+        if os.environ.get(RESTARTS, "0") != "0":
+            return True
+        return self.store is not None and self.store.check([BEGUN])
+
+    def note_begun(self) -> None:
+        """State that this start begins the run, which has locked its folder."""
+        if self.store is not None:
+            self.store.set(BEGUN, b"1")
+
+
+NO_STORE = Launcher()
 
 
 def common_start(

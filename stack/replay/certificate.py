@@ -4,6 +4,7 @@ byte for byte, or by their losses if the other one was resumed on another number
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,13 @@ from stackproof.config import RunConfig, load_config
 from stackproof.contracts.gate import worst
 from stackproof.distributed.mesh import mesh_sizes
 from stackproof.spec.building import RecordBuilder, artefact
-from stackproof.spec.errors import ConfigError, EnvironmentUnfit, RankLost, StackproofError
+from stackproof.spec.errors import (
+    EXIT_CODES,
+    ConfigError,
+    EnvironmentUnfit,
+    RankLost,
+    StackproofError,
+)
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import Record
@@ -83,7 +90,8 @@ def certify(
     """Run both, compare them, and write the record. `base` is the configuration of a recipe.
 
     Raises ConfigError if there are too few steps for the kills, or if the configuration cannot be
-    divided among the processes, and EnvironmentUnfit if one of several processes cannot be killed.
+    divided among the processes, EnvironmentUnfit if one of several processes cannot be killed, and
+    the error of a run that does not end well, after writing the record.
     """
     _require_list_of_children(processes)
     if steps < 2 * (kills + 1):
@@ -125,16 +133,20 @@ def certify(
     directory.mkdir(parents=True, exist_ok=True)
     command = ["train", base.recipe, *(f"--set={s}" for s in sets), "--run-dir"]
     straight, killed = directory / "straight", directory / "killed"
-    _finish(_stack(processes.first, *command, str(straight)), directory / "straight.log")
-    moments = _with_kills(
-        processes,
-        _stack(processes.first, *command, str(killed)),
-        _stack(processes.resumed, "train", "--resume", str(killed)),
-        killed,
-        steps,
-        kills,
-        random.Random(stream_seed(cfg.seed, "kills")),
-    )
+    try:
+        _finish(_stack(processes.first, *command, str(straight)), straight)
+        moments = _with_kills(
+            processes,
+            _stack(processes.first, *command, str(killed)),
+            _stack(processes.resumed, "train", "--resume", str(killed)),
+            killed,
+            steps,
+            kills,
+            random.Random(stream_seed(cfg.seed, "kills")),
+        )
+    except StackproofError as e:
+        builder.finish(directory, status="failed", end_reason=e.what, exit_code=e.exit_code)
+        raise
     return _judge(builder, directory, straight, killed, moments, steps, processes), directory
 
 
@@ -142,9 +154,35 @@ def _stack(n_processes: int, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "stackproof", *arguments, "--nproc", str(n_processes)]
 
 
-def _finish(command: list[str], log: Path) -> int:
-    with open(log, "ab") as f:
-        return subprocess.run(command, stdout=f, stderr=f, timeout=DEADLINE_S).returncode
+def _finish(command: list[str], run_dir: Path) -> None:
+    """Run a command to its end. Raises the error with which it ended, with its exit code, and
+    RankLost if it does not end.
+    """
+    log = run_dir.with_suffix(".log")
+    try:
+        with open(log, "ab") as f:
+            code = subprocess.run(command, stdout=f, stderr=f, timeout=DEADLINE_S).returncode
+    except subprocess.TimeoutExpired as e:
+        raise _endless(command, DEADLINE_S) from e
+    if code:
+        stated = re.findall(r"^error: (.+)$", log.read_text(errors="replace"), re.MULTILINE)
+        error = StackproofError(
+            f"the run {run_dir.name} ended with exit code {code}, so that nothing was compared: "
+            f"{stated[-1] if stated else 'it has stated no error'}",
+            value=str(run_dir),
+            allowed="two runs that end",
+            next_step=f"read {log}",
+        )
+        error.exit_code = code if code in EXIT_CODES else RankLost.exit_code
+        raise error
+
+
+def _endless(command: list[str], timeout_s: float) -> RankLost:
+    return RankLost(
+        f"a run did not end within {timeout_s:g} s",
+        value=" ".join(command),
+        next_step="read the logs straight.log and killed.log beside the folders of the runs",
+    )
 
 
 def _with_kills(
@@ -165,7 +203,7 @@ def _with_kills(
     for target in targets:
         now, n = (resumed, processes.resumed) if moments else (command, processes.first)
         moments.append(_kill_at(now, n, run_dir, log, target, draw))
-    _finish(resumed, log)
+    _finish(resumed, run_dir)
     return moments
 
 
@@ -197,11 +235,7 @@ def _await_end(process: subprocess.Popen, timeout_s: float) -> None:
         for pid in (process.pid, *children_of(process.pid)):
             _kill(pid)
         process.wait()
-        raise RankLost(
-            f"a run did not end within {timeout_s:g} s of the kill of one of its processes",
-            value=" ".join(process.args),
-            next_step="read the log killed.log beside the folder of the run",
-        ) from e
+        raise _endless(process.args, timeout_s) from e
 
 
 def _kill(pid: int) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from stackproof import tensorfile, tensorfolder
 from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
-from stackproof.distributed.launch import n_started
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.distributed.started import n_started
 from stackproof.distributed.tensors import local_part, part_like, whole
 from stackproof.model.foreign import plain_name
 from stackproof.spec.canonical import canonical_json, read_json, sha256_json

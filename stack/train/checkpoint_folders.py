@@ -1,10 +1,12 @@
 """The folder of a run's checkpoints: step folders, and the pointers that name one of them."""
 
+import errno
 import os
 import re
 import shutil
 from pathlib import Path
 
+from stackproof.distributed.started import next_command
 from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit, IntegrityError
 from stackproof.spec.files import read_bytes, remedy, remove_folder, write_atomically
@@ -35,20 +37,33 @@ def require_free(root: Path, n_bytes: int, n_checkpoints: int = 1) -> None:
             value=f"{free} bytes free",
             allowed=f"at least {needed} bytes",
             next_step=(
-                "free space, then stack train --resume; or another --run-dir; checkpoint.keep sets "
-                "how many are kept"
+                f"free space, then {next_command(root.parent)}; or another --run-dir; "
+                "checkpoint.keep sets how many are kept"
             ),
         )
 
 
 def not_written(root: Path, step: int, error: Exception) -> CheckpointError:
-    """The error of a save that the disk has refused."""
+    """The error of a save that the disk, or a limit of the process, has refused."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    value, solved = f"{free_bytes(root)} bytes free below {root}", remedy(error)
+    allowed = "a disk with room for two checkpoints"
+    if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
+        value = f"the limit of the size of files, {_file_limit()} (ulimit -f)"
+        allowed, solved = "one above the size of a checkpoint", "raise the limit"
     return CheckpointError(
         f"the checkpoint of step {step} could not be written: {error}",
-        value=f"{free_bytes(root)} bytes free below {root}",
-        allowed="a disk with room for two checkpoints",
-        next_step=f"{remedy(error)}, then stack train --resume; earlier checkpoints are intact",
+        value=value,
+        allowed=allowed,
+        next_step=f"{solved}, then {next_command(root.parent)}",
     )
+
+
+def _file_limit() -> str:
+    import resource  # of Unix alone
+
+    n_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return "that of the file system" if n_bytes == resource.RLIM_INFINITY else f"{n_bytes} bytes"
 
 
 def point(root: Path, name: str, folder: Path) -> None:

@@ -9,6 +9,7 @@ from stackproof.config import BanditCurriculum
 from stackproof.contracts.coherence import coherence
 from stackproof.contracts.subject import Subject
 from stackproof.data.data_loader import Batch
+from stackproof.distributed.started import next_command, resume_command
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
@@ -272,7 +273,7 @@ def _written(
     except OSError as e:
         raise CheckpointError(
             f"old checkpoints below {root} could not be cleared away: {e}",
-            next_step=f"{remedy(e)}, then stack train --resume; the newest is intact",
+            next_step=f"{remedy(e)}, then {next_command(root.parent)}; the newest is intact",
         ) from e
     trainer.callbacks.on_saved(trainer, point)
 
@@ -325,5 +326,5 @@ def stop_if_asked(trainer: Trainer, requests: Requests, last: bool) -> None:
     raise Stopped(
         f"{status} after step {step}; its checkpoint is good",
         exit_code=exit_code,
-        next_step=f"stack train --resume {run_dir}",
+        next_step=resume_command(run_dir),
     )

@@ -30,8 +30,8 @@ from stackproof.contracts.gate import worst
 from stackproof.contracts.loss import CANCELLED_FRAC, gradient_errors
 from stackproof.data.data_loader import Batch
 from stackproof.data.sampler import Sampler
-from stackproof.distributed.launch import n_started
 from stackproof.distributed.ranks import ProcessGroup
+from stackproof.distributed.started import n_started
 from stackproof.distributed.tensors import place_of_part, whole
 from stackproof.evaluate.bits_per_byte import evaluate_batches
 from stackproof.evaluate.sampling import sample_loss

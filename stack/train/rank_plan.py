@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard
@@ -49,6 +49,7 @@ class Cluster(Frozen):
     NVIDIA H100 SXM with 400 Gb/s of network per GPU; they are not measured here.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
     flops_per_s: float = Field(gt=0, description="of dense matrix products, per rank")
     reached_frac: float = Field(0.4, gt=0, le=1, description="share of flops_per_s that is reached")
     memory_bytes: float = Field(80e9, gt=0, description="memory of a rank")
@@ -86,7 +87,8 @@ class Collective:
         n_ranks = sizes.as_dict()[self.dimension]
         hops = (2 if self.operation == REDUCE else 1) * (n_ranks - 1)
         rate = cluster.node_bytes_per_s
-        if _span(self.dimension, sizes) > cluster.node_ranks:
+        in_nodes = cluster.node_ranks % _span(self.dimension, sizes) == 0
+        if not in_nodes and sizes.world_size > cluster.node_ranks:
             rate = cluster.network_bytes_per_s
         return hops * cluster.latency_s + self.sent_bytes(n_ranks) / rate
 
@@ -157,6 +159,7 @@ class RankPlan:
             ],
             "predicted_s": self.times_s,
             "predicted_tokens_per_s": self.cfg.train.tokens_per_step / self.times_s["step"],
+            "predicted_run_s": self.cfg.train.max_steps * self.times_s["step"],
         }
 
 

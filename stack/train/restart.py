@@ -10,14 +10,16 @@ from typing import Any
 
 from stackproof.config import RunConfig, recorded_config
 from stackproof.contracts.gate import Verdict, failed
+from stackproof.distributed.mesh import ONE_RANK
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import leaves, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError, ConfigError, IntegrityError
 from stackproof.spec.files import holds, write_atomically
 from stackproof.spec.gates import load_spec
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Series
-from stackproof.spec.renamed_keys import translated
+from stackproof.spec.renamed_keys import current_override, translated
 from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.checkpoint_format import Process
 from stackproof.train.run_dir import RunDir
@@ -199,9 +201,10 @@ def _spans(processes: list[Process]) -> Iterator[tuple[int, int, dict | None]]:
 
 
 def _facts(of: Mapping[str, Any]) -> dict[str, Any]:
-    """Environment and code of a process, as one table."""
+    """Environment and code of a process, as one table; one process states no mesh."""
     code = of["code"] if isinstance(of["code"], dict) else of["code"].model_dump()
-    return of["environment"] | {f"code.{name}": value for name, value in code.items()}
+    mesh = {f"mesh_{name}": size for name, size in ONE_RANK.as_dict().items()}
+    return mesh | of["environment"] | {f"code.{name}": value for name, value in code.items()}
 
 
 def _other_process(
@@ -210,20 +213,26 @@ def _other_process(
     """What a record states of a process that took steps; empty if it was like the last one."""
     if then is None:
         return f"which code and environment steps {begin} to {end} had: it is not known"
-    changes = "; ".join(
-        f"{k} {then.get(k, first.get(k))}, now {last.get(k, first.get(k))}"
+    pairs = {
+        k: (then.get(k, first.get(k)), last.get(k, first.get(k)))
         for k in sorted(then.keys() | last.keys())
-        if then.get(k, first.get(k)) != last.get(k, first.get(k))
-    )
-    return f"steps {begin} to {end} had another process: {changes}" if changes else ""
+    }
+    apart = {k: (was, now) for k, (was, now) in pairs.items() if was != now}
+    changes = "; ".join(f"{k} {was}, now {now}" for k, (was, now) in apart.items())
+    match apart.get("world_size"):
+        case (was, now):
+            return f"steps {begin} to {end} were taken by {was} ranks, now {now}: {changes}"
+        case _:
+            return f"steps {begin} to {end} had another process: {changes}" if changes else ""
 
 
 def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
-    """Whether a command that is started again continues the run of its folder, which it had begun.
-    False if the folder holds no such run. A child without a checkpoint begins again, since its seed
-    is not where it began: its run.json is deleted.
+    """Whether a command that is started again continues the run of its folder. False if the folder
+    holds none. A child without a checkpoint begins again, since its seed is not where it began: its
+    run.json is deleted.
 
-    Raises ConfigError if the run has another configuration than `cfg`, that of the command.
+    Raises ConfigError if the run has another configuration than `cfg`, that of the command, or
+    another parent, and UsageError if a process is writing to a child that would begin again.
     """
     directory = RunDir(run_dir)
     if not (directory.path / "run.json").is_file():
@@ -231,12 +240,27 @@ def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
     document = directory.read_run()
     refuse_changes(directory, document, cfg, ())
     parents = [checkpoint.load_document(checkpoint.find(parent))["record"]] if parent else []
-    if document.get("parents", []) != parents:
-        return False
+    if (theirs := document.get("parents", [])) != parents:
+        raise ConfigError(
+            f"{directory.path} holds a run with another parent",
+            value=", ".join(theirs) or "none",
+            allowed=", ".join(parents) or "a run without a parent, as the command names none",
+            next_step=f"stack train --resume {directory.path}, or choose another --run-dir",
+        )
     if not parent or checkpoint_folders.has_any(directory.checkpoints):
         return True
-    (directory.path / "run.json").unlink()
+    with file_lock(directory.path, "run"):
+        (directory.path / "run.json").unlink()
     return False
+
+
+def not_yet_stated(run_dir: Path, overrides: Iterable[Override]) -> list[Override]:
+    """The changes of a command that run.json does not state, such as those of the command that
+    began the run.
+    """
+    then = RunDir(run_dir).read_run()["overrides"]
+    stated = [current_override(Override.model_validate(o)) for o in then]
+    return [o for o in overrides if o not in stated]
 
 
 def refuse_changes(

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stackproof.distributed.output import OUTPUT, RANKS, rank_folder
+from stackproof.distributed.started import next_command
 from stackproof.evidence.file_lock import LOCK
 from stackproof.spec import checksums, rank_log
 from stackproof.spec.building import RecordBuilder, iso
@@ -117,16 +118,21 @@ class RunDir:
         self._logs: dict[str, Log] = {}
         self._writing = Lock()  # verdicts on a checkpoint come from the thread that writes it
 
-    def create(self) -> None:
-        """Make the folder. Raises UsageError if a run already lives there, EnvironmentUnfit if it
-        cannot be written.
-        """
+    def refuse_occupied(self) -> None:
+        """Raise UsageError if the folder holds a run."""
         if self.document.exists():
             raise UsageError(
                 f"{self.path} already holds a run",
                 allowed="a new folder",
-                next_step=f"stack train --resume {self.path}, or choose another --run-dir",
+                next_step=f"stack train --resume {self.path} continues it, and so does "
+                "--auto-resume in the same command; or choose another --run-dir",
             )
+
+    def create(self) -> None:
+        """Make the folder. Raises UsageError if a run already lives there, EnvironmentUnfit if it
+        cannot be written.
+        """
+        self.refuse_occupied()
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(
                 f"{self.path} is a file, not a folder", next_step="choose another --run-dir"
@@ -226,7 +232,7 @@ class RunDir:
             except OSError as e:
                 raise CheckpointError(
                     f"{self.path / name} could not be written: {e}",
-                    next_step=f"{remedy(e)}, then stack train --resume; checkpoints are intact",
+                    next_step=f"{remedy(e)}, then {next_command(self.document.parent)}",
                 ) from e
             log.add(data)
 

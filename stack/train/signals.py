@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from stackproof.distributed.launch import is_worker
 from stackproof.distributed.ranks import Ranks
+from stackproof.distributed.started import is_worker
 
 STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
 

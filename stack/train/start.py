@@ -5,6 +5,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.manifest import stated
 from stackproof.data.prepare import prepare
 from stackproof.data.sampler import Sampler
-from stackproof.distributed.launch import n_started
 from stackproof.distributed.ranks import ONE_PROCESS, ProcessGroup, Ranks
+from stackproof.distributed.started import lost_rank, n_started
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
@@ -119,6 +120,8 @@ def fresh(
     device = resolve_device(cfg.device)
     with file_lock(directory.path, "run"), kernels_of(cfg, device, recorded_in):
         directory.open()
+        if ranks.is_main:
+            ranks.launcher.note_begun()
         trainer = setup(cfg, overrides, directory, callbacks, ranks=ranks, only=only)
         # From here on an exception closes the record, so that a failed run is evidence as well.
         with recorded(trainer):
@@ -219,6 +222,8 @@ def resume(
             for text in others:
                 trainer.callbacks.on_message(text)
             now = iso(utc_now())
+            if lost := lost_rank():
+                own.log("events.jsonl", event="rank_lost", step=step, at=now, **asdict(lost))
             own.log("events.jsonl", event="resumed", step=step, bytes_cut=cut, at=now)
             yield trainer
 

@@ -19,6 +19,7 @@ from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
+from stackproof.distributed.started import next_command
 from stackproof.evaluate.baselines import (
     bigram_bits_per_byte,
     uniform_loss_nats,
@@ -365,7 +366,7 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     except OSError as e:
         raise EnvironmentUnfit(
             f"the record of the run could not be written: {e}",
-            next_step=f"{remedy(e)}, then stack train --resume {root}",
+            next_step=f"{remedy(e)}, then {next_command(root)}",
         ) from e
     trainer.callbacks.on_close(record, root)
     try:

@@ -18,6 +18,23 @@ def test_plan_of_a_thousand_ranks_is_a_document(in_process):
     assert state | {"activations", "peak"} <= ranks["memory_bytes"].keys()
     assert {c["operation"] for c in ranks["collectives"]} == {"all-gather", "reduce-scatter"}
     assert ranks["predicted_s"]["step"] > 0 and ranks["assumptions"]["node_ranks"] == 8
+    steps = found["config"]["train"]["max_steps"]
+    assert ranks["predicted_run_s"] == steps * ranks["predicted_s"]["step"]
+
+
+def test_processes_on_this_cpu_share_what_it_was_measured_to_compute(in_process):
+    def plan(*more):
+        code, found = in_process("train", "--dry-run", *ROWS, *more)
+        assert code == 0
+        ranks, probed = found["derived"]["ranks"], found["derived"]["probed_flops_per_s"]
+        return ranks["assumptions"]["flops_per_s"], probed, ranks["flops_per_s_origin"]
+
+    for n in (2, 1024):  # more processes than cores only where the CPU is chosen
+        stated, probed, origin = plan("--nproc", n, "--device", "cpu")
+        assert stated == pytest.approx(probed / n, rel=1e-6) and "measured on this CPU" in origin
+    stated, _, origin = plan("--nproc", 2, "--device", "cpu", "--assume", "flops_per_s=1e12")
+    assert (stated, origin) == (1e12, "--assume")
+    assert plan("--nproc", 1024)[::2] == (6.7e13, "data sheet")
 
 
 def test_plan_is_printed_with_its_assumptions(stack):
@@ -30,8 +47,18 @@ def test_plan_is_printed_with_its_assumptions(stack):
         "memory_bytes 1e+06",
         "# this mesh fits into the memory of a rank: no",
         "# no mesh of so many ranks fits",
+        "# eta_s of one process on this machine: ",
+        "GiB)",
+        "# predicted seconds of all steps: ",
     ):
         assert text in done.out, done.out
+
+
+def test_a_slow_mesh_and_meshes_that_are_not_shown_are_stated(stack):
+    done = stack("train", "--nproc", "1024", "--dry-run", *ROWS)
+    assert done.code == 0 and "times as long" in done.out and " more meshes: " in done.out
+    done = stack("train", "--nproc", "2", "--dry-run", "--set", "parallel.replicate=2")
+    assert done.code == 0 and "times as long" not in done.out and "more meshes" not in done.out
 
 
 @pytest.mark.parametrize(
@@ -42,6 +69,7 @@ def test_plan_is_printed_with_its_assumptions(stack):
         (("--nproc", 4, "--dry-run", "--assume", "color=1"), "--assume color"),
         (("--nproc", 4, "--dry-run", "--assume", "memory_bytes=much"), "--assume memory_bytes"),
         (("--nproc", 4, "--dry-run", "--assume", "memory_bytes=-1"), "--assume memory_bytes"),
+        (("--nproc", 4, "--dry-run", "--assume", "latency_s=inf"), "--assume latency_s"),
         (("--dry-run", "--assume", "memory_bytes=1e9"), "--assume is for the plan"),
         (("--nproc", 4, "--assume", "memory_bytes=1e9"), "--assume is for the plan"),
     ],

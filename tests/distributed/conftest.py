@@ -6,6 +6,7 @@ import pytest
 
 from stackproof.config import load_config
 from stackproof.museum.ranks import SETTINGS, pool
+from tests.cli.conftest import in_process  # noqa: F401
 from tests.processes import server
 
 SAVED_AT = 6  # and at the end

@@ -3,22 +3,29 @@
 import json
 import os
 import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from stackproof.config import load_config
+from stackproof.cli import main
+from stackproof.config import ByteTokenizer, DataConfig, Files, load_config
+from stackproof.data.prepare import prepare
+from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
 from stackproof.distributed.process_group import joined
 from stackproof.recipes import recipe
 from stackproof.spec.errors import UsageError
 from tests.cli.conftest import tiny
 from tests.distributed.jobs import CPU
-from tests.processes import Command
+from tests.processes import Command, Done
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "stackproof", "train", "pocket")
@@ -51,8 +58,9 @@ def test_one_command_trains_on_two_processes_under_all_gates(tmp_path, text_file
     # Progress comes from rank 0 alone, and nothing else comes to the terminal.
     progress = [line for line in done.stderr.splitlines() if line.startswith("step 24/24")]
     assert len(progress) == 1 and "Warning" not in done.stderr, done.stderr
-    (started,) = output_of(run_dir, 1).read_text().splitlines()
-    assert started.startswith("--- rank 1, start 1")
+    assert "on 2 ranks: replicate 1 × shard 2 × tensor 1 (cpu, gloo)" in done.stderr
+    (first,) = output_of(run_dir, 1).read_text().splitlines()
+    assert first.startswith("--- rank 1, start 1")
     assert not output_of(run_dir, 0).exists()
     assert "ranks_communication_frac" in record["metrics"]
 
@@ -83,21 +91,154 @@ def test_a_refused_mesh_starts_no_process(tmp_path):
     ],
 )
 def test_only_a_lost_process_is_started_again(tmp_path, ending, code, n_starts):
-    """Processes that only end, in place of those of a run."""
-    process = tmp_path / "process"
-    process.write_text(f'#!/bin/sh\necho "$STACKPROOF_RESTARTS" >> {tmp_path}/starts\n{ending}\n')
+    script = f'echo "$STACKPROOF_RESTARTS" >> {tmp_path}/starts\n{ending}'
+    assert launched(tmp_path, script, max_restarts=2).code == code
+    starts = (tmp_path / "starts").read_text().split()
+    assert starts == [str(n) for n in range(n_starts)]
+
+
+def launched(folder: Path, script: str, n_ranks: int = 1, max_restarts: int = 0) -> Done:
+    """What a launcher leaves whose processes run a script of the shell, in place of ranks."""
+    process = folder / "process"
+    process.write_text(f"#!/bin/sh\n{script}\n")
     process.chmod(0o700)
     begin = (
         "import sys; from stackproof.distributed.launch import launch\n"
         "from stackproof.spec.errors import RankLost; from pathlib import Path\n"
         f"sys.executable = {str(process)!r}\n"
-        "try: code = launch([], 1, Path('run'), max_restarts=2)\n"
-        "except RankLost as e: code = e.exit_code\n"
+        f"given = dict(max_restarts={max_restarts}, note=print)\n"
+        f"try: code = launch([], {n_ranks}, Path('run'), **given)\n"
+        "except RankLost as e: print(e); code = e.exit_code\n"
         "sys.exit(code)"
     )
-    assert Command(folder=tmp_path, code=begin).wait().code == code
-    starts = (tmp_path / "starts").read_text().split()
-    assert starts == [str(n) for n in range(n_starts)]
+    return Command(folder=folder, code=begin).wait()
+
+
+# Rank 1 is killed in the first start, after which rank 0 states an error, as survivors do.
+KILLED = """
+test "$STACKPROOF_RESTARTS" = 1 && { echo "$STACKPROOF_LOST_RANK" > lost; exit 0; }
+if test "$RANK" = 1; then echo $$ > .pid; mv .pid pid; kill -KILL $$; fi
+until test -f pid; do sleep 0.01; done
+while kill -0 $(cat pid) 2> /dev/null; do sleep 0.01; done
+exit 7
+"""
+
+
+def test_a_killed_rank_is_named_with_its_signal_and_the_restart(tmp_path):
+    done = launched(tmp_path, KILLED, n_ranks=2, max_restarts=2)
+    pid = int((tmp_path / "pid").read_text())
+    assert done.code == 0
+    assert done.out == f"rank 1 (pid {pid}) was ended by SIGKILL; restart 1 of 2\n"
+    lost = json.loads((tmp_path / "lost").read_text())
+    assert lost == {"rank": 1, "pid": pid, "code": -9}
+
+
+def test_a_killed_rank_is_named_without_a_restart(tmp_path):
+    done = launched(tmp_path, KILLED, n_ranks=2)
+    pid = (tmp_path / "pid").read_text().strip()
+    assert done.code == 7
+    assert done.out.startswith(f"rank 1 (pid {pid}) was ended by SIGKILL")
+
+
+RANK = """
+import os, signal, time
+from stackproof.distributed.parent import end_with_launcher
+end_with_launcher()
+with open("pids", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+if os.environ["RANK"] == "1":
+    os.kill(os.getppid(), signal.SIG%s)
+time.sleep(30)
+open("outlived", "w").close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
+@pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
+def test_a_signal_while_ranks_are_started_ends_those_that_have_begun(tmp_path, name, code):
+    """Torch's agent forgets processes that it has started when the signal comes."""
+    (tmp_path / "rank.py").write_text(RANK % name)
+    done = launched(tmp_path, f"exec {sys.executable} rank.py", n_ranks=12, max_restarts=2)
+    assert done.code == code
+    pids = (tmp_path / "pids").read_text().split()
+    assert pids
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.01)
+    assert not (tmp_path / "outlived").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
+@pytest.mark.parametrize(("alive", "code"), [(True, 0), (False, -15)])
+def test_a_rank_ends_before_its_imports_if_its_launcher_has_ended(alive, code):
+    launcher = os.getpid() if alive else 1
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "stackproof", "--help"],
+        env=environment(STACKPROOF_LAUNCHER=str(launcher)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    assert ("Usage" in done.stdout) == alive
+    assert ("stackproof.cli" in done.stderr) == alive and "stackproof.distributed" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
+def test_the_kernel_ends_a_rank_with_its_launcher():
+    shown = (
+        "import ctypes; from stackproof.distributed.parent import end_with_launcher\n"
+        "end_with_launcher(); number = ctypes.c_int()\n"
+        "ctypes.CDLL(None).prctl(2, ctypes.byref(number)); print(number.value)"
+    )
+    command = [sys.executable, "-c", shown]
+    assert subprocess.check_output(command, env=environment(), text=True) == "15\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "n", "command"),
+    [
+        ({}, None, "stack train --resume runs/a"),
+        ({}, 2, "stack train --resume runs/a --nproc 2"),  # of the launcher
+        (
+            {"WORLD_SIZE": "2", "STACKPROOF_RESTARTS": "0"},
+            None,
+            "stack train --resume runs/a --nproc 2",
+        ),
+        ({"WORLD_SIZE": "8"}, None, "torchrun … -m stackproof train --resume runs/a"),
+    ],
+)
+def test_the_next_command_starts_as_many_processes(monkeypatch, variables, n, command):
+    for name in ("WORLD_SIZE", "STACKPROOF_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert started.resume_command(Path("runs/a"), n) == command
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments", "code", "told"),
+    [
+        (0, ("--device", "cuda", "--nproc", "2"), 7, "torch finds no CUDA device"),
+        (1, ("--device", "cuda", "--nproc", "2"), 7, "2 ranks on this machine, 1 CUDA devices"),
+        (2, ("--device", "cuda", "--nproc", "2"), None, ""),
+        (0, ("--device", "cpu", "--nproc", "2"), None, ""),
+        (0, ("--device", "cpu", "--nproc", "4"), None, "4 processes on 2 cores"),
+        (0, ("--restarts", "3"), 2, "--restarts 3, --nproc 1"),
+    ],
+)
+def test_what_the_machine_lacks_is_stated_before_processes_start(
+    monkeypatch, tmp_path, capsys, devices, arguments, code, told
+):
+    launches = []
+    monkeypatch.setattr(launch, "launch", lambda *given, **more: launches.append(given) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "pocket", *arguments, "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == (code or 0) and len(launches) == (code is None)
+    text = capsys.readouterr().err
+    assert told in text if told else text == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_agents_on_two_nodes_start_their_ranks_again_together(tmp_path):
@@ -124,23 +265,113 @@ def test_processes_that_are_not_connected_are_refused(monkeypatch, variable):
         assert ranks.sizes.world_size == 1
 
 
-def test_the_slurm_script_of_the_guide_is_a_script():
+# They stand for programs of SLURM: the ranks end with 1 after SIGTERM, or at once with 3.
+STAND_INS = {
+    "srun": 'touch begun; [ "$FAILS" ] && exit 3; until [ -e stopped ]; do sleep .1; done; exit 1',
+    "scancel": 'test "$*" = "--signal=TERM 7" && touch stopped',
+    "scontrol": 'test "$1" = show && echo node0 || echo "$@" >> requeued',
+}
+
+
+def begun_by_slurm(folder: Path, **more: str) -> subprocess.Popen:
+    """The script of the guide, begun in a folder with programs that stand for those of SLURM."""
+    (folder / "stackproof/bin").mkdir(parents=True)
+    (folder / "stackproof/bin/activate").touch()
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o700)
+    own = {"HOME": str(folder), "SLURM_JOB_ID": "7", "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.Popen(["bash", "-c", slurm_script()], cwd=folder, env=own | more)
+
+
+def slurm_script() -> str:
     (script,) = [text for _, text in BLOCKS if text.startswith("#!/bin/bash")]
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert "--ntasks-per-node=1" in script and "torchrun" in script
-    assert commands(script) == ["train pocket"]
+    return script
+
+
+def test_the_slurm_script_queues_the_job_again_before_its_time_limit(tmp_path):
+    job = begun_by_slurm(tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait() == 1
+    assert (tmp_path / "stopped").exists() and (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_the_slurm_script_does_not_queue_a_job_again_that_has_failed(tmp_path):
+    assert begun_by_slurm(tmp_path, FAILS="1").wait() == 3
+    assert (tmp_path / "begun").exists() and not (tmp_path / "requeued").exists()
+
+
+def test_the_slurm_script_starts_one_agent_on_each_node():
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", slurm_script(), re.MULTILINE))
+    assert options["ntasks-per-node"] == "1" and options["signal"].startswith("B:USR1@")
+    assert f"--nproc-per-node {options['gpus-per-node']} " in slurm_script()
+    assert {"requeue", "cpus-per-task", "time", "mem", "output"} <= options.keys()
+    assert int(options["signal"].split("@")[1]) > number_in(slurm_script(), "shutdown-timeout")
 
 
 def test_the_job_of_the_guide_is_a_job():
+    service, claim, job = kubernetes()
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    arguments = " ".join(container["args"])
+    assert (
+        job["spec"]["completions"] == job["spec"]["parallelism"] == number_in(arguments, "nnodes")
+    )
+    endpoint = re.search(r"--rdzv-endpoint=(\S+)", arguments)[1]
+    assert endpoint.startswith(f"{job['metadata']['name']}-0.{spec['subdomain']}:")
+    assert service["metadata"]["name"] == spec["subdomain"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == number_in(
+        arguments, "nproc-per-node"
+    )
+    assert spec["terminationGracePeriodSeconds"] > number_in(arguments, "shutdown-timeout")
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted.keys() == {volume["name"] for volume in spec["volumes"]}
+    assert mounted["shm"] == "/dev/shm" and f"--run-dir {mounted['runs']}/" in arguments
+    (runs,) = [v["persistentVolumeClaim"] for v in spec["volumes"] if v["name"] == "runs"]
+    assert runs["claimName"] == claim["metadata"]["name"]
+
+
+def kubernetes() -> list[dict]:
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
-    service, job = yaml.safe_load_all(text)
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    nodes = next(a for a in container["args"] if a.startswith("--nnodes="))
-    assert job["spec"]["completions"] == int(nodes.split("=")[1]) == job["spec"]["parallelism"]
-    endpoint = next(a for a in container["args"] if a.startswith("--rdzv-endpoint="))
-    assert endpoint.split("=")[1].startswith(f"{job['metadata']['name']}-0.")
-    assert service["metadata"]["name"] == job["spec"]["template"]["spec"]["subdomain"]
-    assert commands(" ".join([*container["command"], *container["args"]])) == ["train pocket"]
+    return list(yaml.safe_load_all(text))
+
+
+def number_in(text: str, option: str) -> int:
+    return int(re.search(rf"--{option}[= ](\d+)", text)[1])
+
+
+@pytest.mark.parametrize("file", ["slurm", "kubernetes"])
+def test_the_runs_of_the_guide_can_be_divided_among_their_ranks(in_process, data_set, file):
+    if file == "slurm":
+        command = slurm_script().replace("\\\n", " ")
+        n_nodes = number_in(command, "nodes")
+    else:
+        (container,) = kubernetes()[-1]["spec"]["template"]["spec"]["containers"]
+        command = " ".join([*container["command"], *container["args"]])
+        n_nodes = number_in(command, "nnodes")
+    (run,) = re.findall(r"torchrun .*-m stackproof (train .*?)(?:&|$)", command, re.MULTILINE)
+    arguments = shlex.split(run)
+    assert "--auto-resume" in arguments and "--run-dir" in arguments
+    arguments[arguments.index("--data") + 1] = data_set
+    n_ranks = n_nodes * number_in(command, "nproc-per-node")
+    code, found = in_process(*arguments, "--nproc", n_ranks, "--dry-run")
+    assert code == 0, found
+    ranks = found["derived"]["ranks"]
+    assert (ranks["world_size"], ranks["fits"]) == (16, True)
+    assert in_process("train", "pocket", "--nproc", n_ranks, "--dry-run")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    """A small folder that `stack data build` has written, with the vocabulary of its recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "t.txt").write_text("\n".join(f"line {n} of a small corpus" for n in range(60)))
+    files = Files(paths=(str(folder / "t.txt"),), documents="line")
+    cfg = DataConfig(corpus=files, tokenizer=ByteTokenizer())
+    return str(prepare(cfg, cache_dir=folder / "cache").directory)
 
 
 def test_the_settings_of_the_guide_are_those_of_the_configuration():
@@ -150,8 +381,3 @@ def test_the_settings_of_the_guide_are_those_of_the_configuration():
     declared = tomllib.loads(text)["parallel"]
     fixed = {f"parallel.{name}": (value, "guide") for name, value in declared.items()}
     assert load_config(recipe("pocket"), fixed=fixed)[0] == recipe("pocket")
-
-
-def commands(text: str) -> list[str]:
-    """Verb and recipe of each run of the stack in a script."""
-    return [" ".join(found) for found in re.findall(r"-m stackproof (\w+) (\w+)", text)]

@@ -151,6 +151,9 @@ RING = Cluster(
         ("all-gather", MeshSizes(2, 8, 1), "replicate", 2 + 400 / 10),
         ("all-gather", MeshSizes(1, 8, 2), "shard", 7 * 2 + 700 / 10),
         ("all-gather", MeshSizes(1, 8, 2), "tensor", 2 + 400 / 100),
+        # Groups of three do not fill nodes of eight, so that one lies on two of them.
+        ("all-gather", MeshSizes(4, 3, 1), "shard", 2 * 2 + 800 * 2 / 3 / 10),
+        ("all-gather", MeshSizes(2, 3, 1), "shard", 2 * 2 + 800 * 2 / 3 / 100),
     ],
 )
 def test_time_of_an_operation_is_that_of_a_ring(operation, sizes, dimension, expected_s):

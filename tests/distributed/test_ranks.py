@@ -1,21 +1,21 @@
 """Operations of a process group, and how ranks end together."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGTERM
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from stackproof.distributed import process_group
+from stackproof.distributed import failure, process_group
 from stackproof.distributed.launch import exit_code, first_lost
+from stackproof.distributed.process_group import joined
 from stackproof.distributed.ranks import ONE_PROCESS
+from stackproof.distributed.started import Ended
 from stackproof.distributed.starts import common_start
-from stackproof.spec.errors import RankLost
+from stackproof.spec.errors import RankLost, StackproofError
+from tests.distributed.jobs import CPU, configuration
 
 RUN = Path("RUN")
 
@@ -91,23 +91,11 @@ def test_a_rank_that_does_not_join_is_named(rank, missing):
         common_start(store, rank, 3, timedelta(seconds=0.2))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a rank")
-@pytest.mark.parametrize("after", [10, 1])
-def test_a_rank_whose_launcher_ended_before_it_was_watched_ends(monkeypatch, after):
-    parents, asked = iter([10, after]), []
-    library = SimpleNamespace(prctl=lambda *given: asked.append(given))
-    monkeypatch.setattr(process_group.ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr(process_group.os, "getppid", lambda: next(parents))
-    with pytest.raises(RankLost, match="launcher") if after != 10 else nullcontext():
-        process_group._end_with_launcher()
-    assert asked == [(1, SIGTERM)]
-
-
 @pytest.mark.parametrize(
     ("codes", "wanted"),
     [
         ([4, 7], 4),
-        ([-9, 75], 7),  # killed; the agent has ended the other one by SIGTERM
+        ([-9, 75], 7),  # killed; the other one has ended because of it
         ([7, -9], 7),
         ([75, 75], 75),
         ([-15, -9], 75),  # before it handled signals
@@ -120,16 +108,64 @@ def test_the_exit_code_of_a_launch_is_that_of_the_rank_that_ended_first(codes, w
 
 
 @pytest.mark.parametrize(
-    ("codes", "lost", "named", "code", "where"),
+    ("codes", "told", "code", "where"),
     [
-        ({1: -9}, 1, "SIGKILL", 7, "RUN/ranks/00001/output.log"),
-        ({1: 3, 0: -15}, 1, "exit code 3", 3, "RUN/ranks/00001/output.log"),  # ended by the agent
-        ({2: -9, 0: 75}, 2, "SIGKILL", 7, "RUN/ranks/00002/output.log"),
-        ({0: -11, 1: 7}, 0, "SIGSEGV", 7, "RUN/ranks;"),  # it had the terminal
+        ({1: -9}, "rank 1 (pid 101) was ended by SIGKILL", 7, "RUN/ranks/00001/output.log"),
+        ({1: 3, 0: -15}, "rank 1 (pid 101) ended with exit code 3", 3, "RUN/ranks/00001/"),
+        ({2: -9, 0: 75}, "rank 2 (pid 102) was ended by SIGKILL", 7, "RUN/ranks/00002/"),
+        ({0: -11, 1: 7}, "rank 0 (pid 100) was ended by SIGSEGV", 7, "RUN/ranks,"),  # the terminal
     ],
 )
-def test_the_first_lost_rank_is_named_if_rank_0_cannot(codes, lost, named, code, where):
-    error = first_lost(codes, RUN)
-    assert error.exit_code == code and error.what.startswith(f"rank {lost} ended")
-    assert named in error.value and where in error.next_step
-    assert first_lost({1: 7, 0: 7}, RUN) is None  # rank 0 has named it
+def test_the_first_lost_rank_is_named_if_rank_0_cannot(codes, told, code, where):
+    error = first_lost(ends(codes), RUN, 3)
+    assert error.exit_code == code and error.what.startswith(f"{told}, ")
+    assert where in error.next_step and error.next_step.endswith(", then give the command again")
+    assert first_lost(ends({1: 7, 0: 7}), RUN, 2) is None  # rank 0 has named it
+    assert first_lost([], RUN, 2) is None
+
+
+def ends(codes: dict[int, int]) -> list[Ended]:
+    return [Ended(rank, 100 + rank, code) for rank, code in codes.items()]
+
+
+def test_a_rank_without_the_store_of_its_launcher_ends_after_the_timeout(monkeypatch):
+    """By default torch tries for half an hour."""
+    given = []
+
+    def refused(url, timeout):
+        given.append((url, timeout))
+        raise dist.DistNetworkError("connection refused")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(process_group, "end_with_launcher", lambda: None)
+    monkeypatch.setattr(dist, "rendezvous", refused)
+    cfg = configuration({}, {"parallel.timeout_s": 5})
+    with pytest.raises(RankLost, match="launcher of the ranks does not answer"), joined(cfg, CPU):
+        pass
+    assert given == [("env://", timedelta(seconds=5))]
+
+
+@pytest.fixture
+def survivor(monkeypatch, tmp_path):
+    """What rank 1 of four has, whose operation has failed, in a run that `launch` has started."""
+    monkeypatch.setenv("STACKPROOF_RESTARTS", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(failure, "SURVIVORS_S", 0.0)
+    shared = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.PrefixStore("start", shared)
+    store.set(failure.place_of(2), "step 39, train step")
+    (tmp_path / "run.json").touch()
+    return SimpleNamespace(rank=1, world_size=4, store=store, run_dir=tmp_path)
+
+
+def test_a_survivor_that_names_another_rank_is_not_blamed(survivor):
+    """It has announced nothing, and the others look for the cause themselves."""
+    found = failure.find(survivor)
+    assert "of which one at least is lost: rank 0 at start, rank 2 at step 39" in found.what
+    failure.announce(survivor.store, 1, found)
+    assert failure.ended(survivor.store, 1) is None
+    failure.announce(survivor.store, 1, StackproofError("the disk is full"))
+    assert failure.ended(survivor.store, 1)["what"] == "the disk is full"
+    for rank in (0, 3):
+        survivor.store.set(f"stackproof/alive/{rank}", b"1")
+    assert "without an answer: rank 2 at step 39, train step\n" in str(failure.find(survivor))

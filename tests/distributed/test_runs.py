@@ -7,9 +7,11 @@ import pytest
 
 from stackproof.cli import main, output
 from stackproof.config import load_config
+from stackproof.distributed.started import RESTARTS
+from stackproof.evidence.file_lock import file_lock
 from stackproof.replay.certificate import LOSS_REL_MAX
 from stackproof.spec.canonical import canonical_json, sha256_json
-from stackproof.spec.errors import ConfigError
+from stackproof.spec.errors import ConfigError, UsageError
 from stackproof.spec.rank_log import rank_table
 from stackproof.spec.series import parse_series
 from stackproof.train import checkpoint, restart
@@ -153,6 +155,18 @@ def test_inspect_shows_the_mesh_and_the_ranks(whole_run, capsys, monkeypatch):
     assert "Mesh: replicate 1 × shard 2 × tensor 1" in text
     (row,) = [line for line in text.splitlines() if line.startswith("1     0, 1, 0")]
     assert row.split()[-1] == f"{shown['ranks'][1]['exposed_frac']:.3g}"
+    assert "no step was profiled" not in text
+
+
+def test_inspect_states_why_a_short_run_has_no_shares(whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    log = folder / "ranks.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(line for line in lines if b"own_s" not in line))
+    with pytest.raises(SystemExit):
+        main(["inspect", str(folder)])
+    text = capsys.readouterr().out
+    assert "no step was profiled" in text and "parallel.compare_every" in text
 
 
 def test_a_restart_does_not_continue_the_run_of_another_command(
@@ -160,7 +174,7 @@ def test_a_restart_does_not_continue_the_run_of_another_command(
 ):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     former = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv(RESTARTS, "1")
     with pytest.raises(SystemExit) as ended:
         main(["train", "pocket", "--set", "optim.lr=0.5", "--run-dir", str(folder)])
     told = capsys.readouterr().err
@@ -177,7 +191,9 @@ def test_a_restart_continues_a_run_of_its_configuration_and_parent(cfg, whole_ru
         restart.is_begun(folder, changed(cfg, "optim.lr", 0.5), None)
     # The run is no child, so that a child's command has not begun it: it is left alone.
     shutil.rmtree(folder / "checkpoints")
-    assert not restart.is_begun(folder, cfg, whole_run) and document.exists()
+    with pytest.raises(ConfigError, match="another parent"):
+        restart.is_begun(folder, cfg, whole_run)
+    assert document.exists()
 
 
 def test_a_child_without_a_checkpoint_begins_again(cfg, whole_run, tmp_path):
@@ -186,8 +202,12 @@ def test_a_child_without_a_checkpoint_begins_again(cfg, whole_run, tmp_path):
     shutil.rmtree(unsaved / "checkpoints")
     with pytest.raises(ConfigError, match=r"differs in optim\.lr\n"):
         restart.is_begun(unsaved, changed(cfg, "optim.lr", 0.5), whole_run)
-    assert restart.is_begun(saved, cfg, whole_run) and not restart.is_begun(saved, cfg, None)
+    assert restart.is_begun(saved, cfg, whole_run)
+    with pytest.raises(ConfigError, match="another parent"):
+        restart.is_begun(saved, cfg, None)
     assert (saved / "run.json").exists() and (unsaved / "run.json").exists()
+    with file_lock(unsaved, "run"), pytest.raises(UsageError, match="another run is writing"):
+        restart.is_begun(unsaved, cfg, whole_run)
     assert not restart.is_begun(unsaved, cfg, whole_run) and not (unsaved / "run.json").exists()
 
 

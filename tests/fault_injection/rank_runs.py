@@ -22,8 +22,9 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from stackproof.distributed import launch
+from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
+from stackproof.distributed.parent import LAUNCHER as LAUNCHER_PID
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.spec.errors import RankLost
 from stackproof.train import loop
@@ -187,12 +188,13 @@ def launched(
 
     class Forked(SubprocessHandler):
         def _popen(self, args: tuple, env: dict[str, str]) -> Rank:
-            attempt = int(env.get(launch.RESTARTS, 0)) + int(env["TORCHELASTIC_RESTART_COUNT"])
+            attempt = int(env.get(started.RESTARTS, 0)) + int(env["TORCHELASTIC_RESTART_COUNT"])
             rank = int(env["RANK"])
             if attempt == len(attempts):
                 attempts.append([])
             chosen = fault if fault and (fault.of, 0) == (rank, attempt) else None
             env |= _environment(folder, attempt, chosen)
+            env.pop(LAUNCHER_PID, None)  # these are children of a server of forks
             command = args[args.index("stackproof") + 1 :]
             begun = Command(*command, folder=folder, environment=env, code=code)
             _state_pid(folder, f"{attempt}-{rank}", begun.process.pid)
@@ -213,7 +215,7 @@ def launched(
 
 def _launch(command: Sequence[str], folder: Path, restarts: int) -> int:
     try:
-        return launch.launch(command, 2, folder / "run", max_restarts=restarts)
+        return launch.launch(command, 2, folder / "run", max_restarts=restarts, note=print)
     except RankLost as e:
         return e.exit_code
 
@@ -286,7 +288,7 @@ def _targets() -> list[str]:
 def arm() -> None:
     """Begin to count in this rank, with the fault of its environment, and log the rows it draws."""
     faults = file_calls.arm(RankFaults)
-    log = Path(faults.below).parent / f"calls-{launch.restarts()}-{launch.rank()}"
+    log = Path(faults.below).parent / f"calls-{started.restarts()}-{started.rank()}"
     util.Finalize(None, lambda: log.write_text(json.dumps(faults.seen)), exitpriority=1)
     for name in COLLECTIVES:
         setattr(dist, name, _counted(faults, name, getattr(dist, name)))

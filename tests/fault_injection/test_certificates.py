@@ -22,7 +22,7 @@ from stackproof.replay.certificate import (
     reasons_against,
     rows_by_source,
 )
-from stackproof.spec.errors import EnvironmentUnfit, RankLost
+from stackproof.spec.errors import EnvironmentUnfit, RankLost, StackproofError
 from stackproof.spec.records import read_record
 from tests.cli.conftest import tiny
 from tests.fault_injection.scale import STRESS
@@ -68,6 +68,29 @@ def test_the_bound_is_that_of_the_precision(tmp_path, monkeypatch, dtype):
     plan = {"steps": 24, "kills": 1, "sets": (f"train.dtype={dtype}",), "run_dir": tmp_path / "c"}
     found, _ = certificate.certify(recipe("pocket"), **plan, processes=Processes(1, 2))
     assert found == Processes(1, 2, half=dtype == "bfloat16")
+
+
+@pytest.mark.parametrize(("said", "code"), [("error: gate x failed: 0.02\\n  got 3", 4), ("", -9)])
+def test_a_run_that_fails_is_the_error_and_nothing_is_compared(tmp_path, monkeypatch, said, code):
+    ends = f"import os; print('{said}', flush=True); "
+    ends += f"os._exit({code})" if code > 0 else f"os.kill(os.getpid(), {-code})"
+    monkeypatch.setattr(certificate, "_stack", lambda n, *given: [sys.executable, "-c", ends])
+    plan = {"steps": 24, "kills": 1, "sets": (), "run_dir": tmp_path / "c"}
+    with pytest.raises(StackproofError) as raised:
+        certificate.certify(recipe("pocket"), **plan)
+    record = read_record(tmp_path / "c" / "metadata.json")
+    wanted = code if code > 0 else RankLost.exit_code
+    assert (record.status, record.exit_code, raised.value.exit_code) == ("failed", wanted, wanted)
+    cause = "gate x failed: 0.02" if said else "it has stated no error"
+    assert raised.value.what == record.end_reason and raised.value.what.endswith(f": {cause}")
+    assert "nothing was compared" in record.end_reason
+    assert "straight.log" in raised.value.next_step and not (tmp_path / "c/killed.log").exists()
+
+
+def test_a_run_that_does_not_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificate, "DEADLINE_S", 0.01)
+    with pytest.raises(RankLost, match="did not end within"):
+        certificate._finish([sys.executable, "-c", WITHOUT_LAUNCHER], tmp_path / "straight")
 
 
 def test_one_differing_tensor_counts_on_one_number_of_processes_alone():

@@ -169,6 +169,32 @@ def test_each_process_of_a_run_is_stated_in_the_record(cfg, tmp_path):
     assert not [t for t in record.not_covered if "steps 1" in t or "steps 7" in t]
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        (
+            {"world_size": 2, "mesh_replicate": 1, "mesh_shard": 2, "mesh_tensor": 1},
+            {"world_size": 1},
+            "steps 1 to 4 were taken by 2 ranks, now 1: mesh_shard 2, now 1; world_size 2, now 1",
+        ),
+        (
+            {"world_size": 1},
+            {"world_size": 2, "mesh_replicate": 2, "mesh_shard": 1, "mesh_tensor": 1},
+            "steps 1 to 4 were taken by 1 ranks, now 2: mesh_replicate 1, now 2; world_size 1, "
+            "now 2",
+        ),
+    ],
+)
+def test_another_number_of_ranks_is_stated_in_the_record(then, now, told):
+    """One process states no mesh."""
+    code = {"dirty": False}
+    document = {"environment": then, "code": code}
+    record = SimpleNamespace(environment=now, code=SimpleNamespace(model_dump=lambda: code))
+    record.not_covered = ()
+    processes = [restart.process_of(record, document, 4)]
+    assert restart.state_processes(record, document, processes) == (told,)
+
+
 def test_unknown_processes_stay_unknown(interrupted):
     """A checkpoint of before processes were stated."""
     folder = checkpoint.find(interrupted)

@@ -1,5 +1,6 @@
 """Checkpoints written behind training: the same files, later; and nothing lost when one fails."""
 
+import errno
 import json
 import threading
 
@@ -10,7 +11,7 @@ from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import CheckpointError
 from stackproof.spec.records import read_record
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, checkpoint_folders
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from stackproof.train.trainer import Callback
@@ -129,3 +130,18 @@ def test_two_failures_at_once_are_both_told(cfg, tmp_path, monkeypatch):
         "the checkpoint of step 3 could not be written"
     )
     assert read_record(tmp_path / "run/metadata.json").end_reason == "RuntimeError: something else"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ENOSPC])
+def test_a_refused_save_states_what_refused_it_and_a_step_that_is_there(tmp_path, begun, number):
+    """A run can be continued from run.json on."""
+    root = tmp_path / "checkpoints"
+    if begun:
+        (tmp_path / "run.json").touch()
+    error = checkpoint_folders.not_written(root, 3, OSError(number, "refused"))
+    limited = number == errno.EFBIG
+    assert ("ulimit -f" in error.value) == limited and ("bytes free" in error.value) != limited
+    solved = "raise the limit" if limited else "free space"
+    again = f"stack train --resume {tmp_path}" if begun else "give the command again"
+    assert error.next_step == f"{solved}, then {again}"

@@ -208,3 +208,13 @@ def test_an_unknown_kernel_is_refused_with_the_nearest_name_first(text, what, al
         allowed
     )
     assert f"--set {text}" in str(caught.value.value)
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "foo", "1.5", "true"])
+def test_all_that_shard_allows_is_stated(value):
+    with pytest.raises(ConfigError, match="auto or a whole number of at least 1") as raised:
+        load_config(recipe("pocket"), sets=(f"parallel.shard={value}",))
+    assert str(raised.value).startswith("parallel.shard: ")
+    for allowed in ("auto", 2):
+        cfg, _ = load_config(recipe("pocket"), sets=(f"parallel.shard={allowed}",))
+        assert cfg.parallel.shard == allowed

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="pip install 'stackproof[hf]'")
 
 from stackproof.contracts.adapters import FOREIGN_RANK_EVENTS
 from stackproof.contracts.callbacks import ranks
-from stackproof.contracts.callbacks.rank_watch import RowLedger
+from stackproof.contracts.callbacks.rank_watch import RowLedger, odd_ranks
 from stackproof.contracts.callbacks.repeat import (
     Call,
     StepRepeat,
@@ -81,7 +81,8 @@ PLANTS = {
     "not connected": ("distributed.ranks", 0, "2 processes were started"),
     "own weights": ("distributed.replicas", 0, "weights.model.embed_tokens.weight"),
     "moved on one": ("distributed.replicas", 1, "weights.model.embed_tokens.weight"),
-    "moved before a save": ("checkpoint.reloads", 2, "two processes hold 1 other tensor"),
+    "moved before a save": ("distributed.replicas", 2, "weights.model.embed_tokens.weight"),
+    "moved, not compared": ("checkpoint.reloads", 2, "two processes hold 1 other tensor"),
     "same rows": ("distributed.rows", 4, "8 on more than one rank"),
     "own order": ("distributed.rows", 8, "on more than one rank"),
     "never reduced": ("distributed.one-process-step", 1, "the gradient of 20 tensors"),
@@ -98,6 +99,19 @@ def test_a_plant_ends_all_ranks_with_its_gate(both, name):
         assert found["red"] == {gate: step}
         assert found["error"].startswith(f"GateFailed: gate {gate} failed")
         assert text in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ((1, 2, 1), " on rank 1"),
+        ((1, 2, 3, 1, 1), " on rank 1, 2"),
+        ((1, 2), ""),
+        ((1, 1, 2, 2), ""),
+    ],
+)
+def test_ranks_that_differ_from_most_are_named(values, named):
+    assert odd_ranks("w", [{"w": value, "v": 0} for value in values]) == named
 
 
 def test_what_is_red_on_one_rank_ends_all_with_its_number(both):
