@@ -9,6 +9,7 @@ from typing import Any
 
 LINES, DOCUMENT = ".jsonl", ".json"
 HASH, SIZE = ".sha256", ".bytes"
+ENVIRONMENT = "::.environment."  # of the process, which forked ones take over from its parent
 PLACE = "PLACE"  # what the path of the folder is replaced by
 # Files that only state or show what was computed. A mutant that changes no other file changes no
 # weight, score, sample, log of losses, or prepared datum.
@@ -86,7 +87,8 @@ class Reference:
 
     def differing(self, found: Fruits) -> list[str]:
         """Sorted keys whose values differ from those of the clean runs."""
-        return [k for k in _differing(self.fruits, found) if _any_place(k) not in self.volatile]
+        differing = (k for k in _differing(self.fruits, found) if ENVIRONMENT not in k)
+        return [k for k in differing if _any_place(k) not in self.volatile]
 
 
 def _differing(one: Fruits, other: Fruits) -> list[str]:
@@ -94,5 +96,7 @@ def _differing(one: Fruits, other: Fruits) -> list[str]:
 
 
 def is_statement(key: str) -> bool:
-    """Whether a value only states or shows what was computed."""
-    return key.split("::")[0].rsplit("/", 1)[-1] in STATEMENTS
+    """Whether a value only states what was computed; in a checkpoint, the state of gates."""
+    file, _, place = key.partition("::")
+    name = file.rsplit("/", 1)[-1]
+    return name in STATEMENTS or (name == "state.json" and place.startswith(".gates."))
