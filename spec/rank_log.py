@@ -8,7 +8,8 @@ from statistics import median
 from typing import Any
 
 FILE = "ranks.jsonl"
-FIGURES = ("step_s", "own_s", "communication_frac", "exposed_frac")
+PEAK = "peak_memory_bytes"
+FIGURES = ("step_s", "own_s", "communication_frac", "exposed_frac", PEAK)
 
 
 def over_ranks(values: Sequence[float]) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def over_ranks(values: Sequence[float]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class RankTable:
     """The ranks since the last start of the processes. `ranks` are their facts, and `figures` their
-    medians over the lines, by name, in order of rank; `n_profiled` counts the profiled steps.
+    medians over the lines, of memory the maximum, by name, in order of rank; `n_profiled` counts
+    the profiled steps.
     """
 
     mesh: Mapping[str, int]
@@ -62,6 +64,7 @@ def rank_table(lines: Iterable[Mapping[str, Any]]) -> RankTable | None:
         if any(len(of_ranks) != len(start["ranks"]) for of_ranks in values):
             raise ValueError(f"{name} has another number of ranks than the mesh")
         if values:
-            figures[name] = [median(map(float, of_rank)) for of_rank in zip(*values)]
+            over_lines = max if name == PEAK else median
+            figures[name] = [over_lines(map(float, of_rank)) for of_rank in zip(*values)]
     n_profiled = sum(bool(line.get("own_s")) for line in found)
     return RankTable(start["mesh"], start["ranks"], figures, n_profiled)

@@ -124,6 +124,7 @@ class RankLine(Line):
     own_s: OverRanks | None = None
     communication_frac: OverRanks | None = None
     exposed_frac: OverRanks | None = None
+    peak_memory_bytes: OverRanks | None = None
 
 
 class Red(Line):

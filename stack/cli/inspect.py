@@ -88,7 +88,8 @@ def _print_ranks(table: RankTable) -> None:
         ]
         for row in table.rows()
     ]
-    columns = ["rank", "place", "device", "step, s", "own, s", "communication", "exposed"]
+    figures = ["step, s", "own, s", "communication", "exposed", "peak, bytes"]
+    columns = ["rank", "place", "device", *figures]
     print_table(f"Mesh: {mesh}", columns, rows)
     if not table.n_profiled:
         print_line(

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ OTHER_KERNELS = (
     "use a machine that has it, or stack train --fork DIR, which chooses kernels for this one"
 )
 PRODUCT_SIZE, PRODUCT_ROUNDS = 384, 5
+PROCESS_STATUS = Path("/proc/self/status")
 # Of the float32 rate: native units reach 1 to 4 times that rate, emulation 0.04 to 0.1.
 LEAST_SHARE = 0.5
 
@@ -37,6 +39,19 @@ def resolve_device(name: str) -> torch.device:
     # cuBLAS is deterministic only with a fixed workspace, and reads this when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has held so far, bytes: allocated on a GPU; on a CPU resident,
+    under Linux, and None elsewhere.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not PROCESS_STATUS.is_file():
+        return None
+    # Not ru_maxrss: that of a forked process begins with the size of its parent.
+    lines = PROCESS_STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 @contextmanager

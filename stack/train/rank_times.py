@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 from stackproof.distributed.communication import Communication, profiled
-from stackproof.spec.rank_log import FILE, over_ranks
+from stackproof.spec.rank_log import FILE, PEAK, over_ranks
+from stackproof.train.device import peak_memory_bytes
 from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, RestartPoint, Trainer
 
@@ -70,9 +71,12 @@ class RankTimes(Callback):
     def _log(self, trainer: Trainer, step: int, own: Communication | None) -> None:
         """Write what all ranks have measured since the last line, and choose the next step."""
         wall_s = median(self.walls_s) if self.walls_s else own.step_s
-        found = trainer.state.ranks.gathered((wall_s, own, self.reading_s))
-        walls, profiles, reading = zip(*found)
+        peak = peak_memory_bytes(trainer.state.device)
+        found = trainer.state.ranks.gathered((wall_s, own, self.reading_s, peak))
+        walls, profiles, reading, peaks = zip(*found)
         figures = {"step_s": over_ranks(walls)}
+        if None not in peaks:
+            figures[PEAK] = over_ranks(peaks)
         if own is not None:
             figures |= {
                 name: over_ranks([getattr(profile, name) for profile in profiles])

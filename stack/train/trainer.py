@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from stackproof.config import RunConfig
 from stackproof.contracts.coherence import Coherence
 from stackproof.contracts.events import StateCompared
@@ -36,6 +34,7 @@ from stackproof.spec.gates import Gate
 from stackproof.spec.records import Artefact, Record
 from stackproof.train import checkpoint, checkpoint_folders, checkpoint_writer
 from stackproof.train.checkpoint_format import Process
+from stackproof.train.device import peak_memory_bytes
 from stackproof.train.run_dir import SERIES, RunDir
 from stackproof.train.signals import StoppedAtOnce, uninterrupted
 from stackproof.train.state import TrainState, differing, state_checksums
@@ -416,7 +415,7 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
             metric("trace_overhead_frac", trainer.timer.paused_s / process_s, "1", better="lower")
         _record_ranks(trainer)
         if state.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(state.device)
+            peak = peak_memory_bytes(state.device)
             metric("peak_device_memory_bytes", peak, "bytes", better="lower")
     if (val := trainer.evaluation) is not None:
         nats, bits = val.loss_nats, val.bits_per_byte

@@ -3,7 +3,7 @@
 import pytest
 
 from stackproof.distributed.communication import Communication, Event, operators, seconds, shares
-from stackproof.spec.rank_log import over_ranks, rank_table
+from stackproof.spec.rank_log import PEAK, over_ranks, rank_table
 from stackproof.train.rank_times import facts_of, seldom_enough
 
 S = 10**9
@@ -87,6 +87,12 @@ def test_the_table_holds_medians_since_the_last_start():
     assert table.rows() == [{"rank": 0, "own_s": 2.0}, {"rank": 1, "own_s": 4.0}]
     assert table.n_profiled == 3 and table.slowest_rank_ratio == 2.0
     assert rank_table([]) is None
+
+
+def test_the_peak_of_a_rank_is_the_highest_of_its_lines():
+    peaks = [[5, 1], [5, 4], [6, 4]]
+    lines = [times(i, [1.0, 1.0]) | {PEAK: over_ranks(peak)} for i, peak in enumerate(peaks)]
+    assert rank_table([MESH, *lines]).figures[PEAK] == [6.0, 4.0]
 
 
 @pytest.mark.parametrize("lines", [[times(1, [1.0])], [MESH, times(1, [1.0])]])

@@ -154,7 +154,9 @@ def test_inspect_shows_the_mesh_and_the_ranks(whole_run, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "Mesh: replicate 1 × shard 2 × tensor 1" in text
     (row,) = [line for line in text.splitlines() if line.startswith("1     0, 1, 0")]
-    assert row.split()[-1] == f"{shown['ranks'][1]['exposed_frac']:.3g}"
+    own = shown["ranks"][1]
+    assert row.split()[-2:] == [f"{own[n]:.3g}" for n in ("exposed_frac", "peak_memory_bytes")]
+    assert own["peak_memory_bytes"] > 50e6, "torch alone takes more"
     assert "no step was profiled" not in text
 
 

@@ -393,3 +393,24 @@ def test_attention_is_left_out_of_what_is_compared(ratio, small_cfg):
     assert whole - short == 12 * 3 * 32 * 64 // 2, (
         "twelve products of the width per further visible key and layer, half of them seen"
     )
+
+
+@pytest.mark.skipif(not device.PROCESS_STATUS.is_file(), reason="Linux states it")
+def test_peak_memory_of_a_process_grows_with_what_it_holds_and_stays():
+    before = device.peak_memory_bytes(CPU)
+    n_bytes = before + 2**26  # more than was ever held
+    held = torch.ones(n_bytes, dtype=torch.uint8)
+    peak = device.peak_memory_bytes(CPU)
+    assert before < n_bytes < peak
+    del held
+    assert device.peak_memory_bytes(CPU) > n_bytes
+
+
+def test_peak_memory_on_a_gpu_is_what_torch_allocated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda of: {"cuda": 7}[of.type])
+    assert device.peak_memory_bytes(torch.device("cuda")) == 7
+
+
+def test_peak_memory_is_not_known_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "PROCESS_STATUS", tmp_path / "status")
+    assert device.peak_memory_bytes(CPU) is None
