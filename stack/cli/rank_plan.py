@@ -37,8 +37,9 @@ def planned(
         error = e.errors()[0]
         name = ".".join(map(str, error["loc"]))
         fields = (f"{n} ({field.description})" for n, field in Cluster.model_fields.items())
+        unknown = error["type"] == "extra_forbidden"
         raise UsageError(
-            f"--assume {name}: {error['msg']}",
+            f"--assume {name}: {'there is no such assumption' if unknown else error['msg']}",
             value=f"{name}={changes[name]}",
             allowed=", ".join(fields),
             next_step="--assume NAME=VALUE",

@@ -66,7 +66,7 @@ def test_a_slow_mesh_and_meshes_that_are_not_shown_are_stated(stack):
     [
         (("--nproc", 1024, "--dry-run"), "cannot be dealt evenly"),
         (("--nproc", 4, "--dry-run", "--set", "parallel.tensor=3"), "has not as many ranks"),
-        (("--nproc", 4, "--dry-run", "--assume", "color=1"), "--assume color"),
+        (("--nproc", 4, "--dry-run", "--assume", "color=1"), "there is no such assumption"),
         (("--nproc", 4, "--dry-run", "--assume", "memory_bytes=much"), "--assume memory_bytes"),
         (("--nproc", 4, "--dry-run", "--assume", "memory_bytes=-1"), "--assume memory_bytes"),
         (("--nproc", 4, "--dry-run", "--assume", "latency_s=inf"), "--assume latency_s"),
