@@ -17,7 +17,6 @@ from stackproof.config import (
     TrainConfig,
     Wsd,
 )
-from stackproof.data.manifest import read_manifest
 from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.formulas import parameter_count
 
@@ -92,6 +91,8 @@ def corpus_of(built: Path) -> Corpus:
     """Vocabulary and training tokens of a folder written by `stack data build`.
     Raises DataError for any other folder.
     """
+    from stackproof.data.manifest import read_manifest  # not in the light install
+
     path = built / "manifest.json"
     try:
         manifest = read_manifest(path)

@@ -24,7 +24,6 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 from stackproof.distributed import launch, started
 from stackproof.distributed.output import output_of
-from stackproof.distributed.parent import LAUNCHER as LAUNCHER_PID
 from stackproof.distributed.ranks import ProcessGroup
 from stackproof.spec.errors import RankLost
 from stackproof.train import loop
@@ -32,7 +31,7 @@ from tests.distributed.rows import logged, rows_of
 from tests.fault_injection import file_calls
 from tests.fault_injection.runs import assert_same_end, training
 from tests.fault_injection.scale import SEED, STRESS
-from tests.processes import STACK, Command, Done
+from tests.processes import STACK, Command, Done, server
 
 LEFT_OUT = "distributed.stragglers"  # other work on the machine can make a rank slow
 # Further settings of the runs that are disturbed: each layout of checkpoints is one line.
@@ -194,7 +193,6 @@ def launched(
                 attempts.append([])
             chosen = fault if fault and (fault.of, 0) == (rank, attempt) else None
             env |= _environment(folder, attempt, chosen)
-            env.pop(LAUNCHER_PID, None)  # these are children of a server of forks
             command = args[args.index("stackproof") + 1 :]
             begun = Command(*command, folder=folder, environment=env, code=code)
             _state_pid(folder, f"{attempt}-{rank}", begun.process.pid)
@@ -205,6 +203,7 @@ def launched(
             os.kill(self.proc.pid, death_sig or signal.SIGTERM)
 
     _state_pid(folder, f"0-{LAUNCHER}", os.getpid())
+    server()  # it would inherit the variables of the launcher
     with _own_settings(lambda **given: Forked(**given), closing_s):
         if torchrun:
             ended = _torchrun(command, restarts)

@@ -3,18 +3,22 @@
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from stackproof.cli import main, output
 from stackproof.config import Cosine
+from stackproof.mutation import scenarios
 from stackproof.mutation.fruits import Reference, fruits_of, is_statement
 from stackproof.mutation.mutate import OUTCOMES, mutate, survey
 from stackproof.mutation.report import by, tally, wilson
 from stackproof.mutation.sites import Mutant, draw, mutants_of
 from stackproof.mutation.trial import Scenario, trials
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
+from stackproof.spec.records import read_record
 from stackproof.train import schedule
 
 WARM_UP, MAX_STEPS, PEAK = 4, 12, 1.0
@@ -171,6 +175,29 @@ def test_values_that_clean_runs_differ_in_are_not_compared(tmp_path):
     assert not is_statement("run/checkpoints/step-6/state.json::.stopper.best")
     assert is_statement("run/metadata.json::.claim")
     assert not is_statement("run/metrics.jsonl::[0].loss")
+
+
+def test_a_draw_leaves_a_record_and_prints_its_survivors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scenarios, "scenarios", lambda texts, verb, names: [SCENARIO])
+    arguments = ["gates", "mutate", "--n", "12", "--seed", "5", "--run-dir", str(tmp_path / "r")]
+    monkeypatch.setattr(output, "_emitted", False)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    record = read_record(tmp_path / "r/metadata.json")
+    rows = [json.loads(line) for line in (tmp_path / "r/mutants.jsonl").read_text().splitlines()]
+    assert (record.kind, record.config["seed"], len(rows)) == ("mutation", 5, 12)
+    counts = Counter(row["outcome"] for row in rows)
+    assert {o: record.metrics[f"n_{o}"].value for o in OUTCOMES} == {o: counts[o] for o in OUTCOMES}
+    assert "Mutants, seed 5" in text and text.count("survivor: ") == counts["survivor"] > 0
+
+
+def test_an_unknown_configuration_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(output, "_emitted", False)
+    with pytest.raises(SystemExit) as ended:
+        main(["gates", "mutate", "--config", "other", "--json"])
+    assert ended.value.code == 2 and "bfloat16" in json.loads(capsys.readouterr().out)["allowed"]
 
 
 def test_rates_count_what_raised_no_error(judged):
