@@ -201,11 +201,11 @@ def odd_ranks(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     """The ranks that hold another value of a part than most of them do; empty where no value is
     that of most ranks, as on two.
     """
-    values = [repr(one.get(name)) for one in found]
-    common, n = Counter(values).most_common(1)[0]
+    values = {rank: repr(one[name]) for rank, one in enumerate(found) if name in one}
+    common, n = Counter(values.values()).most_common(1)[0]
     if 2 * n <= len(values):
         return ""
-    return f" on rank {', '.join(str(r) for r, v in enumerate(values) if v != common)}"
+    return f" on rank {', '.join(str(r) for r, v in values.items() if v != common)}"
 
 
 def identity(trained: Trained, session: Session) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def launch(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
     os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.pop(LOST_RANK, None)
     try:
         for restart in range(max_restarts + 1):
             os.environ[RESTARTS] = str(restart)
@@ -55,7 +56,8 @@ def launch(
     except SignalException as e:
         return _stopped_by(e.sigval)
     finally:
-        del os.environ[LAUNCHER]  # other launchers may be started from here
+        for name in (LAUNCHER, RESTARTS, LOST_RANK):  # other launchers may be started from here
+            os.environ.pop(name, None)
     if error := first_lost(failed, run_dir, n_processes):
         raise error
     if failed[0].code < 0:
@@ -66,7 +68,8 @@ def launch(
 def _start(arguments: Sequence[str], n_processes: int) -> list[Ended]:
     """One start of all processes, by an agent that does not restart: torch's restarts after every
     exit code. Returns the ends of the ranks that failed, in the order in which they ended. The
-    agent states it in whole seconds; within one, a rank that a signal ended is the first.
+    agent states it in whole seconds; within one, a rank that stated its own error is the first, and
+    then one that a signal ended.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -87,9 +90,18 @@ def _start(arguments: Sequence[str], n_processes: int) -> list[Ended]:
         try:
             elastic_launch(config, sys.executable)("-m", "stackproof", *arguments)
         except ChildFailedError as e:
-            order = sorted(e.failures.items(), key=lambda f: (f[1].timestamp, f[1].exitcode >= 0))
-            return [Ended(rank, failure.pid, failure.exitcode) for rank, failure in order]
+            ends = [(f.timestamp, Ended(rank, f.pid, f.exitcode)) for rank, f in e.failures.items()]
+            return [end for _, end in sorted(ends, key=lambda e: (e[0], order_of(e[1].code)))]
     return []
+
+
+def order_of(code: int) -> int:
+    """Of ends within one second, which comes first: a stated error, then a signal, then what
+    follows from them, as the SIGTERM of the agent does.
+    """
+    if code in EXIT_CODES and code not in (*LOST, 75, 130):
+        return 0
+    return 1 if code < 0 and -code != signal.SIGTERM else 2
 
 
 def exit_code(codes: Iterable[int]) -> int:

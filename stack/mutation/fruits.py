@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LINES, DOCUMENT = ".jsonl", ".json"
+SCORES = ".metrics."  # of a record: an evaluation writes its scores nowhere else
 HASH, SIZE = ".sha256", ".bytes"
 ENVIRONMENT = "::.environment."  # of the process, which forked ones take over from its parent
 PLACE = "PLACE"  # what the path of the folder is replaced by
@@ -99,4 +100,6 @@ def is_statement(key: str) -> bool:
     """Whether a value only states what was computed; in a checkpoint, the state of gates."""
     file, _, place = key.partition("::")
     name = file.rsplit("/", 1)[-1]
+    if name == "metadata.json" and place.startswith(SCORES):
+        return False
     return name in STATEMENTS or (name == "state.json" and place.startswith(".gates."))

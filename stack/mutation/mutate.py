@@ -142,8 +142,10 @@ def _without_gates(
     for number, bare in trials(jobs, root, cpu_s=cpu_s, at_once=at_once):
         mutant, here, trial = caught[number]
         differing = tuple(here.bare.differing(bare.fruits))
-        differs = bool(differing) or bare.ending.kind != "completed"
-        yield _judged(mutant, here, "caught" if differs else "alarm", trial, differing)
+        outcome = "caught" if differing else "alarm"
+        if bare.ending.kind in ("refused", "crashed", "hung"):  # it is loud without a gate
+            outcome = bare.ending.kind
+        yield _judged(mutant, here, outcome, trial, differing)
 
 
 def _judged(

@@ -75,9 +75,11 @@ def in_child(work: Callable[[], None], folder: Path, cpu_s: float) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(0)  # whatever failed: what follows belongs to the parent
 
 
 def perform(

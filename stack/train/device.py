@@ -42,8 +42,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that this process has held so far, bytes: allocated on a GPU; on a CPU resident,
-    under Linux, and None elsewhere.
+    """Most memory that this process has held so far, bytes: allocated on a GPU, resident on a CPU;
+    None where the system does not state it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -51,7 +51,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     # Not ru_maxrss: that of a forked process begins with the size of its parent.
     lines = PROCESS_STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    found = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return next(found, None)
 
 
 @contextmanager

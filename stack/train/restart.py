@@ -232,7 +232,8 @@ def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
     run.json is deleted.
 
     Raises ConfigError if the run has another configuration than `cfg`, that of the command, or
-    another parent, and UsageError if a process is writing to a child that would begin again.
+    another parent, or if a red gate halted a child that would begin again; UsageError if a process
+    is writing to that.
     """
     directory = RunDir(run_dir)
     if not (directory.path / "run.json").is_file():
@@ -247,9 +248,12 @@ def is_begun(run_dir: Path, cfg: RunConfig, parent: Path | None) -> bool:
             allowed=", ".join(parents) or "a run without a parent, as the command names none",
             next_step=f"stack train --resume {directory.path}, or choose another --run-dir",
         )
-    if not parent or checkpoint_folders.has_any(directory.checkpoints):
+    if not parent:
         return True
     with file_lock(directory.path, "run"):
+        if checkpoint_folders.has_any(directory.checkpoints):
+            return True
+        red_verdicts(directory, cfg)
         (directory.path / "run.json").unlink()
     return False
 

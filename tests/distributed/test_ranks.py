@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from stackproof.distributed import failure, process_group
-from stackproof.distributed.launch import exit_code, first_lost
+from stackproof.distributed.launch import exit_code, first_lost, order_of
 from stackproof.distributed.process_group import joined
 from stackproof.distributed.ranks import ONE_PROCESS
 from stackproof.distributed.started import Ended
@@ -122,6 +122,10 @@ def test_the_first_lost_rank_is_named_if_rank_0_cannot(codes, told, code, where)
     assert where in error.next_step and error.next_step.endswith(", then give the command again")
     assert first_lost(ends({1: 7, 0: 7}), RUN, 2) is None  # rank 0 has named it
     assert first_lost([], RUN, 2) is None
+
+
+def test_within_a_second_a_stated_error_comes_before_ends_that_follow_from_it():
+    assert sorted([75, 7, 1, -15, -6, 4], key=order_of)[:2] == [4, -6]
 
 
 def ends(codes: dict[int, int]) -> list[Ended]:

@@ -210,6 +210,13 @@ def test_a_child_without_a_checkpoint_begins_again(cfg, whole_run, tmp_path):
     assert (saved / "run.json").exists() and (unsaved / "run.json").exists()
     with file_lock(unsaved, "run"), pytest.raises(UsageError, match="another run is writing"):
         restart.is_begun(unsaved, cfg, whole_run)
+    red = {"gate": "runtime.finite", "verdict": "fail", "step": 5, "message": "the loss is NaN"}
+    verdicts = unsaved / "gates.jsonl"
+    verdicts.write_text(json.dumps(red) + "\n")
+    with pytest.raises(ConfigError, match="halted this run at step 5"):
+        restart.is_begun(unsaved, cfg, whole_run)
+    assert verdicts.exists() and (unsaved / "run.json").exists()
+    verdicts.unlink()
     assert not restart.is_begun(unsaved, cfg, whole_run) and not (unsaved / "run.json").exists()
 
 

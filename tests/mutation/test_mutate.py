@@ -174,6 +174,7 @@ def test_values_that_clean_runs_differ_in_are_not_compared(tmp_path):
     assert is_statement("run/checkpoints/step-6/state.json::.gates.loss.first.measured.gap_nats")
     assert not is_statement("run/checkpoints/step-6/state.json::.stopper.best")
     assert is_statement("run/metadata.json::.claim")
+    assert not is_statement("evaluated/metadata.json::.metrics.bits_per_byte.value")
     assert not is_statement("run/metrics.jsonl::[0].loss")
 
 

@@ -114,6 +114,12 @@ def test_ranks_that_differ_from_most_are_named(values, named):
     assert odd_ranks("w", [{"w": value, "v": 0} for value in values]) == named
 
 
+def test_ranks_that_do_not_hold_a_part_are_not_counted():
+    holders = [{}] * 5 + [{"w": 1}, {"w": 1}, {"w": 2}]
+    assert odd_ranks("w", holders) == " on rank 7"
+    assert odd_ranks("w", [{}] * 6 + [{"w": 1}, {"w": 2}]) == ""
+
+
 def test_what_is_red_on_one_rank_ends_all_with_its_number(both):
     first, second = both("unshifted on one")
     assert first["red"] == second["red"] == {"loss.logit-gradient": 1}
