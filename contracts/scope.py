@@ -1,4 +1,4 @@
-"""What gates over all shards of a corpus state where they read a sample of them."""
+"""Verdicts of gates over all shards of a corpus where they read a sample of them."""
 
 import functools
 from collections.abc import Callable

@@ -41,6 +41,17 @@ start.Gatekeeper = lambda *given, only=None, **options: keeper(
 
 # For what is claimed of the run itself.
 NO_PREFLIGHT = preflight_of()
+# The loss of step 5 is no number, so that a gate halts the run.
+NAN_AT_STEP_5 = """
+from stackproof.train import loop
+take = loop.steps.train_step
+def broken(state, batches):
+    report = take(state, batches)
+    if state.step == 5:
+        report.loss_nats = float("nan")
+    return report
+loop.steps.train_step = broken
+"""
 # The longest command takes a minute in a short round, and half an hour in a long one.
 HANGING_S = 3 * 3600 if os.environ.get("STRESS") else 1800
 PRELOADED = [

@@ -79,7 +79,7 @@ class GateCallback(GatedRun, TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         if self._watch is None or not (folder.is_dir() or args.world_size > 1):
             return
-        # All processes compare what they hold after the first has written the folder.
+        # All processes compare their replicas after the first has written the folder.
         if not self._watch.ranks.saving(step) and (other := digest.other_replica(model)):
             with self.session.alike():
                 self.session.artifact(other, step)

@@ -1,5 +1,5 @@
-"""What the launcher of a run states to its processes in variables, torchrun or `launch`. Imports no
-torch.
+"""The environment variables by which torchrun or `launch` describes a run to its processes. Imports
+no torch.
 """
 
 import json

@@ -21,8 +21,8 @@ BEGUN = "stackproof/begun"
 
 @dataclass(frozen=True)
 class Launcher:
-    """What has started this process, and starts it again. `store` is that of torchrun's agent; None
-    without torchrun.
+    """The launcher of this process, which also restarts it. `store` is that of torchrun's agent;
+    None without torchrun.
     """
 
     store: dist.Store | None = None

@@ -76,9 +76,8 @@ def mutation_record(judged: Sequence[Judged], builder: RecordBuilder, directory:
     whole = tally(judged)
     for outcome, n in whole["counts"].items():
         builder.metric(f"n_{outcome}", n, "mutants")
-    _add(builder, "caught_frac", whole["caught_frac"])
-    _add(builder, "caught_or_stated_frac", whole["caught_or_stated_frac"])
-    _add(builder, "early_frac", whole["early_frac"])
+    for share in ("caught_frac", "caught_or_stated_frac", "early_frac"):
+        _add(builder, share, whole[share])
     for package, own in by(judged, "package").items():
         _add(builder, f"caught_frac_{package}", own["caught_frac"])
     share = whole["caught_frac"]

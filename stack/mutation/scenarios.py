@@ -55,10 +55,10 @@ CONFIGURATIONS: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
 Verb = Callable[[list[str]], object]  # performs a command line; raises what it raises
 
 
-def scenarios(texts: Path, verb: Verb, names: Sequence[str] = ()) -> list[Scenario]:
-    """The scenarios of these names, all without; their corpora are in `texts`."""
+def scenarios(texts: Path, verb: Verb, names: Sequence[str]) -> list[Scenario]:
+    """The scenarios of these names; their corpora are in `texts`."""
     made = []
-    for name in names or CONFIGURATIONS:
+    for name in names:
         changes, further = CONFIGURATIONS[name]
         fixed = {key: (value, f"scenario {name}") for key, value in changes.items()}
         cfg, _ = load_config(museum_config(texts), fixed=fixed)

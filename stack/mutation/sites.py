@@ -35,12 +35,10 @@ class Ran:
 
     def saw(self, values: Mapping[str, object]) -> None:
         """Take over the types of local variables."""
-        for name, value in values.items():
-            seen = type(value).__name__
-            self.types[name] = seen if self.types.get(name, seen) == seen else None
+        self.merge(Ran(types={name: type(value).__name__ for name, value in values.items()}))
 
     def merge(self, other: "Ran") -> None:
-        """Add what another run has seen of the same function."""
+        """Add the lines and types of the same function in another run."""
         self.lines |= other.lines
         for name, seen in other.types.items():
             self.types[name] = seen if self.types.get(name, seen) == seen else None

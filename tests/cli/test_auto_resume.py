@@ -11,7 +11,7 @@ import pytest
 from tests.cli.conftest import Stack, tiny
 from tests.cli.test_resume import wait_for_step
 from tests.cli.test_train_errors import assert_standard
-from tests.processes import NO_PREFLIGHT
+from tests.processes import NAN_AT_STEP_5, NO_PREFLIGHT
 
 AGAIN = "--run-dir", "run", "--auto-resume"
 
@@ -59,23 +59,9 @@ def test_another_run_and_a_folder_without_the_option_are_refused(stack, text_fil
     assert files_of(run) == before
 
 
-# The loss of step 5 is no number, so that a gate halts the run.
-HALTED = f"""
-from stackproof.train import loop
-take = loop.steps.train_step
-def broken(state, batches):
-    report = take(state, batches)
-    if state.step == 5:
-        report.loss_nats = float("nan")
-    return report
-loop.steps.train_step = broken
-{NO_PREFLIGHT}
-"""
-
-
 def test_a_halted_run_and_a_damaged_checkpoint_are_refused(stack, text_file):
     command = ["train", *tiny(text_file, train__max_steps="9", checkpoint__every="3"), *AGAIN]
-    assert stack(*command, code=HALTED).code == 4
+    assert stack(*command, code=NAN_AT_STEP_5 + NO_PREFLIGHT).code == 4
     assert_standard(stack(*command), 2, "runtime.finite halted this run at step 5")
     shutil.rmtree(stack.folder / "run")
     assert stack(*command).code == 0

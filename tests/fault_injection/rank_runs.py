@@ -31,7 +31,7 @@ from tests.distributed.rows import logged, rows_of
 from tests.fault_injection import file_calls
 from tests.fault_injection.runs import assert_same_end, training
 from tests.fault_injection.scale import SEED, STRESS
-from tests.processes import STACK, Command, Done, server
+from tests.processes import NAN_AT_STEP_5, STACK, Command, Done, server
 
 LEFT_OUT = "distributed.stragglers"  # other work on the machine can make a rank slow
 # Further settings of the runs that are disturbed: each layout of checkpoints is one line.
@@ -56,19 +56,7 @@ start.Gatekeeper = lambda *given, only=None, **options: keeper(
 rank_runs.arm()
 {STACK}
 """
-# A gate halts the run: the loss of step 5 is no number, on all ranks.
-HALTED = f"""
-from stackproof.spec.errors import RankLost
-from stackproof.train import loop
-take = loop.steps.train_step
-def broken(state, batches):
-    report = take(state, batches)
-    if state.step == 5:
-        report.loss_nats = float("nan")
-    return report
-loop.steps.train_step = broken
-{ARMED}
-"""
+HALTED = NAN_AT_STEP_5 + ARMED
 # Operations between ranks, and parts of a run.
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list")
 EVALUATION = "dealt"
