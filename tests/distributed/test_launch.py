@@ -109,6 +109,9 @@ def launched(folder: Path, script: str, n_ranks: int = 1, max_restarts: int = 0)
         f"given = dict(max_restarts={max_restarts}, note=print)\n"
         f"try: code = launch([], {n_ranks}, Path('run'), **given)\n"
         "except RankLost as e: print(e); code = e.exit_code\n"
+        "import os; from stackproof.distributed import parent, started\n"
+        "names = parent.LAUNCHER, started.RESTARTS, started.LOST_RANK\n"
+        "assert not {*names} & {*os.environ}, 'other launchers would take them over'\n"
         "sys.exit(code)"
     )
     return Command(folder=folder, code=begin).wait()
