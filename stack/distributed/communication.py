@@ -84,7 +84,8 @@ def shares(events: Sequence[Event], *, on_gpu: bool) -> tuple[float, float]:
     others = [e for e in events if not e.name.startswith(COLLECTIVES)]
     computing = others if on_gpu else operators(others)
     # Of two sets A and B: |A without B| = |A or B| - |B|.
-    return seconds(under_way), seconds([*under_way, *computing]) - seconds(computing)
+    exposed_ns = duration_ns([*under_way, *computing]) - duration_ns(computing)
+    return duration_ns(under_way) / 1e9, exposed_ns / 1e9
 
 
 def operators(events: Sequence[Event]) -> list[Event]:
@@ -98,12 +99,12 @@ def operators(events: Sequence[Event]) -> list[Event]:
     return [e for e in inner if "::" in e.name and not e.name.startswith(CALLS)]
 
 
-def seconds(events: Sequence[Event]) -> float:
+def duration_ns(events: Sequence[Event]) -> int:
     """How long at least one of them lasts."""
     if not events:
-        return 0.0
+        return 0
     spans = np.array(sorted((e.start_ns, e.end_ns) for e in events))
     reached = np.maximum.accumulate(spans[:, 1])  # by all that began before
     begins = np.maximum(spans[1:, 0], reached[:-1])
     first = spans[0, 1] - spans[0, 0]
-    return float(first + np.maximum(spans[1:, 1] - begins, 0).sum()) / 1e9
+    return int(first + np.maximum(spans[1:, 1] - begins, 0).sum())

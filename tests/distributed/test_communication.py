@@ -2,7 +2,13 @@
 
 import pytest
 
-from stackproof.distributed.communication import Communication, Event, operators, seconds, shares
+from stackproof.distributed.communication import (
+    Communication,
+    Event,
+    duration_ns,
+    operators,
+    shares,
+)
 from stackproof.spec.rank_log import PEAK, over_ranks, rank_table
 from stackproof.train.rank_times import facts_of, seldom_enough
 
@@ -15,8 +21,8 @@ def event(name: str, start_s: float, end_s: float, line: int = 0) -> Event:
 
 def test_overlapping_events_count_once():
     spans = [(0, 4), (1, 2), (3, 6), (6, 7), (9, 10), (9, 9)]
-    assert seconds([event("x", *span) for span in spans]) == 8
-    assert seconds([]) == 0
+    assert duration_ns([event("x", *span) for span in spans]) == 8 * S
+    assert duration_ns([]) == 0
 
 
 def test_only_the_innermost_operators_compute():
@@ -41,6 +47,14 @@ def test_exposed_is_what_no_computation_overlaps():
     kernels = [event("ncclDevKernel_AllGather", 0, 4, 7), event("ampere_sgemm", 1, 2, 20)]
     assert shares(kernels, on_gpu=True) == (4, 3)
     assert shares(computing, on_gpu=False) == (0, 0)
+
+
+def test_exposed_is_at_most_what_is_under_way_to_the_last_bit():
+    wait = Event("gloo:all_reduce", 1, 2_000_840_732, 7)
+    assert shares([wait, event("aten::mm", 3, 3.3), event("aten::mm", 4, 4.7)], on_gpu=False) == (
+        2.000840731,
+        2.000840731,
+    )
 
 
 def test_a_rank_that_is_late_lets_the_others_wait(answers):

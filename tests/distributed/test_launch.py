@@ -146,7 +146,7 @@ def test_a_killed_rank_is_named_without_a_restart(tmp_path):
 RANK = """
 import os, signal, time
 from stackproof.distributed.parent import end_with_launcher
-end_with_launcher()
+end_with_launcher(int(os.environ["STACKPROOF_LAUNCHER"]))
 with open("pids", "a") as file:
     file.write(f"{os.getpid()}\\n")
 if os.environ["RANK"] == "1":
