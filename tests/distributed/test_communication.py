@@ -50,11 +50,11 @@ def test_exposed_is_what_no_computation_overlaps():
 
 
 def test_exposed_is_at_most_what_is_under_way_to_the_last_bit():
-    wait = Event("gloo:all_reduce", 1, 2_000_840_732, 7)
-    assert shares([wait, event("aten::mm", 3, 3.3), event("aten::mm", 4, 4.7)], on_gpu=False) == (
-        2.000840731,
-        2.000840731,
-    )
+    under_way_ns, computing_ns = 2_000_840_731, 2_000_002
+    assert (under_way_ns + computing_ns) / 1e9 - computing_ns / 1e9 > under_way_ns / 1e9
+    wait = Event("gloo:all_reduce", 0, under_way_ns, 7)
+    computing = Event("aten::mm", 3 * S, 3 * S + computing_ns, 0)
+    assert shares([wait, computing], on_gpu=False) == (2.000840731, 2.000840731)
 
 
 def test_a_rank_that_is_late_lets_the_others_wait(answers):
