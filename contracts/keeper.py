@@ -244,6 +244,21 @@ class Gatekeeper:
             if self._halts(state, found.verdict):
                 raise self._failure([state])
 
+    def unjudged(self, unasked: Iterable[str] = ()) -> GateFailed | None:
+        """The failure of the first gate without a verdict, for a command that has ended; None if
+        all have one. Gates in `unasked` need none.
+        """
+        for gate_id, state in self.states.items():
+            if state.verdict.outcome == "not_run" and gate_id not in unasked:
+                return GateFailed(
+                    gate_id,
+                    state.verdict,
+                    what=f"the command ended without its verdict: {state.verdict.message}",
+                    allowed="a verdict of every gate of the command",
+                    next_step=f"stack gates show {gate_id}",
+                )
+        return None
+
     def observe(self, event: Event) -> None:
         """Pass an event to every runtime gate that watches its type. Raises GateFailed on a red
         verdict that halts, and after Finished for a gate without a heartbeat. A run that was

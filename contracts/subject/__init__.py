@@ -10,6 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stackproof.contracts.subject.capability import NotOffered, capability, offered, offers, value
+from stackproof.contracts.subject.commands import (
+    AnsweredSuite,
+    OpenedCheckpoint,
+    ScoredText,
+    SuiteAnswer,
+    TracedForward,
+)
 from stackproof.contracts.subject.data import (
     BanditOrder,
     ContaminationScanner,
@@ -76,3 +83,7 @@ class Subject:
     stopping: Stopping = field(default_factory=Stopping)
     sampling: Sampling = field(default_factory=Sampling)
     exported: Exported = field(default_factory=Exported)
+    opened: OpenedCheckpoint = field(default_factory=OpenedCheckpoint)
+    scored: ScoredText = field(default_factory=ScoredText)
+    answered: AnsweredSuite = field(default_factory=AnsweredSuite)
+    traced: TracedForward = field(default_factory=TracedForward)

@@ -38,10 +38,12 @@ def audit_models(
     """Run and judge the suite, report the plateau of breadth over steps, and write a record with
     `audits.jsonl`.
     """
+    from stackproof.contracts.subject import Subject
     from stackproof.evaluate import audit
     from stackproof.evaluate.suite import load_suite, suite_file
     from stackproof.spec.building import artefact
     from stackproof.spec.files import write_atomically
+    from stackproof.subject.commands import Answered
 
     for directory in earlier:
         folder_at(
@@ -60,7 +62,11 @@ def audit_models(
         record.input(opened.weights_file, opened.run_dir)
         step = int(opened.state["step"])
         with _progress(f"asking {opened.folder}", sum(len(d.prompts) for d in made.domain)) as tell:
-            answers += audit.audit(opened.model, opened.tokenizer, made, step=step, tell=tell)
+            given = audit.audit(opened.model, opened.tokenizer, made, step=step, tell=tell)
+        record.judge(opened.shown(given[0].step), step=step)
+        shown = opened.model, opened.tokenizer, made, file
+        record.judge(Subject(answered=Answered(*shown, given)), step=step)
+        answers += given
         steps.append(step)
     answers = audit.graded(answers, grades) if grades else answers
     last = [a for a in answers if a.step == max(steps)]
@@ -72,6 +78,8 @@ def audit_models(
     document = _measured(
         record.builder, made, last, rounds, audit.standstill(rounds), audit.breadth(last)
     )
+    judged = [a for a in last if a.step == document["step"]]
+    record.judge(Subject(answered=Answered(*shown, judged, record.metrics)))
     write_atomically(record.path("audits.jsonl"), audit.to_lines(answers))
     record.series.append("audits.jsonl")
     document |= {"suite": made.name, "checkpoint": str(opened.folder)}
@@ -108,7 +116,8 @@ def _folders(model: Path) -> list[Path]:
 
 
 def _open(opened: OpenedModel, suite_input: Any, run_dir: Path | None, json: bool) -> OpenRecord:
-    config, parents = opened.cfg.to_dict(), (opened.state["record"],)
+    config = opened.cfg.to_dict() | {"evaluate": {"of": "suite"}}
+    parents = (opened.state["record"],)
     record = open_record(CLAIM, config, run_dir=run_dir, json=json, parents=parents)
     record.builder.inputs.append(suite_input)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
@@ -183,7 +192,7 @@ def _measured(
             for s, r in rounds.items()
         ],
         "stands_still": vars(still) if still else None,
-        "answers": [vars(a) for a in last],
+        "answers": [a.line() for a in last],
     }
 
 

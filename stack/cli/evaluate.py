@@ -93,7 +93,8 @@ def evaluate(
     from stackproof.evaluate.bits_per_byte import evaluate_text
 
     opened = open_model(model, tokenizer)
-    config, seq_len = opened.cfg.to_dict(), opened.cfg.model.max_seq_len
+    seq_len = opened.cfg.model.max_seq_len
+    config = opened.cfg.to_dict() | {"evaluate": {"of": "text"}}
     parents = (opened.state["record"],)
     record = open_record(CLAIM, config, run_dir=run_dir, json=json, parents=parents)
     texts, source = _texts(text, opened, record)
@@ -106,6 +107,9 @@ def evaluate(
         batch_size=batch_size or 8,
     )
     document = _metrics(record, result) | {"text": source, "checkpoint": str(opened.folder)}
+    document["step"] = int(opened.state["step"])
+    record.judge(opened.shown(document["step"]))
+    record.judge(_shown(opened, text, result, record.metrics, stride))
     reason, error, dropped = "scored every byte", None, result.dropped_chars
     if strict_oov and dropped:
         reason = f"{dropped} characters outside the vocabulary"
@@ -123,6 +127,43 @@ def evaluate(
 def _show(document: dict) -> None:
     facts = {k: f"{v:,.4f}" if isinstance(v, float) else v for k, v in document.items()}
     print_facts(f"{document['checkpoint']} on {document['text']}", facts, "record", "run_dir")
+
+
+def _shown(
+    opened: OpenedModel, text: Path | None, score: Any, metrics: dict, stride: int | None
+) -> Any:
+    """What the gate of scored texts judges; the text and its size are read again."""
+    from stackproof.contracts.subject import Subject
+    from stackproof.subject.commands import Scored
+
+    if text is None:
+        dataset = _dataset(opened)
+        texts, n_bytes = list(dataset.validation_texts()), dataset.validation.n_bytes
+    else:
+        texts, n_bytes = [read_text(text, MAX_SCORED_BYTES)], text.stat().st_size
+    seq_len = opened.cfg.model.max_seq_len
+    stride = seq_len // 2 or 1 if stride is None else min(stride, seq_len)
+    return Subject(
+        scored=Scored(
+            reader=opened.model,
+            tokenizer=opened.tokenizer,
+            texts=texts,
+            declared_bytes=n_bytes,
+            seq_len=seq_len,
+            stride=stride,
+            score=score,
+            metrics=metrics,
+        )
+    )
+
+
+def _dataset(opened: OpenedModel) -> Any:
+    """The data set of the run."""
+    from stackproof.data import plugins
+    from stackproof.data.prepare import prepare
+
+    with plugins.permitted((), origin=str(opened.run_dir)):
+        return prepare(opened.cfg.data)
 
 
 def _metrics(record: OpenRecord, result: Any) -> dict:
@@ -160,11 +201,7 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
             raise DataError(f"the text {text} is empty", next_step="give --text another file")
         record.input(text)
         return [content], str(text)
-    from stackproof.data import plugins
-    from stackproof.data.prepare import prepare
-
-    with plugins.permitted((), origin=str(opened.run_dir)):
-        dataset = prepare(opened.cfg.data)
+    dataset = _dataset(opened)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
         raise DataError(
             "the corpus of the run has changed, so its held-out split is not available",
@@ -193,13 +230,20 @@ def sample(
     """Generate a continuation of a prompt, and print it with its coherence score."""
     from stackproof.cli.load_model import open_model
     from stackproof.contracts.coherence import coherence
+    from stackproof.contracts.drawn import DrawOptions
+    from stackproof.contracts.events import Sampled
+    from stackproof.contracts.keeper import Gatekeeper
     from stackproof.evaluate.sampling import generate
+    from stackproof.spec.gates import load_spec
+    from stackproof.subject.commands import drawn
     from stackproof.train.rng import generator
 
     if not 0 < top_p <= 1:
         raise UsageError("--top-p is a probability", value=top_p, allowed="above 0, at most 1")
     opened = open_model(model, tokenizer)
     encoding, eos_id = opened.tokenizer.encode(prompt), opened.tokenizer.eos_id
+    keeper, step = Gatekeeper(load_spec(), kind="sample"), int(opened.state["step"])
+    declared = DrawOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, eos_id)
     samples = []
     for index in range(count):
         ids = generate(
@@ -215,10 +259,16 @@ def sample(
         )
         text = opened.tokenizer.decode([i for i in ids if i != eos_id])
         score = coherence(text, opened.cfg.sample.language).score
+        chance = generator(seed, "cli-sample", index)
+        followed = drawn(opened.model, opened.tokenizer, prompt, ids, text, declared, chance)
+        keeper.observe(Sampled(step, text, prompt, drawn=followed))
         made = {"prompt": prompt, "text": text, "tokens": len(ids), "seed": seed, "index": index}
         samples.append(made | {"coherence": score})
     dropped = encoding.dropped_chars
-    document = {"samples": samples, "dropped_prompt_chars": dropped}
+    document = {"samples": samples, "dropped_prompt_chars": dropped, "step": step}
+    keeper.artifact(opened.shown(document["step"]))
+    if failure := keeper.unjudged():
+        raise failure
     if not emit(document | {"checkpoint": str(opened.folder)}, json):
         if dropped:
             text = "character(s) of the prompt are outside the vocabulary and were left out"

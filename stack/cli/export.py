@@ -74,24 +74,25 @@ def export(
     opened = open_model(model)
     parent = opened.state["record"]
     config = opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}}
-    record, keeper = _open(EXPORTED, config, run_dir=run_dir, json=json, parents=(parent,))
+    record = _open(EXPORTED, config, run_dir=run_dir, json=json, parents=(parent,))
     record.input(opened.weights_file, opened.run_dir)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "parent": parent}
-    facts["step"] = opened.state["step"]
+    facts["step"] = int(opened.state["step"])
+    record.judge(opened.shown(facts["step"]))
     facts |= {"run": _record_of(opened.run_dir, parent), "export": record.builder.id}
     try:
         made = huggingface.export(
             opened.model,
             opened.tokenizer,
             out,
-            keeper,
+            record.keeper,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             card=lambda exported: card(exported, opened.cfg.model, **facts),
         )
     except GateFailed as e:
-        _refuse(record, keeper, e, out)
+        _refuse(record, e, out)
     for name, value in made.rounding.items():
         unit = "logits" if "error" in name else "share of positions"
         record.builder.metric(name, value, unit, better="lower")
@@ -100,13 +101,13 @@ def export(
     document = {
         "path": str(out),
         "architecture": made.kind.architecture,
-        "step": opened.state["step"],
+        "step": facts["step"],
         "dtype": dtype,
         "files": list(made.files),
         "not_carried": training_only(opened.cfg.model),
         **made.rounding,
     }
-    _close("Export", record, keeper, document)
+    _close("Export", record, document)
 
 
 @app.command(
@@ -158,15 +159,15 @@ def import_(
     end_of_text = hugging_face.end_of_text(source.document, settings)
     made, notes = vocabulary.from_file(file, source.vocab_size, end_of_text)
     cfg = imported(source.cfg, out.resolve() / "tokenizer.json")
-    record, keeper = _open(IMPORTED, cfg.to_dict(), run_dir=None, json=json)
+    record = _open(IMPORTED, cfg.to_dict(), run_dir=None, json=json)
     for read in (*source.files, file):
         record.input(read)
     model = reading.load_weights(source)
     try:
         with huggingface.readable(source) as readable:
-            keeper.artifact(Subject(exported=parity.Compared(model, readable)))
+            record.keeper.artifact(Subject(exported=parity.Compared(model, readable)))
     except GateFailed as e:
-        _refuse(record, keeper, e, out)
+        _refuse(record, e, out)
     document = {
         "run_dir": str(out),
         "architecture": source.kind.architecture,
@@ -182,16 +183,16 @@ def import_(
     }
     record.directory = out
     finish = partial(write_run, out, cfg, model, made, record.builder, described)
-    _close("Import", record, keeper, document, finish=finish)
+    _close("Import", record, document, finish=finish)
 
 
-def _open(claim: Claim, config: dict, **options: Any) -> tuple[OpenRecord, Any]:
-    """A record, and the gates of its kind."""
-    from stackproof.contracts.keeper import Gatekeeper
+def _open(claim: Claim, config: dict, **options: Any) -> OpenRecord:
+    """A record. Where the other library is not installed, its gates cannot look."""
     from stackproof.export.parity import version
 
     record = open_record(claim, config, transformers=version(), **options)
-    return record, Gatekeeper(record.builder.spec, kind=claim.kind)
+    record.unasked = () if version() else ("export.logit-parity", "export.folder")
+    return record
 
 
 def _record_of(run_dir: Path, record_id: str) -> Any:
@@ -202,9 +203,8 @@ def _record_of(run_dir: Path, record_id: str) -> Any:
     return record if path.is_file() and (record := read_record(path)).id == record_id else None
 
 
-def _refuse(record: OpenRecord, keeper: Any, error: GateFailed, out: Path) -> None:
+def _refuse(record: OpenRecord, error: GateFailed, out: Path) -> None:
     """Write the record of a failed gate. Raises IntegrityError."""
-    record.gates = keeper.results()
     refusal = IntegrityError(
         f"{error.what}; {out} was not written",
         value=f"record {record.builder.id} in {record.directory}",
@@ -214,15 +214,15 @@ def _refuse(record: OpenRecord, keeper: Any, error: GateFailed, out: Path) -> No
     record.close(error.what, error=refusal)
 
 
-def _close(title: str, record: OpenRecord, keeper: Any, document: dict, **options: Any) -> None:
+def _close(title: str, record: OpenRecord, document: dict, **options: Any) -> None:
     """Write the record. A comparison that did not run is stated and does not count as passed."""
-    record.gates = keeper.results()
-    document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
-    unread = any(g.verdict == "not_run" for g in record.gates)
+    gates = record.keeper.results()
+    document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in gates]
+    unread = any(g.verdict == "not_run" for g in gates)
 
     def show(document: dict) -> None:
         print_facts(title, document, "gates", "record", "record_dir")
-        print_gates(record.gates)
+        print_gates(gates)
         if unread:
             print_line(UNREAD, style="yellow")
 

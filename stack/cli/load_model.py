@@ -16,7 +16,9 @@ FORMATS = "a run directory, a checkpoint, a Hugging Face folder or a .gguf file"
 
 @dataclass
 class OpenedModel:
-    """A verified checkpoint with its tokenizer and configuration."""
+    """A verified checkpoint with its tokenizer and configuration; `asked` is the path that was
+    given.
+    """
 
     model: Any
     tokenizer: Any
@@ -25,6 +27,22 @@ class OpenedModel:
     run_dir: Path
     state: dict
     weights_file: Path  # which stands for the weights in a record
+    asked: Path
+
+    def shown(self, stated_step: int) -> Any:
+        """The subject of the gate of opened checkpoints, with the step in the command's output."""
+        from stackproof.contracts.subject import Subject
+        from stackproof.subject.commands import Opened
+
+        return Subject(
+            opened=Opened(
+                asked=self.asked,
+                folder=self.folder,
+                stated_step=stated_step,
+                model=self.model,
+                tokenizer_sha256=self.tokenizer.sha256,
+            )
+        )
 
 
 def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
@@ -78,7 +96,7 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
         checkpoint.load_model(model, loaded.model)
     model.eval()
     weights_file = checkpoint.weights_file(folder)
-    return OpenedModel(model, tokenizer, cfg, folder, run_dir, loaded.state, weights_file)
+    return OpenedModel(model, tokenizer, cfg, folder, run_dir, loaded.state, weights_file, path)
 
 
 def _require_described(cfg: Any, vocab_size: int, loaded: Any) -> None:
@@ -119,6 +137,7 @@ class TraceModel:
     mode: str | None = None
     parents: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    opened: OpenedModel | None = None
     decode: Callable[[list[int]], str] = lambda ids: " ".join(map(str, ids))
 
 
@@ -172,6 +191,7 @@ def _load(path: Path) -> TraceModel:
         root=opened.run_dir,
         parents=(opened.state["record"],),
         facts={"step": int(opened.state["step"])},
+        opened=opened,
         decode=lambda ids: tokenizer.decode(ids) or "".join(map(tokenizer.literal, ids)),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from stackproof.cli.output import emit, print_line
 from stackproof.spec.canonical import canonical_lines, to_jsonable
-from stackproof.spec.errors import StackproofError
+from stackproof.spec.errors import GateFailed, StackproofError
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,16 @@ class Claim:
 
 @dataclass
 class OpenRecord:
-    """The record of a running verb. `builder` takes metrics, inputs and outputs;
-    `close` writes it.
+    """The record of a running verb. `builder` takes metrics, inputs and outputs, `judge` lets the
+    gates of its kind look; `close` writes it. `unasked` names gates that cannot look here.
     """
 
     builder: Any
     directory: Path
     json: bool
+    keeper: Any
     series: list[str] = field(default_factory=list)
-    gates: Sequence[Any] = ()
+    unasked: tuple[str, ...] = ()
 
     def path(self, name: str) -> Path:
         """The path of a file beside the record; creates the folder."""
@@ -59,6 +60,20 @@ class OpenRecord:
             artefact(path.resolve(), root=(root or Path.cwd()).resolve(), name=name)
         )
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the record by name."""
+        return {name: metric.value for name, metric in self.builder.metrics.items()}
+
+    def judge(self, subject: Any, *, step: int | None = None) -> None:
+        """Let the gates of the verb look at a part of its subject. One that halts closes the
+        record; raises GateFailed.
+        """
+        try:
+            self.keeper.artifact(subject, step=step)
+        except GateFailed as e:
+            self.close(e.what, error=e)
+
     def close(
         self,
         reason: str,
@@ -73,14 +88,16 @@ class OpenRecord:
         the record states its exit code.
 
         `finish` writes the record in place of `builder.finish`;
-        `directory_key` is its folder in the document.
+        `directory_key` is its folder in the document. Raises GateFailed if a gate of the verb has
+        no verdict.
         """
-        ending = (
-            {"status": "failed", "exit_code": error.exit_code}
-            if error
-            else {"status": "completed", "exit_code": 0}
-        )
-        record = (finish or self._finish)(end_reason=reason, gates=self.gates, **ending)
+        if error is None and (error := self.keeper.unjudged(self.unasked)):
+            reason = error.what
+        status = "completed"
+        if error:
+            status = "halted" if isinstance(error, GateFailed) else "failed"
+        ending = {"status": status, "exit_code": error.exit_code if error else 0}
+        record = (finish or self._finish)(end_reason=reason, gates=self.keeper.results(), **ending)
         if document is not None:
             print_record(record, self.directory, document, self.json, show, directory_key)
         if error:
@@ -99,10 +116,12 @@ def open_record(
     parents: Iterable[str] = (),
     **environment: Any,
 ) -> OpenRecord:
-    """Open the record of a verb with a new id, the start time and the code state.
+    """Open the record of a verb with a new id, the start time and the code state, and the gates of
+    its kind and configuration.
 
     `close` writes it; an error before that leaves no record.
     """
+    from stackproof.contracts.keeper import Gatekeeper
     from stackproof.spec.building import RecordBuilder
     from stackproof.spec.gates import load_spec
     from stackproof.spec.provenance import environment as measured
@@ -116,7 +135,8 @@ def open_record(
         environment=measured(**environment),
         parents=tuple(parents),
     )
-    return OpenRecord(builder, run_dir or Path("runs") / builder.id, json)
+    keeper = Gatekeeper(builder.spec, kind=claim.kind, config=builder.config)
+    return OpenRecord(builder, run_dir or Path("runs") / builder.id, json, keeper)
 
 
 def print_record(

@@ -25,20 +25,26 @@ AFTER = 2  # audits that must follow the maximum of breadth before it counts as 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one prompt at one step. `faults` are those found by the checkers, empty if it
-    passes. `grade` is a human grade on any scale, or None.
+    """The answer to one prompt at one step. `ids` are the drawn tokens, which no file holds.
+    `faults` are those found by the checkers, empty if it passes. `grade` is a human grade on any
+    scale, or None.
     """
 
     step: int
     domain: str
     prompt: str
     asked: str
+    ids: tuple[int, ...]
     text: str
     passed: bool
     faults: tuple[str, ...]
     lost_prompt_tokens: int
     dropped_prompt_chars: int
     grade: float | None = None
+
+    def line(self) -> dict[str, Any]:
+        """The answer as a line of `audits.jsonl`."""
+        return {name: value for name, value in asdict(self).items() if name != "ids"}
 
 
 def audit(
@@ -80,6 +86,7 @@ def audit(
                     domain.name,
                     prompt.id,
                     asked,
+                    tuple(new),
                     text,
                     not faults,
                     faults,
@@ -133,7 +140,7 @@ def graded(answers: Sequence[Answer], grades: Path) -> list[Answer]:
 
 def to_lines(answers: Iterable[Answer]) -> bytes:
     """The answers as lines of `audits.jsonl`, one JSON object each."""
-    return b"".join(json.dumps(asdict(a), ensure_ascii=False).encode() + b"\n" for a in answers)
+    return b"".join(json.dumps(a.line(), ensure_ascii=False).encode() + b"\n" for a in answers)
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class TextEvaluation:
     """Held-out loss over texts. Nats, bytes and characters cover the same symbols: those kept by
-    the tokenizer.
+    the tokenizer. `window_nats` has the mean of each window.
     """
 
     bits_per_byte: float
@@ -62,6 +62,7 @@ class TextEvaluation:
     windows: int
     seq_len: int
     stride: int
+    window_nats: tuple[float, ...]
 
 
 @contextmanager
@@ -283,6 +284,7 @@ def evaluate_text(
         windows=len(result.batch_nats),
         seq_len=seq_len,
         stride=stride,
+        window_nats=result.batch_nats,
     )
 
 

@@ -9,7 +9,7 @@ from stackproof.trace.lens import read_lens, train_lens
 from stackproof.trace.model_variant import variant
 from stackproof.trace.nonfinite import first_nonfinite, watching
 from stackproof.trace.patching import ablate, patch, targets
-from stackproof.trace.trace import trace
+from stackproof.trace.trace import trace, untraced
 from stackproof.trace.weights import weights
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "targets",
     "trace",
     "train_lens",
+    "untraced",
     "variant",
     "watching",
     "weights",

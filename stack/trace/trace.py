@@ -60,6 +60,12 @@ def run(model: nn.Module, input_ids_BT: Tensor, inputs: Mapping[str, Any] | None
     return logits_of(model(input_ids_BT, **(inputs or {})))
 
 
+def untraced(model: nn.Module, input_ids_BT: Tensor, with_gradients: bool) -> Tensor:
+    """Logits of a forward without hooks of tracing, by the kernels of a traced one."""
+    with torch.set_grad_enabled(with_gradients):
+        return run(model, input_ids_BT).detach()
+
+
 def values_at(
     model: nn.Module, input_ids_BT: Tensor, names: Iterable[str] | None, where: Names = None
 ) -> tuple[dict[str, Tensor], Tensor]:

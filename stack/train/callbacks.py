@@ -14,12 +14,15 @@ from typing import Any, Protocol
 import torch
 
 from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig, trackers
+from stackproof.contracts.drawn import DrawOptions
 from stackproof.contracts.events import (
     ActivationsTraced,
     BatchDrawn,
+    Drawn,
     Evaluated,
     Finished,
     HeldOutRows,
+    Logs,
     MemorizationMeasured,
     ModuleModes,
     RatesUsed,
@@ -38,12 +41,15 @@ from stackproof.evaluate.stopping import Decision
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.records import Record
+from stackproof.subject.commands import drawn
 from stackproof.trace.points_log import points_lines
 from stackproof.train import checkpoint_folders, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import LossOfFirstStep
+from stackproof.train.rng import generator
+from stackproof.train.run_dir import RunDir
 from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
@@ -225,8 +231,19 @@ class GateEvents(Callback):
                 language=trainer.cfg.sample.language,
                 loss_nats=sample.loss_nats,
                 found_in_corpus=partial(self.text.found_frac, sample.ids),
+                drawn=self._drawn(trainer, sample),
             )
         )
+
+    def _drawn(self, trainer: Trainer, sample: Sample) -> Drawn:
+        """The sample, compared with what the configuration declares."""
+        cfg, tokenizer, step = trainer.cfg.sample, trainer.dataset.tokenizer, trainer.state.step
+        declared = DrawOptions(cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
+        chance, started = generator(trainer.cfg.seed, "sample", step), time.perf_counter()
+        model, text = trainer.state.model, sample.text
+        found = drawn(model, tokenizer, cfg.prompt, sample.ids, text, declared, chance)
+        trainer.keeper.charge("sampling.drawn", time.perf_counter() - started)
+        return found
 
     def on_save(self, trainer: Trainer, folder: Path) -> None:
         trainer.keeper.observe(Saved(step=trainer.state.step, path=str(folder)))
@@ -236,7 +253,22 @@ class GateEvents(Callback):
             f"{name}_step": checkpoint_folders.pointed_step(trainer.output.dir.checkpoints, name)
             for name in ("latest", "best")
         }
-        trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
+        logs = logs_of(trainer.output.dir)
+        trainer.keeper.observe(
+            Finished(step=trainer.state.step, status=status, logs=logs, **pointed)
+        )
+
+
+def logs_of(directory: RunDir) -> Logs:
+    """The logs of a run, read back."""
+    lines = list(directory.lines("metrics.jsonl"))
+    scores = {line["step"]: line for line in lines if "val_bits_per_byte" in line}
+    return Logs(
+        steps=tuple(line["step"] for line in lines),
+        last=lines[-1] if lines else {},
+        bits_per_byte={step: line["val_bits_per_byte"] for step, line in scores.items()},
+        texts={line["step"]: line["text"] for line in directory.lines("samples.jsonl")},
+    )
 
 
 def shared(report: StepReport, event: type) -> dict[str, Any]:

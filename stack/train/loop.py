@@ -41,6 +41,8 @@ def train(opened: AbstractContextManager[Trainer]) -> Record | None:
         trainer.callbacks.on_train_start(trainer, restart_point(trainer, trainer.started_from))
         if trainer.resumed:
             complete_save(trainer, trainer.started_from)
+        elif trainer.started_from is not None:
+            judge_loaded(trainer, trainer.started_from)
         # From here on signals only set requests, so a step is never cut in the middle.
         requests.defer(partial(acknowledge, trainer))
         last = trainer.resumed and state.stopper.is_over()
@@ -278,6 +280,12 @@ def _written(
     trainer.callbacks.on_saved(trainer, point)
 
 
+def judge_loaded(trainer: Trainer, folder: Path) -> None:
+    """Let the gates of checkpoints compare one that was loaded with the live state."""
+    layout = checkpoint.layout_in(folder)
+    _judge(trainer, written_checkpoint(trainer, folder, layout, published=True))
+
+
 def complete_save(trainer: Trainer, folder: Path) -> None:
     """All that follows the write of a checkpoint, for the one that was loaded: a kill may have come
     before it. The gates judge the folder and see the save again, as their saved state is from
@@ -285,8 +293,7 @@ def complete_save(trainer: Trainer, folder: Path) -> None:
     """
     point = restart_point(trainer, folder)
     with trainer.read_only("save"):
-        layout = checkpoint.layout_in(folder)
-        _judge(trainer, written_checkpoint(trainer, folder, layout, published=True))
+        judge_loaded(trainer, folder)
         if trainer.state.ranks.is_main:
             checkpoint_folders.point(trainer.output.dir.checkpoints, "latest", folder)
         trainer.callbacks.on_save(trainer, folder)

@@ -104,6 +104,11 @@ class Request:
         )
         for file, root in {f: m.root for m in models for f in m.files}.items():
             record.input(file, root)
+        opened = [(m.opened, m.facts["step"]) for m in models if m.opened is not None]
+        for one, step in opened:
+            record.judge(one.shown(step), step=step)
+        if not opened:
+            record.unasked = ("checkpoint.opened",)
         return record
 
     def close(

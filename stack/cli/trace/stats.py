@@ -36,8 +36,10 @@ def stats(request: Request, model: Model) -> None:
     """Statistics and anomalies of every point of one forward."""
     import torch
 
+    from stackproof.contracts.subject import Subject
+    from stackproof.subject.commands import Traced
     from stackproof.trace import expect as predictions
-    from stackproof.trace import trace, variant
+    from stackproof.trace import trace, untraced, variant
     from stackproof.trace.profile import profile
 
     if request.backward and request.tokens == "last":
@@ -49,11 +51,24 @@ def stats(request: Request, model: Model) -> None:
     expected = request.expected([*predictions.FIGURES, *predictions.OF_LAYERS])
     loaded = load_model(model)
     ids, one = request.ids(loaded), variant(loaded.model, loaded.mode)
-    record = request.open(CLAIM, [loaded], ids=ids, backward=request.backward)
+    record = request.open(CLAIM, [loaded], ids=ids, backward=request.backward, command="stats")
     options = {"backward": request.backward, "tokens": request.tokens}
     with one.around():
         names = request.points or one.names
         found = trace(one.model, torch.tensor([ids]), names, **options, where=one.where)
+        if loaded.opened is not None and request.tokens == "all":
+            points = {t.point.name: (t.stat.rms, t.stat.absmax) for t in found.points}
+            plain = lambda ids_BT: untraced(one.model, ids_BT, request.backward)  # noqa: E731
+            shown = Traced(
+                model=one.model,
+                input_ids=ids,
+                traced_logits=found.logits,
+                points=points,
+                run=plain,
+            )
+            record.judge(Subject(traced=shown))
+        else:
+            record.unasked += ("model.traced",)
     profiled = profile(found)
     rows = {r.point: r for r in profiled.rows}
     lines = [_line(t, rows.get(t.point.name)) for t in found.points]

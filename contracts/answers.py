@@ -1,0 +1,105 @@
+"""Gate of suites: each answer is what the model gives to its question alone, and is judged as it
+stands.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from stackproof.contracts.drawn import DrawOptions, follow, problems
+from stackproof.contracts.gate import Verdict, decide, decides, first_of, worst
+from stackproof.contracts.subject import Subject, SuiteAnswer, offered
+
+# What a suite that does not state them has: docs/audits.md.
+TEMPLATE, STOPS, MAX_NEW_TOKENS = "> {prompt} / <", (" / >", "\n>", "\n\n\n"), 64
+
+
+class Question(NamedTuple):
+    """A prompt of a suite, as its file has it."""
+
+    domain: str
+    prompt: str
+    text: str
+
+
+@decides("evaluation.answers")
+def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Every question of the suite's file is asked once, in its order, as template plus question;
+    each answer is the greedy continuation of that text alone, cut at the first stop text; its
+    verdict is that of the checks on this text; the counts of the record are those of the answers.
+
+    The file is read here, and each continuation is followed by one full forward.
+    """
+    found = subject.answered
+    given = list(found.answers)
+    suite = tomllib.loads(Path(found.suite_file).read_text("utf-8"))
+    questions = [
+        Question(d["name"], p["id"], p["text"]) for d in suite["domain"] for p in d["prompts"]
+    ]
+    wrong = []
+    if [(a.domain, a.prompt) for a in given] != [(q.domain, q.prompt) for q in questions]:
+        wrong.append(f"{len(given)} answers are not those to the {len(questions)} questions")
+    options = DrawOptions(
+        suite.get("max_new_tokens", MAX_NEW_TOKENS), eos_id=found.tokenizer.eos_id
+    )
+    gaps = [0.0]
+    for question, answer in zip(questions, given):
+        asked = suite.get("template", TEMPLATE).replace("{prompt}", question.text)
+        decoded = found.tokenizer.decode(list(answer.ids))
+        drawn = follow(
+            found.last_logits,
+            found.tokenizer,
+            asked,
+            answer.ids,
+            decoded,
+            options,
+            None,
+            found.max_length,
+        )
+        gaps += drawn.distances
+        faults = list(found.faults(question.prompt, answer.text))
+        if why := [
+            *problems(drawn, limits),
+            *(["the model was not given template and question"] if answer.asked != asked else []),
+            *(["the text is not the answer"] if answer.text != _cut(decoded, suite) else []),
+            *(
+                ["the verdict is not that of its text"]
+                if list(answer.faults) != faults or answer.passed == bool(faults)
+                else []
+            ),
+        ]:
+            wrong.append(f"{answer.prompt}: {why[0]}")
+    if (metrics := offered(lambda: found.metrics)) is not None:
+        wrong += _miscounted(given, questions, metrics)
+    return decide(
+        len(wrong) <= limits.wrong_max,
+        first_of(wrong),
+        wrong=len(wrong),
+        questions=len(questions),
+        largest_gap=worst(gaps),
+    )
+
+
+def _cut(text: str, suite: Mapping[str, Any]) -> str:
+    """A text up to the first stop text, stripped."""
+    for stop in suite.get("stop", STOPS):
+        text = text.split(stop, 1)[0]
+    return text.strip()
+
+
+def _miscounted(
+    given: Sequence[SuiteAnswer], questions: Sequence[Question], metrics: Mapping[str, float]
+) -> list[str]:
+    """Numbers of the record that are not those of the answers."""
+    passes = {q.domain: 0 for q in questions}
+    for answer in given:
+        passes[answer.domain] = passes.get(answer.domain, 0) + answer.passed
+    expected = {f"passes_{name}": n for name, n in passes.items()}
+    expected |= {"passes": sum(passes.values()), "breadth": sum(n > 0 for n in passes.values())}
+    return [
+        f"{name} is {metrics.get(name)} in the record, {n} of the answers"
+        for name, n in expected.items()
+        if metrics.get(name) != n
+    ]
