@@ -122,15 +122,27 @@ class Catalogue(Frozen):
         if stated:
             order, steps = min(stated, key=lambda s: (s[0], s[1] or 0))
             return LATENCIES[order], steps
-        return ("at export" if "export" in gate.kinds else _MOMENTS[gate.moment]), None
+        is_artifact = gate.moment == "artifact"
+        return (moment_of_artifact(gate) if is_artifact else _MOMENTS[gate.moment]), None
 
 
 _MOMENTS: dict[str, Latency] = {
     "preflight": "before step 1",
     "runtime": "within k steps",
-    "artifact": "at checkpoint",
     "repository": "in CI",
 }
+
+
+def moment_of_artifact(gate: Gate) -> Latency:
+    """When an artifact gate looks: at a checkpoint, at an export, or when a command reads a
+    checkpoint.
+    """
+    match gate.kinds[0]:
+        case "evaluate" | "trace":
+            return "at evaluation"
+        case "export":
+            return "at export"
+    return "at checkpoint"
 
 
 def answering_gates(spec: Spec, failure: Failure) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """`stack gates list | show | prove | mutate | backtest | repro | coverage`."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,8 +166,18 @@ def coverage(evidence: Evidence = None, json: Json = False) -> None:
                 print_line(f"{gate_id}: {state.state}: {state.reason}")
 
 
+def performing(context: Context) -> Callable[[list[str]], None]:
+    """Performs a command line in this process; raises what the command raises."""
+
+    def perform(arguments: list[str]) -> None:
+        context.find_root().command.main(arguments, prog_name="stack", standalone_mode=False)
+
+    return perform
+
+
 @app.command()
 def prove(
+    context: Context,
     gate_ids: Annotated[
         list[str] | None, Argument(metavar="[ID]...", help="Gates to prove; all without ids.")
     ] = None,
@@ -197,7 +208,7 @@ def prove(
 
     claim = Claim("falsification", prover.CLAIM, prover.NOT_COVERED)
     opened = open_record(claim, museum_config(Path()).to_dict(), run_dir=run_dir, json=json)
-    kills = prover.prove(gate_ids or (), report)
+    kills = prover.prove(gate_ids or (), performing(context), report)
     crossed = _matrix(gate_ids or ()) if matrix else None
     record = prover.falsification_record(kills, opened.builder, opened.path(""), crossed)
     rows = [k.model_dump(exclude={"fingerprint", "plant_sha256"}) for k in kills]
@@ -282,11 +293,8 @@ def mutate(
     claim = Claim("mutation", report.CLAIM, report.NOT_COVERED)
     opened, judged = open_record(claim, settings, run_dir=run_dir, json=json), []
 
-    def verb(arguments: list[str]) -> None:
-        context.find_root().command.main(arguments, prog_name="stack", standalone_mode=False)
-
     with workshop() as root:
-        made = scenarios(root, verb, names)
+        made = scenarios(root, performing(context), names)
         clean = survey(made, root, jobs, lambda name: note(f"{name}: green without a mutant"))
         for one in mutate(clean, root, n, seed, jobs):
             judged.append(one)

@@ -12,6 +12,7 @@ import torch
 from stackproof.config import RunConfig
 from stackproof.contracts.gate import judge, not_run
 from stackproof.data.prepare import prepare
+from stackproof.museum.commands import is_of_command
 from stackproof.museum.plant import Plant, load_museum
 from stackproof.museum.prove import Prover, selection, workshop
 from stackproof.spec.canonical import sha256_json
@@ -53,13 +54,14 @@ def matrix(
     turned red. Every plant meets all gates that apply to the configuration its own gate is proven
     under; a gate that is red there without the plant is left out. A runtime gate that never looked
     is red, as it is where no gate is waived: its step is None and its seconds are those of the run.
-    Plants in the script of another trainer do not touch the stack and have no row.
+    Plants in the script of another trainer do not touch the stack and have no row, and neither have
+    those of gates that belong to a command.
     """
     plants = {p.id: p for p in load_museum().values() if p.trainer == "stack"}
     rows: list[Row] = []
     with workshop() as root:
         prover, controls = Prover(root), {}
-        for gate in selection(gate_ids):
+        for gate in (g for g in selection(gate_ids) if not is_of_command(g)):
             for plant in (plants[p] for p in gate.plants if p in plants):
                 cfg = _config(prover, gate, plant)
                 key = sha256_json([cfg.to_dict(), "export" in gate.kinds])

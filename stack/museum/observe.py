@@ -11,6 +11,7 @@ from stackproof.contracts import keeper
 from stackproof.contracts.events import Evaluated, Event, Sampled
 from stackproof.contracts.gate import Scalar, Verdict, resolve
 from stackproof.museum.plant import swap, touches
+from stackproof.spec.failures import moment_of_artifact
 from stackproof.spec.gates import Gate, Limit
 from stackproof.spec.margins import measured_for
 from stackproof.spec.records import Record
@@ -47,7 +48,7 @@ def moment_of(gate: Gate) -> str:
     if gate.moment == "preflight":
         return "before step 1"
     if gate.moment == "artifact":
-        return "at export" if "export" in gate.kinds else "at checkpoint"
+        return moment_of_artifact(gate)
     looks = set(resolve(gate).events)
     return "at evaluation" if looks & {Evaluated, Sampled} else "within k steps"
 

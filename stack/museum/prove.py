@@ -24,7 +24,7 @@ from stackproof.data.prepare import prepare
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity, reading
 from stackproof.model.build import build_model
-from stackproof.museum import ranks, script
+from stackproof.museum import commands, ranks, script
 from stackproof.museum.collection import exportable, museum_config, write_texts
 from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stackproof.museum.plant import Plant, Trainer, load_museum
@@ -109,10 +109,13 @@ def trainers_of(gate: Gate) -> tuple[Trainer, ...]:
 
 
 class Prover:
-    """Runs one gate at a time on the museum's configuration, with or without a plant."""
+    """Runs one gate at a time on the museum's configuration, with or without a plant. `command`
+    performs the command lines that gates of commands need.
+    """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, command: commands.Perform | None = None):
         self.root, self.spec, self.catalogue = root, load_spec(), load_catalogue()
+        self.command, self._trained = command, root / "runs" / "trained"
         self.cfg = museum_config(root)
         self._runs = 0
         self._open = ExitStack()
@@ -178,6 +181,8 @@ class Prover:
         Killed is only what the gate itself turned red on, in time,
         and only if the planted line ran.
         """
+        if commands.is_of_command(gate):
+            self.trained()
         self.use_cache_of(gate, plant)
         clock = Clock()
         try:
@@ -249,6 +254,8 @@ class Prover:
         """The gate's verdict in one trainer, under the configuration of a plant, and the step at
         which it turned red in a run.
         """
+        if commands.is_of_command(gate):
+            return self._by_command(gate, clock)
         planted = plant.id if plant and clock else None
         if trainer == "script" and gate.min_ranks > 1:
             return self._on_ranks(gate, clock, "judge_script", (gate.id,), planted)
@@ -271,6 +278,24 @@ class Prover:
             record = train(fresh(cfg, (), self.run_dir(), watching, only=(gate.id,)))
             result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
+
+    def trained(self) -> Path:
+        """A run of the museum without gates, for commands that read one."""
+        if not self._trained.exists():
+            train(fresh(self.cfg, (), self._trained, only=()))
+        return self._trained
+
+    def _by_command(self, gate: Gate, clock: Clock | None) -> tuple[Verdict, None]:
+        """The gate's verdict in the command that it belongs to."""
+        assert self.command is not None, f"{gate.id} is proven by a command line"
+        done = commands.perform(gate, self.trained(), self.run_dir(), self.command)
+        if clock:
+            clock.elsewhere += done.touches
+        if done.error is not None:
+            raise done.error
+        if done.gate_id != gate.id:
+            raise GateFailed(done.gate_id, done.verdict, what=done.verdict.message)
+        return done.verdict, None
 
     def _on_ranks(
         self, gate: Gate, clock: Clock | None, job: str, *arguments: Any
@@ -337,14 +362,16 @@ def selection(gate_ids: Iterable[str]) -> list[Gate]:
 
 
 def prove(
-    gate_ids: Iterable[str], on_kill: Callable[[Kill], None] = lambda kill: None
+    gate_ids: Iterable[str],
+    command: commands.Perform,
+    on_kill: Callable[[Kill], None] = lambda kill: None,
 ) -> list[Kill]:
-    """Control and every plant of the chosen gates.
+    """Control and every plant of the chosen gates; `command` performs a command line.
     A plant that is not in the museum is `awaiting`, never killed.
     """
     gates, plants = selection(gate_ids), load_museum()
     kills = []
-    with workshop() as root, closing(Prover(root)) as prover:
+    with workshop() as root, closing(Prover(root, command)) as prover:
         controls = prover.control(gates)
         for gate in gates:
             for plant_id in gate.plants:

@@ -26,7 +26,7 @@ def test_every_plant_is_killed_by_its_gate_and_every_control_is_green(spec, part
     tests/distributed/test_gates.py proves one plant each, and `make prove` all.
     """
     gates = sorted(g.id for g in spec.gates.values() if g.min_ranks == 1)[part::PARTS]
-    kills = prover.prove(gates)
+    kills = prover.prove(gates, perform)
     assert [(k.plant, k.outcome, k.message) for k in kills if k.outcome != "killed"] == []
     assert [(k.gate, k.control) for k in kills if k.control != "pass"] == []
     assert {k.plant for k in kills} == {
