@@ -92,6 +92,8 @@ ADAPTERS = (
     Adapter("import", "stack import", "import"),
     Adapter("data", "stack data build", "data"),
     Adapter("evaluate", "stack evaluate", "evaluate"),
+    Adapter("sample", "stack sample", "sample", (events.Sampled,)),
+    Adapter("trace", "stack trace", "trace"),
     Adapter(
         "plain",
         "with gated(model, optimizer): …",

@@ -3,7 +3,7 @@ stands.
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
     options = DrawOptions(
         suite.get("max_new_tokens", MAX_NEW_TOKENS), eos_id=found.tokenizer.eos_id
     )
-    gaps = [0.0]
+    gaps, rows = [0.0], []
     for question, answer in zip(questions, given):
         asked = suite.get("template", TEMPLATE).replace("{prompt}", question.text)
         decoded = found.tokenizer.decode(list(answer.ids))
@@ -59,6 +59,9 @@ def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
             found.max_length,
         )
         gaps += drawn.distances
+        prompt_ids = [found.tokenizer.eos_id, *found.tokenizer.encode(asked).ids]
+        ended = len(answer.ids) < options.max_new_tokens
+        rows += _rows_read(prompt_ids, answer.ids, ended, found.max_length)
         faults = list(found.faults(question.prompt, answer.text))
         if why := [
             *problems(drawn, limits),
@@ -71,6 +74,8 @@ def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
             ),
         ]:
             wrong.append(f"{answer.prompt}: {why[0]}")
+    if [list(row) for row in found.rows] != rows:
+        wrong.append("the model was given other rows than template and question")
     if (metrics := offered(lambda: found.metrics)) is not None:
         wrong += _miscounted(given, questions, metrics)
     return decide(
@@ -80,6 +85,21 @@ def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
         questions=len(questions),
         largest_gap=worst(gaps),
     )
+
+
+def _rows_read(
+    prompt_ids: list[int], ids: Sequence[int], ended: bool, max_length: int
+) -> Iterator[list[int]]:
+    """The rows of more than one token that a model with a cache reads for an answer: the prompt,
+    and the last half of the context each time that it is full. `ended`: by an end-of-text token.
+    """
+    tokens, start, read = [*prompt_ids, *ids], 0, -1
+    for at in range(len(prompt_ids), len(tokens) + ended):
+        if at - start > max_length:
+            start = at - max(1, max_length // 2)
+        if start != read and at - start > 1:
+            yield tokens[start:at]
+        read = start
 
 
 def _cut(text: str, suite: Mapping[str, Any]) -> str:

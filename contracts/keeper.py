@@ -244,18 +244,24 @@ class Gatekeeper:
             if self._halts(state, found.verdict):
                 raise self._failure([state])
 
-    def unjudged(self, unasked: Iterable[str] = ()) -> GateFailed | None:
-        """The failure of the first gate without a verdict, for a command that has ended; None if
-        all have one. Gates in `unasked` need none.
+    def unjudged(
+        self, kind: str, config: Mapping[str, Any], unasked: Iterable[str] = ()
+    ) -> GateFailed | None:
+        """The failure of the first gate of the spec for a command of this kind that has no verdict;
+        None if all have one. Gates in `unasked` need none.
         """
-        for gate_id, state in self.states.items():
-            if state.verdict.outcome == "not_run" and gate_id not in unasked:
+        for gate in self.spec.required(kind):
+            if gate.id in unasked or not gate.applies_to(config):
+                continue
+            verdict = self.states[gate.id].verdict if gate.id in self.states else None
+            if verdict is None or verdict.outcome == "not_run":
+                why = verdict.message if verdict else "it was not installed"
                 return GateFailed(
-                    gate_id,
-                    state.verdict,
-                    what=f"the command ended without its verdict: {state.verdict.message}",
+                    gate.id,
+                    verdict,
+                    what=f"the command ended without its verdict: {why}",
                     allowed="a verdict of every gate of the command",
-                    next_step=f"stack gates show {gate_id}",
+                    next_step=f"stack gates show {gate.id}",
                 )
         return None
 

@@ -109,6 +109,10 @@ class AnsweredSuite:
     def answers(self) -> Sequence[SuiteAnswer]: ...
 
     @value
+    def rows(self) -> Sequence[Sequence[int]]:
+        """Every row of more than one token that the model read for these answers, in order."""
+
+    @value
     def tokenizer(self) -> TextTokenizer: ...
 
     @value

@@ -4,6 +4,7 @@ run.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def audit_models(
     from stackproof.evaluate.suite import load_suite, suite_file
     from stackproof.spec.building import artefact
     from stackproof.spec.files import write_atomically
-    from stackproof.subject.commands import Answered
+    from stackproof.subject.commands import Answered, rows_read
 
     for directory in earlier:
         folder_at(
@@ -60,12 +61,14 @@ def audit_models(
         opened = open_model(folder, tokenizer)
         record = record or _open(opened, suite_input, run_dir, json)
         record.input(opened.weights_file, opened.run_dir)
-        step = int(opened.state["step"])
-        with _progress(f"asking {opened.folder}", sum(len(d.prompts) for d in made.domain)) as tell:
-            given = audit.audit(opened.model, opened.tokenizer, made, step=step, tell=tell)
-        record.judge(opened.shown(given[0].step), step=step)
-        shown = opened.model, opened.tokenizer, made, file
-        record.judge(Subject(answered=Answered(*shown, given)), step=step)
+        step, reader = int(opened.state["step"]), opened.model
+        n_prompts = sum(len(d.prompts) for d in made.domain)
+        with _progress(f"asking {opened.folder}", n_prompts) as tell, rows_read(reader) as rows:
+            given = audit.audit(reader, opened.tokenizer, made, step=step, tell=tell)
+        shown = partial(Answered, reader, opened.tokenizer, made, file, rows=rows)
+        opened_as = opened.shown(given[0].step)
+        if folder != folders[-1]:  # the last one is judged with the numbers of the record
+            record.judge(Subject(opened=opened_as, answered=shown(answers=given)), step=step)
         answers += given
         steps.append(step)
     answers = audit.graded(answers, grades) if grades else answers
@@ -78,8 +81,8 @@ def audit_models(
     document = _measured(
         record.builder, made, last, rounds, audit.standstill(rounds), audit.breadth(last)
     )
-    judged = [a for a in last if a.step == document["step"]]
-    record.judge(Subject(answered=Answered(*shown, judged, record.metrics)))
+    answered = shown(answers=last, metrics=record.metrics)
+    record.judge(Subject(opened=opened_as, answered=answered), step=document["step"])
     write_atomically(record.path("audits.jsonl"), audit.to_lines(answers))
     record.series.append("audits.jsonl")
     document |= {"suite": made.name, "checkpoint": str(opened.folder)}

@@ -90,6 +90,7 @@ def evaluate(
         {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades},
     )
     from stackproof.cli.load_model import open_model
+    from stackproof.contracts.subject import Subject
     from stackproof.evaluate.bits_per_byte import evaluate_text
 
     opened = open_model(model, tokenizer)
@@ -108,8 +109,8 @@ def evaluate(
     )
     document = _metrics(record, result) | {"text": source, "checkpoint": str(opened.folder)}
     document["step"] = int(opened.state["step"])
-    record.judge(opened.shown(document["step"]))
-    record.judge(_shown(opened, text, result, record.metrics, stride))
+    scored = _scored(opened, text, result, record.metrics, stride)
+    record.judge(Subject(opened=opened.shown(document["step"]), scored=scored))
     reason, error, dropped = "scored every byte", None, result.dropped_chars
     if strict_oov and dropped:
         reason = f"{dropped} characters outside the vocabulary"
@@ -129,11 +130,10 @@ def _show(document: dict) -> None:
     print_facts(f"{document['checkpoint']} on {document['text']}", facts, "record", "run_dir")
 
 
-def _shown(
+def _scored(
     opened: OpenedModel, text: Path | None, score: Any, metrics: dict, stride: int | None
 ) -> Any:
     """What the gate of scored texts judges; the text and its size are read again."""
-    from stackproof.contracts.subject import Subject
     from stackproof.subject.commands import Scored
 
     if text is None:
@@ -143,17 +143,15 @@ def _shown(
         texts, n_bytes = [read_text(text, MAX_SCORED_BYTES)], text.stat().st_size
     seq_len = opened.cfg.model.max_seq_len
     stride = seq_len // 2 or 1 if stride is None else min(stride, seq_len)
-    return Subject(
-        scored=Scored(
-            reader=opened.model,
-            tokenizer=opened.tokenizer,
-            texts=texts,
-            declared_bytes=n_bytes,
-            seq_len=seq_len,
-            stride=stride,
-            score=score,
-            metrics=metrics,
-        )
+    return Scored(
+        reader=opened.model,
+        tokenizer=opened.tokenizer,
+        texts=texts,
+        declared_bytes=n_bytes,
+        seq_len=seq_len,
+        stride=stride,
+        score=score,
+        metrics=metrics,
     )
 
 
@@ -233,6 +231,7 @@ def sample(
     from stackproof.contracts.drawn import DrawOptions
     from stackproof.contracts.events import Sampled
     from stackproof.contracts.keeper import Gatekeeper
+    from stackproof.contracts.subject import Subject
     from stackproof.evaluate.sampling import generate
     from stackproof.spec.gates import load_spec
     from stackproof.subject.commands import drawn
@@ -266,8 +265,8 @@ def sample(
         samples.append(made | {"coherence": score})
     dropped = encoding.dropped_chars
     document = {"samples": samples, "dropped_prompt_chars": dropped, "step": step}
-    keeper.artifact(opened.shown(document["step"]))
-    if failure := keeper.unjudged():
+    keeper.artifact(Subject(opened=opened.shown(document["step"])))
+    if failure := keeper.unjudged("sample", {}):
         raise failure
     if not emit(document | {"checkpoint": str(opened.folder)}, json):
         if dropped:

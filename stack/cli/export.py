@@ -65,6 +65,7 @@ def export(
             allowed="--to hf with --dtype float32 or bfloat16",
         )
     from stackproof.cli.load_model import open_model
+    from stackproof.contracts.subject import Subject
     from stackproof.evidence.file_lock import refuse_occupied
     from stackproof.export import huggingface
     from stackproof.export.card import card, training_only
@@ -79,7 +80,7 @@ def export(
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "parent": parent}
     facts["step"] = int(opened.state["step"])
-    record.judge(opened.shown(facts["step"]))
+    record.judge(Subject(opened=opened.shown(facts["step"])))
     facts |= {"run": _record_of(opened.run_dir, parent), "export": record.builder.id}
     try:
         made = huggingface.export(

@@ -30,18 +30,15 @@ class OpenedModel:
     asked: Path
 
     def shown(self, stated_step: int) -> Any:
-        """The subject of the gate of opened checkpoints, with the step in the command's output."""
-        from stackproof.contracts.subject import Subject
+        """What the gate of opened checkpoints judges, with the step in the command's output."""
         from stackproof.subject.commands import Opened
 
-        return Subject(
-            opened=Opened(
-                asked=self.asked,
-                folder=self.folder,
-                stated_step=stated_step,
-                model=self.model,
-                tokenizer_sha256=self.tokenizer.sha256,
-            )
+        return Opened(
+            asked=self.asked,
+            folder=self.folder,
+            stated_step=stated_step,
+            model=self.model,
+            tokenizer_sha256=self.tokenizer.sha256,
         )
 
 

@@ -91,7 +91,8 @@ class OpenRecord:
         `directory_key` is its folder in the document. Raises GateFailed if a gate of the verb has
         no verdict.
         """
-        if error is None and (error := self.keeper.unjudged(self.unasked)):
+        asked = self.builder.kind, self.builder.config, self.unasked
+        if error is None and (error := self.keeper.unjudged(*asked)):
             reason = error.what
         status = "completed"
         if error:

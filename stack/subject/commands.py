@@ -3,7 +3,8 @@
 B batch, T tokens, V vocab
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,23 @@ class Scored(ScoredText):
         return last_logits(self.reader, ids, last)
 
 
+@contextmanager
+def rows_read(model: Transformer) -> Iterator[list[list[int]]]:
+    """While it lasts, collects the rows of more than one token that the model, or a copy of it,
+    reads.
+    """
+    rows: list[list[int]] = []
+
+    def note(module: nn.Module, inputs: tuple) -> None:
+        rows.extend(row for row in inputs[0].tolist() if len(row) > 1)
+
+    handle = model.embed.register_forward_pre_hook(note)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
 class Answered(AnsweredSuite):
     """The answers of one checkpoint; `metrics` where the record is about them."""
 
@@ -93,11 +111,13 @@ class Answered(AnsweredSuite):
         tokenizer: Any,
         suite: Suite,
         suite_file: Path,
+        *,
         answers: Sequence[SuiteAnswer],
+        rows: Sequence[Sequence[int]],
         metrics: Mapping[str, float] | None = None,
     ):
         self.reader, self.tokenizer, self.suite_file = reader, tokenizer, suite_file
-        self.answers, self.max_length = answers, reader.cfg.max_seq_len
+        self.answers, self.rows, self.max_length = answers, rows, reader.cfg.max_seq_len
         self._prompts = {p.id: p for d in suite.domain for p in d.prompts}
         if metrics is not None:
             self.metrics = metrics

@@ -85,6 +85,7 @@ class Request:
         """Open the record: models, tokens and options are its configuration,
         model files its inputs.
         """
+        from stackproof.contracts.subject import Subject
         from stackproof.export.parity import version
 
         shared = {
@@ -106,7 +107,7 @@ class Request:
             record.input(file, root)
         opened = [(m.opened, m.facts["step"]) for m in models if m.opened is not None]
         for one, step in opened:
-            record.judge(one.shown(step), step=step)
+            record.judge(Subject(opened=one.shown(step)), step=step)
         if not opened:
             record.unasked = ("checkpoint.opened",)
         return record

@@ -1,0 +1,352 @@
+"""Gates of commands, and of the samples and logs of a run: green on what a small model really
+gives, red on each way to be wrong.
+"""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stackproof.contracts.drawn import DrawOptions, TextFollows
+from stackproof.contracts.events import (
+    Evaluated,
+    Finished,
+    Logs,
+    Sampled,
+    Started,
+    StepTaken,
+)
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.logged import Logged
+from stackproof.contracts.subject import NotOffered, Subject
+from stackproof.contracts.traced import module_of
+from stackproof.data.tokenizer import Bytes
+from stackproof.evaluate import audit
+from stackproof.evaluate.bits_per_byte import evaluate_text
+from stackproof.evaluate.sampling import generate
+from stackproof.evaluate.suite import load_suite, suite_file
+from stackproof.spec.canonical import sha256_file
+from stackproof.subject.commands import Answered, Opened, Scored, Traced, drawn, rows_read
+from stackproof.tensorfile import write
+from stackproof.trace import trace, untraced
+from tests.export import models
+
+TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 12
+TOKENIZER = Bytes()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.ours("plain", TOKENIZER.vocab_size).eval()
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+OPTIONS = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
+
+
+def sampled(spec, model, declared=None, prompt="The fox", seed=3, n=40, **changes):
+    """The verdict on a text that was drawn by OPTIONS and `changes`, under those declared."""
+    ids = generate(
+        model,
+        [TOKENIZER.eos_id, *TOKENIZER.encode("The fox").ids],
+        max_new_tokens=n,
+        generator=torch.Generator().manual_seed(3),
+        **OPTIONS | changes,
+    )
+    options = DrawOptions(40, **OPTIONS | (declared or {}))
+    chance = torch.Generator().manual_seed(seed)
+    text = TOKENIZER.decode(ids)
+    found = drawn(model, TOKENIZER, prompt, ids, text, options, chance)
+    check = TextFollows(limits_of(spec.gates["sampling.drawn"]))
+    return check.observe(Sampled(1, text, drawn=found))
+
+
+def test_a_text_is_drawn_as_declared(spec, model):
+    green = sampled(spec, model)
+    assert green.passed, green.message
+    assert green.measured["largest_distance"] < 1e-5, "measured 0; the limit is 1e-4"
+    assert green.measured["n_tokens"] == 40
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"top_k": 0},
+        {"top_k": 39},
+        {"top_p": 1.0},
+        {"repetition_penalty": 1.0},
+    ],
+)
+def test_every_option_that_is_not_passed_is_seen(spec, model, changes):
+    assert not sampled(spec, model, **changes).passed
+
+
+def test_prompt_seed_and_length_of_a_text_are_judged(spec, model):
+    for wrong in ({"prompt": "The fax"}, {"seed": 4}, {"n": 39}):
+        assert not sampled(spec, model, **wrong).passed, wrong
+
+
+def test_a_text_longer_than_the_context_is_followed_to_its_end(spec, model):
+    n = 2 * model.cfg.max_seq_len
+    ids = generate(model, [TOKENIZER.eos_id], max_new_tokens=n, temperature=0.0)
+    found = drawn(model, TOKENIZER, "", ids, TOKENIZER.decode(ids), DrawOptions(n), None)
+    assert len(found.distances) == n and max(found.distances) < 1e-3 and not found.n_unfinished
+    ids[-1] = (ids[-1] + 1) % TOKENIZER.vocab_size
+    found = drawn(model, TOKENIZER, "", ids, TOKENIZER.decode(ids), DrawOptions(n), None)
+    assert found.distances[-1] > 1e-3
+
+
+def test_a_text_that_its_end_stops_early_is_followed_past_it(model):
+    """The end-of-text token is followed too; without it a short text is unfinished."""
+    seeded = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    prompt = [TOKENIZER.eos_id]
+    ids = generate(model, prompt, max_new_tokens=8, temperature=1.0, generator=seeded())
+    end = next(i for i in ids if i != ids[0])
+    cut = ids[: ids.index(end)]
+    text, ends = TOKENIZER.decode(cut), DrawOptions(8, temperature=1.0, eos_id=end)
+    found = drawn(model, TOKENIZER, "", cut, text, ends, seeded())
+    assert len(found.distances) == len(cut) + 1 and max(found.distances) < 1e-5
+    assert not found.n_unfinished
+    endless = DrawOptions(8, temperature=1.0)
+    assert drawn(model, TOKENIZER, "", cut, text, endless, seeded()).n_unfinished < 0
+
+
+# --- opened checkpoints ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(tmp_path, model):
+    """Two step folders of a run in the single layout, of which `latest` names the second."""
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        tensors = {n: t + (6 - step) for n, t in model.state_dict().items()}
+        write(folder / "model.safetensors", tensors, {"format": "pt"})
+        files = {"model.safetensors": {"sha256": sha256_file(folder / "model.safetensors")}}
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
+        state = {"step": step, "tokenizer_sha256": TOKENIZER.sha256}
+        (folder / "state.json").write_text(json.dumps(state))
+    (tmp_path / "checkpoints/latest").write_text("step-00000006")
+    return tmp_path
+
+
+class Single(Opened):
+    """The adapter reads the layout from a whole manifest, which these folders lack."""
+
+    @property
+    def assembled(self):
+        raise NotOffered("OpenedCheckpoint.assembled")
+
+
+def opened(spec, run_dir, model, step=6, *, asked=None, **changes):
+    settings = {
+        "asked": asked or run_dir,
+        "folder": run_dir / f"checkpoints/step-{step:08d}",
+        "stated_step": step,
+        "model": model,
+        "tokenizer_sha256": TOKENIZER.sha256,
+    }
+    part = Single(**settings | changes)
+    return call_check(spec.gates["checkpoint.opened"], Subject(opened=part))
+
+
+def test_an_opened_checkpoint_is_the_named_one(spec, run_dir, model):
+    green = opened(spec, run_dir, model)
+    assert green.passed and green.measured["compared"] == len(model.state_dict())
+    assert "tensors are not those" in opened(spec, run_dir, model, 3).message
+    assert "`latest` names step-00000006" in opened(spec, run_dir, model, 3).message
+    asked = run_dir / "checkpoints/step-00000003"
+    assert "`latest`" not in opened(spec, run_dir, model, 3, asked=asked).message
+
+
+def test_a_changed_weight_step_mode_tokenizer_or_file_is_red(spec, run_dir, model):
+    assert "step 7 is stated" in opened(spec, run_dir, model, stated_step=7).message
+    assert "tokenizer" in opened(spec, run_dir, model, tokenizer_sha256="0" * 64).message
+    model.layers[0].train()
+    assert "training mode" in opened(spec, run_dir, model).message
+    model.eval()
+    with torch.no_grad():
+        weight = model.final_norm.weight
+        before = weight[0].clone()
+        weight[0] = torch.nextafter(before, before + 1)
+        assert "1 tensors are not those" in opened(spec, run_dir, model).message
+        weight[0] = before
+    file = run_dir / "checkpoints/step-00000006/manifest.json"
+    file.write_text(file.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert "by its hash" in opened(spec, run_dir, model).message
+
+
+# --- scored texts ---------------------------------------------------------------------------------
+
+
+def scored(spec, model, *, stride=8, declared=TEXT, n_bytes=None, **changed):
+    score = evaluate_text(model, TOKENIZER, [TEXT], seq_len=32, stride=stride)
+    metrics = dataclasses.asdict(score) | changed
+    part = Scored(
+        reader=model,
+        tokenizer=TOKENIZER,
+        texts=[declared],
+        declared_bytes=len(declared.encode()) if n_bytes is None else n_bytes,
+        seq_len=32,
+        stride=8,
+        score=score,
+        metrics=metrics,
+    )
+    return call_check(spec.gates["evaluation.text-score"], Subject(scored=part))
+
+
+def test_a_score_is_that_of_its_text(spec, model):
+    green = scored(spec, model)
+    assert green.passed, green.message
+    assert green.measured["window_rel_error"] < 1e-6, "measured 2e-8; the limit is 1e-5"
+    for wrong in (
+        {"stride": 16},
+        {"declared": TEXT.lower()},
+        {"declared": TEXT[:-1]},
+        {"n_bytes": len(TEXT) + 1},
+        {"bits_per_byte": 1.0},
+        {"tokens": 7},
+    ):
+        assert not scored(spec, model, **wrong).passed, wrong
+
+
+# --- suites ---------------------------------------------------------------------------------------
+
+
+def answered(spec, model, change=lambda answers, rows, metrics: None):
+    file = suite_file("domains")
+    suite = load_suite(file)
+    with rows_read(model) as rows:
+        answers = audit.audit(model, TOKENIZER, suite, step=6)
+    passes = audit.breadth(answers)
+    metrics = {f"passes_{name}": n for name, n in passes.items()}
+    metrics |= {"passes": sum(passes.values()), "breadth": sum(n > 0 for n in passes.values())}
+    change(answers, rows, metrics)
+    part = Answered(model, TOKENIZER, suite, file, answers=answers, rows=rows, metrics=metrics)
+    return call_check(spec.gates["evaluation.answers"], Subject(answered=part))
+
+
+def replace_first(**changes):
+    def change(answers, rows, metrics):
+        answers[0] = dataclasses.replace(answers[0], **changes)
+
+    return change
+
+
+def test_an_answer_is_that_to_its_question(spec, model):
+    green = answered(spec, model)
+    assert green.passed, green.message
+    assert green.measured["questions"] == 24 and green.measured["largest_gap"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (replace_first(asked="Name a bird."), "template and question"),
+        (replace_first(text="a dodo", faults=(), passed=True), "the text is not the answer"),
+        (replace_first(passed=True), "the verdict"),
+        (replace_first(ids=(5, 6, 7)), "do not follow"),
+        (lambda answers, rows, metrics: answers.pop(), "23 answers are not those"),
+        (lambda answers, rows, metrics: answers.reverse(), "are not those"),
+        (lambda answers, rows, metrics: rows.pop(), "other rows"),
+        (lambda answers, rows, metrics: rows[3].pop(0), "other rows"),
+        (lambda answers, rows, metrics: metrics.update(breadth=6), "breadth is 6"),
+    ],
+)
+def test_each_way_to_ask_judge_or_count_wrong_is_red(spec, model, change, text):
+    red = answered(spec, model, change)
+    assert not red.passed and text in red.message
+
+
+def test_the_prompt_of_a_suite_is_template_and_question(model):
+    """Golden: the text and the rows that a model is given for the first question."""
+    suite = load_suite(suite_file("domains"))
+    with rows_read(model) as rows:
+        first = audit.audit(model, TOKENIZER, suite, step=1)[0]
+    assert first.asked == "> Name a bird that died out because people hunted it. / <"
+    assert TOKENIZER.decode(rows[0]) == first.asked and rows[0][0] == TOKENIZER.eos_id
+    answer = suite.domain[0].prompts[0].answer
+    assert answer not in first.asked
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def traced(spec, model, **changes):
+    ids = [0, 5, 6, 7, 8, 9]
+    found = trace(model, torch.tensor([ids]))
+    points = {t.point.name: (t.stat.rms, t.stat.absmax) for t in found.points}
+    settings = {"model": model, "input_ids": ids, "traced_logits": found.logits, "points": points}
+    part = Traced(**settings | changes, run=lambda ids_BT: untraced(model, ids_BT, False))
+    return call_check(spec.gates["model.traced"], Subject(traced=part)), points
+
+
+def test_a_trace_is_of_the_untraced_forward(spec, model):
+    green, points = traced(spec, model)
+    assert green.passed, green.message
+    assert green.measured["compared"] == sum(module_of(name) is not None for name in points) > 10
+    swapped = points | {
+        "layers.0.attention_norm": points["layers.1.attention_norm"],
+        "layers.1.attention_norm": points["layers.0.attention_norm"],
+    }
+    assert "layers.0.attention_norm" in traced(spec, model, points=swapped)[0].message
+    other = torch.zeros(1, 6, TOKENIZER.vocab_size)
+    assert "changes the logits" in traced(spec, model, traced_logits=other)[0].message
+    assert "no point" in traced(spec, model, points={})[0].message
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_seen": 64}
+LOGS = Logs(steps=(1, 2), last=LAST, bits_per_byte={2: 3.0}, texts={1: "a", 2: "b"})
+
+
+def logged(spec, **changes):
+    check = Logged(limits_of(spec.gates["runtime.logged"]))
+    check.observe(Started(1, {}))
+    rest = dict.fromkeys(
+        "clipped_grad_norm max_grad_norm n_valid_tokens n_expected_tokens wall_s flops "
+        "peak_flops".split(),
+        1,
+    )
+    check.observe(StepTaken(step=2, **LAST, **rest))
+    check.observe(Evaluated(2, 2.0, 3.0, (2.0,), "h", None, 5.0))
+    check.observe(Sampled(2, "b"))
+    return check.observe(Finished(2, "completed", logs=dataclasses.replace(LOGS, **changes)))
+
+
+def test_logs_hold_what_happened(spec):
+    """The sample of step 1 is of a process before this one."""
+    assert logged(spec).passed
+    for wrong in (
+        {"steps": ()},
+        {"steps": (1,)},
+        {"steps": (1, 1, 2)},
+        {"last": LAST | {"loss_nats": 2.1}},
+        {"bits_per_byte": {}},
+        {"bits_per_byte": {2: 3.1}},
+        {"texts": {1: "a"}},
+    ):
+        assert not logged(spec, **wrong).passed, wrong
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def test_a_command_without_a_verdict_of_its_gates_fails(spec):
+    """Also where the gates of another kind were installed."""
+    text = {"evaluate": {"of": "text"}}
+    keeper = Gatekeeper(spec, kind="evaluate", config=text)
+    assert set(keeper.states) == {"checkpoint.opened", "evaluation.text-score"}
+    assert keeper.unjudged("evaluate", text).gate_id in keeper.states
+    assert keeper.unjudged("export", {}).gate_id in ("checkpoint.opened", "export.logit-parity")
+    assert keeper.unjudged("evaluate", text, unasked=tuple(keeper.states)) is None
+    for state in keeper.states.values():
+        state.verdict = SimpleNamespace(outcome="pass")
+    assert keeper.unjudged("evaluate", text) is None
