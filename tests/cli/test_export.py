@@ -256,6 +256,7 @@ def test_without_transformers_it_is_said_and_never_a_pass(
     monkeypatch.setattr(parity, "available", lambda: False)
     code, said = stack("export", run_dir, "--out", "out")
     assert code == 0 and verdicts(said) == {
+        "checkpoint.opened": "pass",
         "export.logit-parity": "not_run",
         "export.folder": "not_run",
     }

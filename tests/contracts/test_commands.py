@@ -264,15 +264,29 @@ def test_each_way_to_ask_judge_or_count_wrong_is_red(spec, model, change, text):
     assert not red.passed and text in red.message
 
 
-def test_the_prompt_of_a_suite_is_template_and_question(model):
-    """Golden: the text and the rows that a model is given for the first question."""
-    suite = load_suite(suite_file("domains"))
+SUITE = """
+name = "mine"
+[[domain]]
+name = "first"
+prompts = [{ id = "legs", text = "Legs?", answer = "Six", checks = [{ kind = "regex", pattern = "six" }] }]
+[[domain]]
+name = "second"
+prompts = [{ id = "arms", text = "Arms?", answer = "Two", checks = [{ kind = "regex", pattern = "two" }] }]
+"""  # noqa: E501
+
+
+def test_the_prompt_of_a_suite_is_template_and_question(model, tmp_path):
+    """Golden: the texts and the rows that a model is given, each question alone."""
+    (tmp_path / "mine.toml").write_text(SUITE)
+    suite = load_suite(tmp_path / "mine.toml").model_copy(update={"max_new_tokens": 4})
     with rows_read(model) as rows:
-        first = audit.audit(model, TOKENIZER, suite, step=1)[0]
-    assert first.asked == "> Name a bird that died out because people hunted it. / <"
-    assert TOKENIZER.decode(rows[0]) == first.asked and rows[0][0] == TOKENIZER.eos_id
-    answer = suite.domain[0].prompts[0].answer
-    assert answer not in first.asked
+        first, second = audit.audit(model, TOKENIZER, suite, step=1)
+    assert (first.asked, second.asked) == ("> Legs? / <", "> Arms? / <")
+    begins = [TOKENIZER.eos_id]
+    assert rows == [
+        [*begins, *TOKENIZER.encode("> Legs? / <").ids],
+        [*begins, *TOKENIZER.encode("> Arms? / <").ids],
+    ]
 
 
 # --- traces ---------------------------------------------------------------------------------------
