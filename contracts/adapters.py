@@ -21,9 +21,12 @@ STACK_EVENTS = (
     events.ActivationsTraced,
     events.Evaluated,
     events.MemorizationMeasured,
+    events.BatchRescored,
     events.Sampled,
+    events.TextDrawn,
     events.StateCompared,
     events.Saved,
+    events.LogsRead,
     events.Finished,
 )
 RANK_EVENTS = (
@@ -92,7 +95,7 @@ ADAPTERS = (
     Adapter("import", "stack import", "import"),
     Adapter("data", "stack data build", "data"),
     Adapter("evaluate", "stack evaluate", "evaluate"),
-    Adapter("sample", "stack sample", "sample", (events.Sampled,)),
+    Adapter("sample", "stack sample", "sample", (events.Sampled, events.TextDrawn)),
     Adapter("trace", "stack trace", "trace"),
     Adapter(
         "plain",

@@ -26,9 +26,9 @@ class Question(NamedTuple):
 
 @decides("evaluation.answers")
 def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """Every question of the suite's file is asked once, in its order, as template plus question;
-    each answer is the greedy continuation of that text alone, cut at the first stop text; its
-    verdict is that of the checks on this text; the counts of the record are those of the answers.
+    """Every question of the suite's file is put once, in its order, as template plus question; each
+    answer is the greedy continuation of that text alone, cut at the first stop text; its verdict is
+    that of the checks on this text; the counts of the record are those of the answers.
 
     The file is read here, and each continuation is followed by one full forward.
     """
@@ -78,6 +78,7 @@ def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
         wrong.append("the model was given other rows than template and question")
     if (metrics := offered(lambda: found.metrics)) is not None:
         wrong += _miscounted(given, questions, metrics)
+        wrong += _lost_rounds(found.every_answer, found.rounds)
     return decide(
         len(wrong) <= limits.wrong_max,
         first_of(wrong),
@@ -107,6 +108,21 @@ def _cut(text: str, suite: Mapping[str, Any]) -> str:
     for stop in suite.get("stop", STOPS):
         text = text.split(stop, 1)[0]
     return text.strip()
+
+
+def _lost_rounds(
+    every: Sequence[SuiteAnswer], rounds: Mapping[int, Mapping[str, int]]
+) -> list[str]:
+    """Steps whose passes by domain are not those of their answers."""
+    passes: dict[int, dict[str, int]] = {}
+    for answer in every:
+        of_step = passes.setdefault(answer.step, {})
+        of_step[answer.domain] = of_step.get(answer.domain, 0) + answer.passed
+    return [
+        f"the passes of step {step} are not those of its answers"
+        for step, expected in passes.items()
+        if rounds.get(step) != expected
+    ]
 
 
 def _miscounted(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stackproof.contracts.events import Drawn, Event, Sampled
+from stackproof.contracts.events import Event, Sampled, TextDrawn
 from stackproof.contracts.gate import RuntimeCheck, Verdict, decide_all, decides, measured_by, worst
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def follow(
     options: DrawOptions,
     chance: torch.Generator | None,
     max_seq_len: int,
-) -> Drawn:
+    step: int = 0,
+) -> TextDrawn:
     """Compare drawn `ids` and their `text` with what a full forward over the declared prompt,
     which an end-of-text token begins, gives under `options`. `chance` is a fresh generator of the
     declared seed, one float64 per token; None for a greedy text.
@@ -72,12 +73,13 @@ def follow(
         for logits_V in logits_TV:
             distances.append(_distance(logits_V, tokens[start:at], tokens[at], options, chance))
             at += 1
-    return Drawn(
+    ended = ended and options.eos_id is not None
+    return TextDrawn(
+        step,
         distances=tuple(distances),
         greedy=options.temperature == 0,
-        n_unfinished=len(ids) - options.max_new_tokens
-        if not ended or options.eos_id is None
-        else 0,
+        ended=ended,
+        n_unfinished=0 if ended else len(ids) - options.max_new_tokens,
         is_text=text == tokenizer.decode(list(ids)),
     )
 
@@ -124,7 +126,7 @@ def _penalised(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     return logits_V.index_copy(0, ids, torch.where(old > 0, old / penalty, old * penalty))
 
 
-def problems(drawn: Drawn, limits: SimpleNamespace) -> list[str]:
+def problems(drawn: TextDrawn, limits: SimpleNamespace) -> list[str]:
     """What of a drawn text does not follow; empty if all of it does."""
     allowed = limits.greedy_gap_max if drawn.greedy else limits.distance_max
     wrong = sum(not d <= allowed for d in drawn.distances)
@@ -134,6 +136,8 @@ def problems(drawn: Drawn, limits: SimpleNamespace) -> list[str]:
             f"{wrong} of {len(drawn.distances)} tokens do not follow from the prompt, the declared "
             "options and the seed"
         )
+    if drawn.ended and not drawn.distances[-1] <= allowed:
+        found.append("it ends where its end-of-text token does not follow")
     if drawn.n_unfinished:
         found.append(f"{drawn.n_unfinished:+d} tokens beside those that were declared")
     if not drawn.is_text:
@@ -146,15 +150,14 @@ def problems(drawn: Drawn, limits: SimpleNamespace) -> list[str]:
 class TextFollows(RuntimeCheck):
     """Every token of a sample is the one that the declared prompt, options and seed give."""
 
-    events = (Sampled,)
+    events = (Sampled, TextDrawn)
 
     def observe(self, event: Event) -> Verdict | None:
-        if event.drawn is None:
+        if isinstance(event, Sampled):
             return None
-        distances = event.drawn.distances
         return decide_all(
-            problems(event.drawn, self.limits),
+            problems(event, self.limits),
             f"step {event.step}: ",
-            n_tokens=len(distances),
-            largest_distance=worst(distances, 0.0),
+            n_tokens=len(event.distances),
+            largest_distance=worst(event.distances, 0.0),
         )

@@ -52,11 +52,12 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
-class Logs:
-    """The logs of a run, read back: every logged step, the last line, and by step the held-out
-    bits per byte and the sampled text.
+class LogsRead:
+    """The logs of a run were read back at its end: every logged step, the last line, and by step
+    the held-out bits per byte and the sampled text.
     """
 
+    step: int
     steps: tuple[int, ...]
     last: Mapping[str, object]
     bits_per_byte: Mapping[int, float]
@@ -66,14 +67,13 @@ class Logs:
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The training loop has ended; the last event of a run. `latest_step` and `best_step` are
-    those of the folders that the checkpoint pointers name. `logs` is None without logs.
+    those of the folders that the checkpoint pointers name.
     """
 
     step: int
     status: str
     latest_step: int | None = None
     best_step: int | None = None
-    logs: Logs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,26 +370,11 @@ class MemorizationMeasured:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A text compared with what its prompt, options and seed give. `distances` has one entry per
-    token: in logits if `greedy`, else of the uniform number from the token's interval.
-    `n_unfinished` counts tokens beyond those declared, negative for missing ones; `is_text` is
-    whether the text is that of the tokens.
-    """
-
-    distances: tuple[float, ...]
-    greedy: bool
-    n_unfinished: int
-    is_text: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Sampled:
     """A text was sampled from the model; `language` selects the word list.
 
     `loss_nats` is the model's own mean loss on the text. `found_in_corpus()` returns the share of
     its spans that occurs in the training text; it is called only where the loss is suspicious.
-    `drawn` compares the text with its declared options, None where they are unknown.
     """
 
     step: int
@@ -398,7 +383,37 @@ class Sampled:
     language: str = "en"
     loss_nats: float | None = None
     found_in_corpus: Callable[[], float] | None = None
-    drawn: Drawn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDrawn:
+    """A sampled text was compared with what its prompt, options and seed give. `distances` has one
+    entry per token: in logits if `greedy`, else of the uniform number from the token's interval.
+    `ended`: the last entry is of the end-of-text token that ended the text. `n_unfinished` counts
+    tokens beyond those declared, negative for missing ones; `is_text` is whether the text is that
+    of the tokens.
+    """
+
+    step: int
+    distances: tuple[float, ...]
+    greedy: bool
+    ended: bool
+    n_unfinished: int
+    is_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRescored:
+    """One held-out batch was scored again after an evaluation, by the model as it is:
+    `reported_nats` is its mean in the evaluation, `own_nats` the new one. `half`: under autocast to
+    a type of two bytes.
+    """
+
+    step: int
+    batch: int
+    reported_nats: float
+    own_nats: float
+    half: bool
 
 
 # --- a run on several ranks -----------------------------------------------------------------------
@@ -533,7 +548,10 @@ Event = (
     | ActivationsTraced
     | Evaluated
     | MemorizationMeasured
+    | BatchRescored
     | Sampled
+    | TextDrawn
+    | LogsRead
     | StateCompared
     | RanksJoined
     | StateDivided

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 from stackproof.contracts.events import (
     Evaluated,
     Event,
-    Finished,
-    Logs,
+    LogsRead,
     Sampled,
     Started,
     StepTaken,
@@ -23,7 +22,7 @@ class Logged(RuntimeCheck):
     there.
     """
 
-    events = (Started, StepTaken, Evaluated, Sampled, Finished)
+    events = (Started, StepTaken, Evaluated, Sampled, LogsRead)
 
     def __init__(self, limits: SimpleNamespace):
         super().__init__(limits)
@@ -41,11 +40,11 @@ class Logged(RuntimeCheck):
                 self.evaluated[event.step] = event.bits_per_byte
             case Sampled():
                 self.sampled[event.step] = event.text
-            case Finished(logs=Logs() as logs):
-                return self._judge(event.step, logs)
+            case LogsRead():
+                return self._judge(event.step, event)
         return None
 
-    def _judge(self, step: int, logs: Logs) -> Verdict:
+    def _judge(self, step: int, logs: LogsRead) -> Verdict:
         steps = list(logs.steps)
         scores = {s: bits for s, bits in logs.bits_per_byte.items() if s > self.began}
         texts = {s: text for s, text in logs.texts.items() if s > self.began}

@@ -58,6 +58,8 @@ def traced(limits: SimpleNamespace, subject: Subject) -> Verdict:
     return decide_all(
         [
             not largest <= limits.logit_abs_max and f"tracing changes the logits by {largest:.3g}",
+            list(found.input_ids) != list(found.declared_ids)
+            and "other tokens were traced than those declared",
             bool(wrong) and f"{len(wrong)} points are not what they name: {first_of(wrong)}",
             not values and "no point could be compared",
         ],

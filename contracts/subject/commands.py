@@ -86,10 +86,11 @@ class ScoredText:
 
 
 class SuiteAnswer(Protocol):
-    """An answer to a question of a suite: what was asked, the drawn tokens, the text of them that
-    was judged, and the verdict.
+    """An answer to a question of a suite: the prompt that was given, the drawn tokens, their text
+    as it was judged, and the verdict.
     """
 
+    step: int
     domain: str
     prompt: str
     asked: str
@@ -123,6 +124,14 @@ class AnsweredSuite:
     def metrics(self) -> Mapping[str, float]:
         """The numbers of the record by name, where they are those of this checkpoint."""
 
+    @value
+    def rounds(self) -> Mapping[int, Mapping[str, int]]:
+        """Passes by domain by step, as the record's output has them."""
+
+    @value
+    def every_answer(self) -> Sequence[SuiteAnswer]:
+        """The answers of all checkpoints of the command."""
+
     @capability
     def last_logits(self, ids: list[int], last: int) -> Tensor:
         """Logits (last, V) of the last positions of a row, by the full forward."""
@@ -140,6 +149,10 @@ class TracedForward:
 
     @value
     def input_ids(self) -> Sequence[int]: ...
+
+    @value
+    def declared_ids(self) -> Sequence[int]:
+        """The ids that the command was given, or those of its text behind an end-of-text token."""
 
     @value
     def traced_logits(self) -> Tensor:

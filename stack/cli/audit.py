@@ -66,9 +66,9 @@ def audit_models(
         with _progress(f"asking {opened.folder}", n_prompts) as tell, rows_read(reader) as rows:
             given = audit.audit(reader, opened.tokenizer, made, step=step, tell=tell)
         shown = partial(Answered, reader, opened.tokenizer, made, file, rows=rows)
-        opened_as = opened.shown(given[0].step)
         if folder != folders[-1]:  # the last one is judged with the numbers of the record
-            record.judge(Subject(opened=opened_as, answered=shown(answers=given)), step=step)
+            used = opened.shown(given[0].step)
+            record.judge(Subject(opened=used, answered=shown(answers=given)), step=step)
         answers += given
         steps.append(step)
     answers = audit.graded(answers, grades) if grades else answers
@@ -81,8 +81,11 @@ def audit_models(
     document = _measured(
         record.builder, made, last, rounds, audit.standstill(rounds), audit.breadth(last)
     )
-    answered = shown(answers=last, metrics=record.metrics)
-    record.judge(Subject(opened=opened_as, answered=answered), step=document["step"])
+    numbers = {"metrics": record.metrics, "rounds": rounds, "every_answer": answers}
+    used = opened.shown(document["step"])
+    record.judge(
+        Subject(opened=used, answered=shown(answers=last, **numbers)), step=used.stated_step
+    )
     write_atomically(record.path("audits.jsonl"), audit.to_lines(answers))
     record.series.append("audits.jsonl")
     document |= {"suite": made.name, "checkpoint": str(opened.folder)}

@@ -259,9 +259,10 @@ def sample(
         text = opened.tokenizer.decode([i for i in ids if i != eos_id])
         score = coherence(text, opened.cfg.sample.language).score
         chance = generator(seed, "cli-sample", index)
-        followed = drawn(opened.model, opened.tokenizer, prompt, ids, text, declared, chance)
-        keeper.observe(Sampled(step, text, prompt, drawn=followed))
         made = {"prompt": prompt, "text": text, "tokens": len(ids), "seed": seed, "index": index}
+        shown = opened.model, opened.tokenizer, prompt, ids, made["text"]
+        keeper.observe(Sampled(step, made["text"], prompt))
+        keeper.observe(drawn(*shown, declared, chance, step))
         samples.append(made | {"coherence": score})
     dropped = encoding.dropped_chars
     document = {"samples": samples, "dropped_prompt_chars": dropped, "step": step}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.drawn import DrawOptions, follow
-from stackproof.contracts.events import Drawn
+from stackproof.contracts.events import TextDrawn
 from stackproof.contracts.subject import (
     AnsweredSuite,
     NotOffered,
@@ -44,11 +44,12 @@ def drawn(
     text: str,
     options: DrawOptions,
     chance: torch.Generator | None,
-) -> Drawn:
+    step: int = 0,
+) -> TextDrawn:
     """A drawn text, followed by the model's full forward; see `contracts.drawn.follow`."""
     logits = lambda row, last: last_logits(model, row, last)  # noqa: E731
     n = model.cfg.max_seq_len
-    return follow(logits, tokenizer, prompt, ids, text, options, chance, n)
+    return follow(logits, tokenizer, prompt, ids, text, options, chance, n, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,9 @@ def rows_read(model: Transformer) -> Iterator[list[list[int]]]:
 
 
 class Answered(AnsweredSuite):
-    """The answers of one checkpoint; `metrics` where the record is about them."""
+    """The answers of one checkpoint; with `metrics` and what follows where the record is about
+    them.
+    """
 
     def __init__(
         self,
@@ -115,12 +118,14 @@ class Answered(AnsweredSuite):
         answers: Sequence[SuiteAnswer],
         rows: Sequence[Sequence[int]],
         metrics: Mapping[str, float] | None = None,
+        rounds: Mapping[int, Mapping[str, int]] | None = None,
+        every_answer: Sequence[SuiteAnswer] = (),
     ):
         self.reader, self.tokenizer, self.suite_file = reader, tokenizer, suite_file
         self.answers, self.rows, self.max_length = answers, rows, reader.cfg.max_seq_len
         self._prompts = {p.id: p for d in suite.domain for p in d.prompts}
         if metrics is not None:
-            self.metrics = metrics
+            self.metrics, self.rounds, self.every_answer = metrics, rounds, every_answer
 
     def last_logits(self, ids: list[int], last: int) -> Tensor:
         return last_logits(self.reader, ids, last)
@@ -135,6 +140,7 @@ class Traced(TracedForward):
 
     model: nn.Module
     input_ids: Sequence[int]
+    declared_ids: Sequence[int]
     traced_logits: Tensor
     points: Mapping[str, tuple[float, float]]
     run: Callable[[Tensor], Tensor]

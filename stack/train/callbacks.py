@@ -18,11 +18,11 @@ from stackproof.contracts.drawn import DrawOptions
 from stackproof.contracts.events import (
     ActivationsTraced,
     BatchDrawn,
-    Drawn,
+    BatchRescored,
     Evaluated,
     Finished,
     HeldOutRows,
-    Logs,
+    LogsRead,
     MemorizationMeasured,
     ModuleModes,
     RatesUsed,
@@ -31,12 +31,14 @@ from stackproof.contracts.events import (
     Saved,
     Started,
     StepTaken,
+    TextDrawn,
     WeightsUpdated,
 )
-from stackproof.data.data_loader import Batch, batch_hash
+from stackproof.data.data_loader import Batch, batch_hash, model_inputs
 from stackproof.data.prepare import Dataset
 from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import uniform_loss_nats
+from stackproof.evaluate.bits_per_byte import Evaluation, evaluating
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
@@ -210,6 +212,7 @@ class GateEvents(Callback):
                 rows=partial(self.text.held_out_rows, trainer.held_out),
             )
         )
+        trainer.keeper.observe(rescored(trainer, val))
         trainer.keeper.observe(
             MemorizationMeasured(
                 step=report.step,
@@ -231,17 +234,17 @@ class GateEvents(Callback):
                 language=trainer.cfg.sample.language,
                 loss_nats=sample.loss_nats,
                 found_in_corpus=partial(self.text.found_frac, sample.ids),
-                drawn=self._drawn(trainer, sample),
             )
         )
+        trainer.keeper.observe(self._drawn(trainer, sample))
 
-    def _drawn(self, trainer: Trainer, sample: Sample) -> Drawn:
+    def _drawn(self, trainer: Trainer, sample: Sample) -> TextDrawn:
         """The sample, compared with what the configuration declares."""
         cfg, tokenizer, step = trainer.cfg.sample, trainer.dataset.tokenizer, trainer.state.step
         declared = DrawOptions(cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
         chance, started = generator(trainer.cfg.seed, "sample", step), time.perf_counter()
         model, text = trainer.state.model, sample.text
-        found = drawn(model, tokenizer, cfg.prompt, sample.ids, text, declared, chance)
+        found = drawn(model, tokenizer, cfg.prompt, sample.ids, text, declared, chance, step)
         trainer.keeper.charge("sampling.drawn", time.perf_counter() - started)
         return found
 
@@ -253,17 +256,35 @@ class GateEvents(Callback):
             f"{name}_step": checkpoint_folders.pointed_step(trainer.output.dir.checkpoints, name)
             for name in ("latest", "best")
         }
-        logs = logs_of(trainer.output.dir)
-        trainer.keeper.observe(
-            Finished(step=trainer.state.step, status=status, logs=logs, **pointed)
-        )
+        trainer.keeper.observe(logs_of(trainer.output.dir, trainer.state.step))
+        trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
 
 
-def logs_of(directory: RunDir) -> Logs:
-    """The logs of a run, read back."""
+def rescored(trainer: Trainer, val: Evaluation) -> BatchRescored:
+    """One held-out batch of an evaluation, another each time, scored again by the model. All ranks
+    call this.
+    """
+    state, started = trainer.state, time.perf_counter()
+    at = state.step // trainer.cfg.eval.every % len(trainer.held_out)
+    batch, labels_BT = trainer.held_out[at], trainer.held_out[at].labels
+    with evaluating(state.model), state.autocast():
+        logits_BTV = state.model(*model_inputs(batch, state.device))
+    nats = [
+        -row.float().log_softmax(-1)[labels >= 0].gather(1, labels[labels >= 0, None]).double()
+        for row, labels in zip(logits_BTV, labels_BT.to(state.device))
+    ]
+    own = float(torch.cat(nats).mean())
+    trainer.keeper.charge("evaluation.rescored", time.perf_counter() - started)
+    half = trainer.cfg.train.dtype != "float32"
+    return BatchRescored(state.step, at, val.batch_nats[at], own, half)
+
+
+def logs_of(directory: RunDir, step: int) -> LogsRead:
+    """The logs of a run after a step, read back."""
     lines = list(directory.lines("metrics.jsonl"))
     scores = {line["step"]: line for line in lines if "val_bits_per_byte" in line}
-    return Logs(
+    return LogsRead(
+        step,
         steps=tuple(line["step"] for line in lines),
         last=lines[-1] if lines else {},
         bits_per_byte={step: line["val_bits_per_byte"] for step, line in scores.items()},

@@ -65,6 +65,20 @@ def latest_checkpoint(
         ) from e
 
 
+def require_newest(directory: RunDir, loaded: checkpoint.Loaded) -> None:
+    """Raise CheckpointError if a checkpoint is not the one that `latest` names, where its folder is
+    there.
+    """
+    latest = checkpoint_folders.pointed(directory.checkpoints, "latest")
+    if latest is not None and latest.is_dir() and latest != loaded.path:
+        raise CheckpointError(
+            f"{loaded.path} is not the newest checkpoint",
+            value=f"step {loaded.state['step']}",
+            allowed=f"{latest}, which `latest` names",
+            next_step=f"stack train --resume {directory.path} --at STEP takes an older one",
+        )
+
+
 def _refuse_lost(directory: RunDir) -> None:
     """Raise CheckpointError if the run had checkpoints: something stands in their folder, such as
     `latest`, or gates have judged a save.

@@ -61,6 +61,7 @@ from stackproof.train.restart import (
     red_verdicts,
     refuse_changes,
     refuse_child_at_seed,
+    require_newest,
     require_recorded,
     require_tokenizer,
     require_trained,
@@ -187,6 +188,8 @@ def resume(
         loaded = latest_checkpoint(directory, at, ranks)
         if loaded is None:
             refuse_child_at_seed(directory, document)
+        elif at is None:
+            require_newest(directory, loaded)
         marks = marks_of(directory, document, loaded)
         red = red_verdicts(directory, changed) if ranks.is_main else {}
         own.open()

@@ -5,10 +5,14 @@ that an adapter stops offering is found.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from typer.main import get_command
 
+from stackproof.cli import app
 from stackproof.config import NeverStop
 from stackproof.contracts.adapters import ADAPTERS, Adapter
 from stackproof.contracts.callbacks.session import judge_model
@@ -139,12 +143,33 @@ def imported(tmp_path, texts) -> Verdicts:
     return of(read_record(tmp_path / "imported" / "metadata.json").gates)
 
 
-def evaluated(tmp_path, texts) -> Verdicts:
+def commanded(command, *options) -> Callable[..., Verdicts]:
+    """A command on an imported model."""
+
+    def run(tmp_path, texts) -> Verdicts:
+        imported(tmp_path, texts)
+        (tmp_path / "text.txt").write_text("a text that nobody has learned")
+        asked = (command, "imported", *options, "--run-dir", "read")
+        done = Stack(tmp_path, tmp_path / "cache")(*asked)
+        assert done.code == 0, done.err
+        return of(read_record(tmp_path / "read" / "metadata.json").gates)
+
+    return run
+
+
+def sampled(tmp_path, texts) -> Verdicts:
+    """In this process, as the command writes no record."""
     imported(tmp_path, texts)
-    (tmp_path / "text.txt").write_text("a text that nobody has learned")
-    asked = ("evaluate", "imported", "--text", "text.txt", "--json")
-    said = Stack(tmp_path, tmp_path / "cache")(*asked).json
-    return of(read_record(tmp_path / said["run_dir"] / "metadata.json").gates)
+    found, unjudged = {}, Gatekeeper.unjudged
+
+    def kept(self, *kind):
+        found.update(of(self.results()))
+        return unjudged(self, *kind)
+
+    asked = ["sample", str(tmp_path / "imported"), "--max-new-tokens", "8"]
+    with mock.patch.object(Gatekeeper, "unjudged", kept):
+        get_command(app).main(asked, prog_name="stack", standalone_mode=False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -157,12 +182,13 @@ class Case:
     run: Callable[..., Verdicts]
     not_run: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def gates(self, texts) -> set[str]:
         """Every gate that has a verdict. That of a data set has a list of its own."""
         if self.adapter.kind == "data":
             return set(account.GATES)
-        config = museum(texts).to_dict() if self.adapter.kind == "train" else {}
+        config = museum(texts).to_dict() if self.adapter.kind == "train" else self.config
         return {g.id for g in self.adapter.gates(load_spec()) if g.applies_to(config)}
 
 
@@ -192,9 +218,28 @@ CASES = {
         OURS,
     ),
     "stack data build": Case(BY_NAME["data"], data_build, parts={"tokenizer.identity": "shards"}),
-    "stack export": Case(BY_NAME["export"], exported),
+    "stack export": Case(
+        BY_NAME["export"],
+        exported,
+        {"checkpoint.opened": "the trainer does not offer OpenedCheckpoint.model"},
+    ),
     "stack import": Case(BY_NAME["import"], imported),
-    "stack evaluate": Case(BY_NAME["evaluate"], evaluated),
+    "stack evaluate": Case(
+        BY_NAME["evaluate"],
+        commanded("evaluate", "--text", "text.txt"),
+        config={"evaluate": {"of": "text"}},
+    ),
+    "stack evaluate --suite": Case(
+        BY_NAME["evaluate"],
+        commanded("evaluate", "--suite", "domains"),
+        config={"evaluate": {"of": "suite"}},
+    ),
+    "stack sample": Case(BY_NAME["sample"], sampled),
+    "stack trace": Case(
+        BY_NAME["trace"],
+        commanded("trace", "--prompt", "a text"),
+        config={"trace": {"command": "stats"}},
+    ),
     "plain": Case(BY_NAME["plain"], plain, {}, PADDED | {"tokenizer.identity": "model"}),
     "Hugging Face": Case(
         BY_NAME["huggingface"],

@@ -11,9 +11,9 @@ import torch
 
 from stackproof.contracts.drawn import DrawOptions, TextFollows
 from stackproof.contracts.events import (
+    BatchRescored,
     Evaluated,
-    Finished,
-    Logs,
+    LogsRead,
     Sampled,
     Started,
     StepTaken,
@@ -21,6 +21,7 @@ from stackproof.contracts.events import (
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.logged import Logged
+from stackproof.contracts.rescored import Rescored
 from stackproof.contracts.subject import NotOffered, Subject
 from stackproof.contracts.traced import module_of
 from stackproof.data.tokenizer import Bytes
@@ -61,8 +62,7 @@ def sampled(spec, model, declared=None, prompt="The fox", seed=3, n=40, **change
     chance = torch.Generator().manual_seed(seed)
     text = TOKENIZER.decode(ids)
     found = drawn(model, TOKENIZER, prompt, ids, text, options, chance)
-    check = TextFollows(limits_of(spec.gates["sampling.drawn"]))
-    return check.observe(Sampled(1, text, drawn=found))
+    return TextFollows(limits_of(spec.gates["sampling.drawn"])).observe(found)
 
 
 def test_a_text_is_drawn_as_declared(spec, model):
@@ -102,7 +102,7 @@ def test_a_text_longer_than_the_context_is_followed_to_its_end(spec, model):
     assert found.distances[-1] > 1e-3
 
 
-def test_a_text_that_its_end_stops_early_is_followed_past_it(model):
+def test_a_text_that_its_end_stops_early_is_followed_past_it(spec, model):
     """The end-of-text token is followed too; without it a short text is unfinished."""
     seeded = lambda: torch.Generator().manual_seed(3)  # noqa: E731
     prompt = [TOKENIZER.eos_id]
@@ -112,7 +112,12 @@ def test_a_text_that_its_end_stops_early_is_followed_past_it(model):
     text, ends = TOKENIZER.decode(cut), DrawOptions(8, temperature=1.0, eos_id=end)
     found = drawn(model, TOKENIZER, "", cut, text, ends, seeded())
     assert len(found.distances) == len(cut) + 1 and max(found.distances) < 1e-5
-    assert not found.n_unfinished
+    assert not found.n_unfinished and found.ended
+    check = TextFollows(limits_of(spec.gates["sampling.drawn"]))
+    assert check.observe(found).passed
+    early = DrawOptions(len(ids) + 1, temperature=1.0, eos_id=TOKENIZER.eos_id)
+    found = drawn(model, TOKENIZER, "", ids, TOKENIZER.decode(ids), early, seeded())
+    assert "it ends where" in check.observe(found).message
     endless = DrawOptions(8, temperature=1.0)
     assert drawn(model, TOKENIZER, "", cut, text, endless, seeded()).n_unfinished < 0
 
@@ -219,7 +224,7 @@ def test_a_score_is_that_of_its_text(spec, model):
 # --- suites ---------------------------------------------------------------------------------------
 
 
-def answered(spec, model, change=lambda answers, rows, metrics: None):
+def answered(spec, model, change=lambda answers, rows, metrics, rounds: None):
     file = suite_file("domains")
     suite = load_suite(file)
     with rows_read(model) as rows:
@@ -227,13 +232,15 @@ def answered(spec, model, change=lambda answers, rows, metrics: None):
     passes = audit.breadth(answers)
     metrics = {f"passes_{name}": n for name, n in passes.items()}
     metrics |= {"passes": sum(passes.values()), "breadth": sum(n > 0 for n in passes.values())}
-    change(answers, rows, metrics)
-    part = Answered(model, TOKENIZER, suite, file, answers=answers, rows=rows, metrics=metrics)
+    counted = {"rounds": audit.by_step(answers), "every_answer": list(answers)}
+    change(answers, rows, metrics, counted["rounds"])
+    numbers = {"metrics": metrics, **counted}
+    part = Answered(model, TOKENIZER, suite, file, answers=answers, rows=rows, **numbers)
     return call_check(spec.gates["evaluation.answers"], Subject(answered=part))
 
 
 def replace_first(**changes):
-    def change(answers, rows, metrics):
+    def change(answers, rows, metrics, rounds):
         answers[0] = dataclasses.replace(answers[0], **changes)
 
     return change
@@ -252,11 +259,13 @@ def test_an_answer_is_that_to_its_question(spec, model):
         (replace_first(text="a dodo", faults=(), passed=True), "the text is not the answer"),
         (replace_first(passed=True), "the verdict"),
         (replace_first(ids=(5, 6, 7)), "do not follow"),
-        (lambda answers, rows, metrics: answers.pop(), "23 answers are not those"),
-        (lambda answers, rows, metrics: answers.reverse(), "are not those"),
-        (lambda answers, rows, metrics: rows.pop(), "other rows"),
-        (lambda answers, rows, metrics: rows[3].pop(0), "other rows"),
-        (lambda answers, rows, metrics: metrics.update(breadth=6), "breadth is 6"),
+        (lambda answers, rows, metrics, rounds: answers.pop(), "23 answers are not those"),
+        (lambda answers, rows, metrics, rounds: answers.reverse(), "are not those"),
+        (lambda answers, rows, metrics, rounds: rows.pop(), "other rows"),
+        (lambda answers, rows, metrics, rounds: rows[3].pop(0), "other rows"),
+        (lambda answers, rows, metrics, rounds: metrics.update(breadth=6), "breadth is 6"),
+        (lambda answers, rows, metrics, rounds: rounds[6].update(poetry=4), "passes of step 6"),
+        (lambda answers, rows, metrics, rounds: rounds.clear(), "passes of step 6"),
     ],
 )
 def test_each_way_to_ask_judge_or_count_wrong_is_red(spec, model, change, text):
@@ -296,7 +305,8 @@ def traced(spec, model, **changes):
     ids = [0, 5, 6, 7, 8, 9]
     found = trace(model, torch.tensor([ids]))
     points = {t.point.name: (t.stat.rms, t.stat.absmax) for t in found.points}
-    settings = {"model": model, "input_ids": ids, "traced_logits": found.logits, "points": points}
+    settings = {"model": model, "input_ids": ids, "declared_ids": ids}
+    settings |= {"traced_logits": found.logits, "points": points}
     part = Traced(**settings | changes, run=lambda ids_BT: untraced(model, ids_BT, False))
     return call_check(spec.gates["model.traced"], Subject(traced=part)), points
 
@@ -312,13 +322,14 @@ def test_a_trace_is_of_the_untraced_forward(spec, model):
     assert "layers.0.attention_norm" in traced(spec, model, points=swapped)[0].message
     other = torch.zeros(1, 6, TOKENIZER.vocab_size)
     assert "changes the logits" in traced(spec, model, traced_logits=other)[0].message
+    assert "other tokens" in traced(spec, model, declared_ids=[0, 5])[0].message
     assert "no point" in traced(spec, model, points={})[0].message
 
 
 # --- logs -----------------------------------------------------------------------------------------
 
 LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_seen": 64}
-LOGS = Logs(steps=(1, 2), last=LAST, bits_per_byte={2: 3.0}, texts={1: "a", 2: "b"})
+LOGS = LogsRead(2, steps=(1, 2), last=LAST, bits_per_byte={2: 3.0}, texts={1: "a", 2: "b"})
 
 
 def logged(spec, **changes):
@@ -332,7 +343,7 @@ def logged(spec, **changes):
     check.observe(StepTaken(step=2, **LAST, **rest))
     check.observe(Evaluated(2, 2.0, 3.0, (2.0,), "h", None, 5.0))
     check.observe(Sampled(2, "b"))
-    return check.observe(Finished(2, "completed", logs=dataclasses.replace(LOGS, **changes)))
+    return check.observe(dataclasses.replace(LOGS, **changes))
 
 
 def test_logs_hold_what_happened(spec):
@@ -348,6 +359,22 @@ def test_logs_hold_what_happened(spec):
         {"texts": {1: "a"}},
     ):
         assert not logged(spec, **wrong).passed, wrong
+
+
+@pytest.mark.parametrize(
+    ("reported", "own", "half", "ok"),
+    [
+        (2.0, 2.0 + 1e-6, False, True),
+        (2.0, 2.0 + 1e-4, False, False),
+        (2.0 + 1e-4, 2.0, False, False),
+        (2.0, 2.0 + 1e-4, True, True),
+        (2.0, 2.01, True, False),
+        (2.0, float("nan"), False, False),
+    ],
+)
+def test_a_batch_that_is_scored_again_has_the_reported_mean(spec, reported, own, half, ok):
+    check = Rescored(limits_of(spec.gates["evaluation.rescored"]))
+    assert check.observe(BatchRescored(6, 1, reported, own, half)).passed == ok
 
 
 # --- commands -------------------------------------------------------------------------------------

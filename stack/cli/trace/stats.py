@@ -8,6 +8,7 @@ from stackproof.cli.load_model import load_model
 from stackproof.cli.output import print_line, print_table
 from stackproof.cli.recording import Claim
 from stackproof.cli.trace.common import (
+    DEFAULT_PROMPT,
     Model,
     Request,
     judged,
@@ -62,6 +63,7 @@ def stats(request: Request, model: Model) -> None:
             shown = Traced(
                 model=one.model,
                 input_ids=ids,
+                declared_ids=declared_ids(request, loaded.opened.tokenizer),
                 traced_logits=found.logits,
                 points=points,
                 run=plain,
@@ -90,6 +92,14 @@ def stats(request: Request, model: Model) -> None:
     metric("anomalous_points", anomalous, "points", n=n, better="lower")
     metric("massive_points", sum(bool(r.massive) for r in profiled.rows), "points", n=n)
     request.close(record, document, lambda document: _show(document, profiled.rows))
+
+
+def declared_ids(request: Request, tokenizer: Any) -> list[int]:
+    """The ids that the options give."""
+    if request.input_ids is not None:
+        return [int(number) for number in request.input_ids.split(",")]
+    text = DEFAULT_PROMPT if request.prompt is None else request.prompt
+    return [tokenizer.eos_id, *tokenizer.encode(text).ids]
 
 
 def _line(t: Any, row: Any) -> dict[str, Any]:
