@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from stackproof.cli import main, output
+from stackproof.museum.edit import Edit, edited
+from stackproof.spec.records import read_record
 from tests.cli.conftest import Done, Stack, tiny
 from tests.processes import NO_PREFLIGHT
 
@@ -165,3 +167,58 @@ def test_what_cannot_be_asked_is_refused(stack):
     alone = stack("evaluate", "run", "--every-checkpoint")
     assert alone.code == 2 and "--every-checkpoint has no effect" in alone.err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "old", "new", "arguments", "gate"),
+    [
+        (
+            "stackproof.cli.evaluate:sample",
+            "top_k=top_k",
+            "top_k=0",
+            ("sample", "run", "--top-k", "3", "--max-new-tokens", "40"),
+            "sampling.drawn",
+        ),
+        (
+            "stackproof.cli.evaluate:sample",
+            'seed, "cli-sample", index),',
+            '0, "cli-sample", index),',
+            ("sample", "run", "--seed", "5", "--max-new-tokens", "40"),
+            "sampling.drawn",
+        ),
+        (
+            "stackproof.cli.evaluate:sample",
+            "max_new_tokens=max_new_tokens",
+            "max_new_tokens=max_new_tokens - 1",
+            ("sample", "run", "--max-new-tokens", "120"),
+            "sampling.drawn",
+        ),
+        (
+            "stackproof.cli.load_model:open_model",
+            "checkpoint.load_model(model, loaded.model)",
+            "pass",
+            ("trace", "run"),
+            "checkpoint.opened",
+        ),
+        (
+            "stackproof.cli.audit:audit_models",
+            "opened = open_model(folder, tokenizer)",
+            "opened = open_model(folders[-1], tokenizer)",
+            ("evaluate", "run", "--suite", "none.toml", "--every-checkpoint"),
+            "evaluation.answers",
+        ),
+    ],
+)
+def test_a_mistake_in_the_call_of_a_command_ends_it_with_exit_code_4(
+    stack, target, old, new, arguments, gate
+):
+    """The functions that it calls are right; a command with a record states the red gate there."""
+    records = () if arguments[0] == "sample" else ("--run-dir", "red")
+    with edited([Edit(target, old, new)], lambda: None):
+        done = stack(*arguments, *records)
+    assert done.code == 4 and f"gate {gate} failed" in done.err, done.err
+    if records:
+        record = read_record(Path("red/metadata.json"))
+        assert (record.status, record.exit_code) == ("halted", 4)
+        assert [g.id for g in record.gates if g.verdict == "fail"] == [gate]
+    assert stack(*arguments, *(("--run-dir", "green") if records else ())).code == 0
