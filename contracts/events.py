@@ -213,7 +213,8 @@ class StepTaken:
     measured again after it.
 
     `expert_shares` holds, per layer with experts, the share (0-1) of the step's choices of each
-    expert, before any is dropped. `sample_ids` are the windows trained on.
+    expert, before any is dropped; `dropped_choice_fracs`, per such layer, the share of choices that
+    found no room in their expert. `sample_ids` are the windows trained on.
     """
 
     step: int
@@ -230,6 +231,7 @@ class StepTaken:
     peak_flops: float
     overflow_retries: int = 0
     expert_shares: tuple[tuple[float, ...], ...] = ()
+    dropped_choice_fracs: tuple[float, ...] = ()
     sample_ids: tuple[int, ...] = ()
 
 

@@ -285,8 +285,9 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
         },
     }
     match cfg.model.ffn:
-        case MixtureOfExperts(n_experts=n_experts, top_k=top_k):
+        case MixtureOfExperts(n_experts=n_experts, top_k=top_k, capacity_factor=factor):
             plan |= {"expert_layers": cfg.model.n_layers, "n_experts": n_experts, "top_k": top_k}
+            plan["capacity_factor"] = factor
     return plan
 
 
