@@ -322,7 +322,7 @@ class Evaluated:
 
     `train_loss_nats` is the run's exponential mean of the training loss; `pretrained`: the weights
     did not begin here. `best_step` and `best_loss_nats` are the best evaluation so far, this one
-    included, as the run remembers it. `rows()` compares the scored rows with the training split, and
+    included, as the run remembers it. `rows()` compares scored rows with the training split, and
     `compressed()` returns the bits per byte that a compressor needs for them after training text;
     both are slow, and called once or where they are needed.
     """
