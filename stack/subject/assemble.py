@@ -51,7 +51,7 @@ def subject_of(
         experts=RunExperts(*parts),
         training=training,
         checkpoints=RunCheckpoints(*parts),
-        kernels=RunKernels(*parts),
+        kernels=RunKernels(*parts, state),
         half_precision=RunHalfPrecision(*parts),
         evaluation=evaluation,
         stopping=RunStopping(cfg, dataset, spread, n_eval_batches),

@@ -16,7 +16,6 @@ import pytest
 from stackproof.config import load_config
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import ConfigError, Stopped
-from stackproof.spec.gates import load_spec
 from stackproof.train import loop, start
 from stackproof.train.trainer import Callback
 from tests.fault_injection.nine_steps import resume, waived
@@ -113,7 +112,5 @@ def test_a_run_without_a_fault_raises_no_alarm(museum_folder, tmp_path, private_
             record = loop.train(start.fresh(cfg, (), run))
     wanted = "early_stopped" if end == "early stop" else "completed"
     red = {g.id: g.message for g in record.gates if g.verdict == "fail" and not g.waiver}
-    # A run that nobody could learn in so few steps may warn; a red gate that halts may not be.
-    halting = {g for g in red if load_spec().gates[g].severity == "halt"}
-    assert record.status == wanted and not halting, (told, red)
-    assert not red, (told, red)
+
+    assert record.status == wanted and not red, (told, red)
