@@ -140,7 +140,7 @@ def wide_subject(seed=5):
     return Subject(declared=RunDeclared(cfg, 257), model=model)
 
 
-@pytest.mark.parametrize("change", ["uniform", "halves"])
+@pytest.mark.parametrize("change", ["uniform", "halves", "twin"])
 def test_init_law_sees_draws_of_another_shape_and_draws_made_twice(spec, change):
     subject = wide_subject()
     weight = subject.model.module.layers[0].ffn.up.weight
@@ -149,8 +149,11 @@ def test_init_law_sees_draws_of_another_shape_and_draws_made_twice(spec, change)
             weight.uniform_(
                 -(3**0.5) * 0.02, 3**0.5 * 0.02, generator=torch.Generator().manual_seed(1)
             )
-        else:
+        elif change == "halves":
             weight[len(weight) // 2 :] = weight[: len(weight) // 2]
+        else:  # neither the first tensor nor the one before, and of another size
+            far = subject.model.module.layers[-1].attention.k.weight
+            far.flatten()[:] = weight.flatten()[: far.numel()]
     verdict = call_check(spec.gates["model.init-law"], subject)
     assert verdict.outcome == "fail" and "layers.0.ffn.up.weight" in verdict.message
     assert verdict.measured["z" if change == "uniform" else "likeness_z"] > 10
