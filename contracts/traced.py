@@ -61,7 +61,7 @@ def traced(limits: SimpleNamespace, subject: Subject) -> Verdict:
             list(found.input_ids) != list(found.declared_ids)
             and "other tokens were traced than those declared",
             bool(wrong) and f"{len(wrong)} points are not what they name: {first_of(wrong)}",
-            not values and "no point could be compared",
+            not found.points and "no point was traced",
         ],
         logit_abs=largest,
         statistic_rel_error=worst(off.values(), 0.0),

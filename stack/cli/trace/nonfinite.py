@@ -96,6 +96,7 @@ def _replay(request: Request, bundle: Path, device: str | None, base: Path | Non
     held = repro.read_bundle(bundle_at(bundle, "--repro"))
     written = {"run_dir": request.run_dir, "json": request.json}
     record = open_record(CLAIM, held.config, parents=(held.record,), **written)
+    record.unasked = ("checkpoint.opened",)  # a bundle holds no run directory
     _, found = locate(bundle, device=device or "cpu", base=base)
     record.input(bundle / repro.DOCUMENT, name="repro bundle")
     document = {"step": found.step, "steps_replayed": list(found.steps), "bundle": str(bundle)}
