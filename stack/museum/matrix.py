@@ -110,7 +110,8 @@ def _asked_of_all(
     red: Red = {}
     raised: dict[str, str] = {}
     if "export" in gate.kinds:
-        of_exports = [g for g in prover.spec.gates.values() if "export" in g.kinds]
+        known = prover.spec.gates.values()
+        of_exports = [g for g in known if "export" in g.kinds and not is_of_command(g)]
         for one in of_exports:
             with _raising(one.id, raised), apply():
                 _note(red, one.id, lambda one=one: prover.verdict_of(one).outcome)
