@@ -81,14 +81,15 @@ def _printed(text: str) -> Iterator[tuple[str, str]]:
     since times are among them and records hold the others.
     """
     counts: Counter[str] = Counter()
+    n_documents = 0
     for line in text.splitlines():
         try:
             document = json.loads(line)
         except ValueError:
             document = None
         if isinstance(document, dict):
-            counts[PRINTED] += 1
-            yield from _leaves(document, f"{PRINTED}{counts[PRINTED]}")
+            n_documents += 1
+            yield from _leaves(document, f"{PRINTED}{n_documents}")
         elif not CLOCKED.search(line):
             counts[f"::{' '.join(NUMBER.sub('#', line).split())}"] += 1
     yield from ((line, str(n)) for line, n in counts.items())

@@ -116,16 +116,21 @@ def scenarios(texts: Path, verb: Verb, names: Sequence[str]) -> list[Scenario]:
     (texts / "suite.toml").write_text(SUITE)
     made = []
     for name in names:
-        own, file = CONFIGURATIONS[name], texts / f"{name}.toml"
-        fixed = {key: (value, f"scenario {name}") for key, value in (SHORT | own.changes).items()}
-        cfg, _ = load_config(museum_config(texts), fixed=fixed)
-        file.write_text(run_file(cfg))
-        lines = (("train", str(file), "--run-dir", RUN), *own.further)
+        file = texts / f"{name}.toml"
+        file.write_text(run_file(configuration(name, texts)))
+        lines = (("train", str(file), "--run-dir", RUN), *CONFIGURATIONS[name].further)
         commands: dict[str, Command] = {}
         for words in lines:
             commands[_name_of(words)] = partial(_performed, verb, words, texts)
         made.append(Scenario(name, commands))
     return made
+
+
+def configuration(name: str, texts: Path) -> RunConfig:
+    """The configuration of a scenario. Raises ConfigError if its changes are no possible run."""
+    changes = SHORT | CONFIGURATIONS[name].changes
+    fixed = {key: (value, f"scenario {name}") for key, value in changes.items()}
+    return load_config(museum_config(texts), fixed=fixed)[0]
 
 
 def _name_of(words: Sequence[str]) -> str:

@@ -101,6 +101,7 @@ def _child(job: Job, folder: Path, parent: int) -> None:
     null, output = os.open(os.devnull, os.O_RDONLY), os.open(folder / OUTPUT, os.O_WRONLY)
     for target, source in ((0, null), (1, output), (2, output)):
         os.dup2(source, target)
+    sys.stdout, sys.stderr = (open(n, "w", closefd=False, buffering=1) for n in (1, 2))  # noqa: SIM115
     cpu_s = int(job.limits.cpu_s) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
