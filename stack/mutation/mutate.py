@@ -1,7 +1,9 @@
 """Draws mutants of the stack, tries each as a user would run it, and judges what its gates saw."""
 
+import importlib
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,7 @@ from stackproof.mutation.fruits import Reference, is_statement
 from stackproof.mutation.sites import Mutant, Ran, Trace, draw
 from stackproof.mutation.trial import Ending, Job, Limits, Scenario, Trial, concurrently
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import load_spec
 from stackproof.spec.mutants import LOUD
 
 N_CLEAN = 3
@@ -90,6 +93,7 @@ def survey(
     """Run every scenario without a mutant: some times with gates, of these once traced, and some
     times without. Raises IntegrityError if one is not green or does not repeat its results.
     """
+    _ = load_spec().sha256  # which every record states: computed once, and not in each process
     found = {}
     for clean in concurrently(map(_surveyed, scenarios), root, at_once):
         found[clean.scenario.name] = clean
@@ -109,12 +113,20 @@ def _surveyed(scenario: Scenario) -> Generator[Job, Trial, Clean]:
                 next_step="stack gates prove shows gates that are not green",
             )
         done.append(trial)
+        _import(trial.modules)
     gated, bare = ([t.fruits for t in done[n : n + N_CLEAN]] for n in (0, N_CLEAN))
     limits = Limits(
         max(LEAST_S, TIMES_CPU * max(t.ending.cpu_s for t in done[1:])),
         max(LEAST_S, TIMES_WALL * max(t.seconds for t in done[1:])),
     )
     return Clean(scenario, done[0].trace, Reference(gated), Reference(bare), limits)
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import what a trial imports, so that those which are forked later need not."""
+    for name in modules:
+        with suppress(ImportError):  # some are made at run time
+            importlib.import_module(name)
 
 
 def mutate(clean: Sequence[Clean], root: Path, n: int, seed: int, at_once: int) -> Iterator[Judged]:
@@ -145,8 +157,10 @@ def _judged(
             if stated:
                 continue
             return (yield from _loud(mutant, here, bare))
-        differing = tuple(here.bare.differing(bare.fruits, volatile))
-        found = (yield from _gated(mutant, here, differing, volatile)) if differing else None
+        differing = here.bare.differing(bare.fruits, volatile)
+        if not differing or (stated and all(map(is_statement, differing))):
+            continue
+        found = yield from _gated(mutant, here, differing, volatile)
         if found and found.effect != "statement":
             return found
         stated = stated or found

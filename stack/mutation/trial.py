@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -81,12 +81,15 @@ class Job(NamedTuple):
 
 @dataclass
 class Trial:
-    """The result of a trial: how it ended, and, if it completed, all that it wrote."""
+    """The result of a trial: how it ended, and, if it completed, all that it wrote. If it was
+    traced, also the lines that ran and the modules that were imported.
+    """
 
     ending: Ending
     seconds: float
     fruits: Fruits = field(default_factory=dict)
     trace: Trace = field(default_factory=dict)
+    modules: Sequence[str] = ()
 
 
 # --- in the child ---------------------------------------------------------------------------------
@@ -130,8 +133,10 @@ def _perform(job: Job, folder: Path) -> None:
             trace = stack.enter_context(traced()) if job.traces else {}
             for command, perform in job.scenario.commands.items():  # noqa: B007 of the error
                 perform(folder)
-        ran = {t: {"lines": sorted(r.lines), "types": r.types} for t, r in trace.items()}
-        (folder / TRACE).write_text(json.dumps(ran))
+        if job.traces:
+            ran = {t: {"lines": sorted(r.lines), "types": r.types} for t, r in trace.items()}
+            document = {"ran": ran, "modules": sorted(sys.modules)}
+            (folder / TRACE).write_text(json.dumps(document))
         ending = {"kind": "completed", "command": command, "warned": _warned(folder)}
     except BaseException as error:
         traceback.print_exc()
@@ -275,7 +280,7 @@ def _end(running: _Running) -> int:
 
 def _trial(ended: _Running) -> Trial:
     seconds, code = time.perf_counter() - ended.began, _end(ended)
-    folder, trace = ended.folder, {}
+    folder, trace, modules = ended.folder, {}, ()
     try:
         ending = Ending(**json.loads((folder / ENDING).read_text()))
     except (OSError, ValueError):
@@ -283,10 +288,11 @@ def _trial(ended: _Running) -> Trial:
         printed = (folder / OUTPUT).read_text(errors="replace")[-300:]
         ending = Ending(kind, error=f"the process ended with {code} (-n: by signal n); {printed}")
     if (folder / TRACE).is_file():
-        ran = json.loads((folder / TRACE).read_text())
-        trace = {t: Ran(set(r["lines"]), r["types"]) for t, r in ran.items()}
+        document = json.loads((folder / TRACE).read_text())
+        trace = {t: Ran(set(r["lines"]), r["types"]) for t, r in document["ran"].items()}
+        modules = document["modules"]
     for own in (ENDING, TRACE):
         (folder / own).unlink(missing_ok=True)
     fruits = fruits_of(folder) if ending.kind == "completed" else {}
     shutil.rmtree(folder, ignore_errors=True)
-    return Trial(ending, seconds, fruits, trace)
+    return Trial(ending, seconds, fruits, trace, modules)

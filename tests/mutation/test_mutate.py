@@ -414,6 +414,8 @@ def test_a_survivor_ends_the_search_and_only_what_is_needed_is_run():
     assert judge(Answers(CHANGED), Answers(CHANGED))[1] == [("0", False), ("0", True)]
     assert judge(Answers(CRASHED))[1] == [("0", False)]
     assert judge(Answers(SAME), Answers(SAME))[1] == [("0", False), ("1", False), ("0", True)]
+    twice = [("0", False), ("0", True), ("0", True)]
+    assert judge(Answers(STATED), Answers(STATED))[1] == [*twice, ("1", False)]
 
 
 def test_a_statement_is_one_that_a_second_trial_repeats():
