@@ -252,7 +252,10 @@ def mutate(
     ] = None,
     config: Annotated[
         list[str] | None,
-        Option(help="Configuration to try mutants on; all without. Repeatable."),
+        Option(
+            help="Configuration to try mutants on. Repeatable. Default: all but compiled, which "
+            "compiles the model in each trial."
+        ),
     ] = None,
     jobs: Annotated[
         int | None, Option(min=1, help="Processes at once. Default: one per core.")

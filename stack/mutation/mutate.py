@@ -14,6 +14,8 @@ from stackproof.mutation.trial import Ending, Job, Limits, Scenario, Trial, conc
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import load_spec
 from stackproof.spec.mutants import LOUD
+from stackproof.spec.provenance import code_state
+from stackproof.spec.records import Code
 
 N_CLEAN = 3
 UNLIMITED = Limits(3600.0, 7200.0)
@@ -130,7 +132,10 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def mutate(clean: Sequence[Clean], root: Path, n: int, seed: int, at_once: int) -> Iterator[Judged]:
-    """Draw `n` mutants among the lines that any scenario runs, and judge each."""
+    """Draw `n` mutants among the lines that any scenario runs, and judge each. Raises
+    IntegrityError as soon as the code of the checkout changes: mutants and records are of it.
+    """
+    before = code_state()
     together: Trace = {}
     for one in clean:
         for target, ran in one.trace.items():
@@ -143,7 +148,19 @@ def mutate(clean: Sequence[Clean], root: Path, n: int, seed: int, at_once: int) 
             running = [c for c in clean if c.runs(mutant)]
             yield _judged(mutant, draws.sample(running, len(running)), volatile)
 
-    return concurrently(tasks(), root, at_once)
+    for judged in concurrently(tasks(), root, at_once):
+        _require_same(before)
+        yield judged
+
+
+def _require_same(before: Code) -> None:
+    if (now := code_state()) != before:
+        raise IntegrityError(
+            "the code changed while mutants were tried, so that what differs is not theirs alone",
+            value=f"commit {now.commit[:12]}, changes {now.diff_sha256}",
+            allowed=f"commit {before.commit[:12]}, changes {before.diff_sha256}",
+            next_step="repeat the draw in a checkout that is not edited, such as a git worktree",
+        )
 
 
 def _judged(

@@ -24,8 +24,8 @@ UNANSWERED = ("survivor", "warned", "statement", "alarm")
 
 
 def document(judged: Sequence[Judged]) -> dict[str, Any]:
-    """The tally of a draw, in all and by package, scenario and operator, with the mutants that a
-    gate should answer and the refusals that blame somebody for one.
+    """The tally of a draw, in all and by package, scenario and operator, with the mutants that no
+    gate halted and the refusals that name another cause.
     """
     rows = [j.row() for j in judged]
     named = {

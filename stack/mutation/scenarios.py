@@ -127,7 +127,7 @@ def scenarios(texts: Path, verb: Verb, names: Sequence[str]) -> list[Scenario]:
 
 
 def configuration(name: str, texts: Path) -> RunConfig:
-    """The configuration of a scenario. Raises ConfigError if its changes are no possible run."""
+    """The configuration of a scenario. Raises ConfigError if no run can have its changes."""
     changes = SHORT | CONFIGURATIONS[name].changes
     fixed = {key: (value, f"scenario {name}") for key, value in changes.items()}
     return load_config(museum_config(texts), fixed=fixed)[0]

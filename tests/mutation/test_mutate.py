@@ -16,6 +16,7 @@ import pytest
 from stackproof.cli import main, output
 from stackproof.config import Cosine
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.mutation import mutate as engine
 from stackproof.mutation import scenarios
 from stackproof.mutation.mutate import Clean, Judged, _judged, mutate, survey
 from stackproof.mutation.sites import Mutant, draw, mutants_of
@@ -23,7 +24,7 @@ from stackproof.mutation.trial import Ending, Job, Limits, Scenario, Trial, conc
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.spec.gates import load_spec
 from stackproof.spec.mutants import MOMENTS, OUTCOMES, tallies, tally
-from stackproof.spec.records import read_record
+from stackproof.spec.records import Code, read_record
 from stackproof.train import schedule
 
 WARM_UP, MAX_STEPS, PEAK = 4, 12, 1.0
@@ -311,6 +312,15 @@ def members(group: int) -> list[int]:
             state, _, own = path.read_text().rpartition(")")[2].split()[:3]
             found += [int(path.parent.name)] if int(own) == group and state != "Z" else []
     return found
+
+
+def test_a_draw_ends_if_the_code_of_the_checkout_changes(clean, tmp_path, monkeypatch):
+    states = iter([Code(commit="a" * 40, dirty=False)] * 2 + [Code(commit="b" * 40, dirty=False)])
+    monkeypatch.setattr(engine, "code_state", lambda: next(states))
+    judging = mutate(clean, tmp_path, 5, 0, 1)
+    assert next(judging).outcome in OUTCOMES
+    with pytest.raises(IntegrityError, match="the code changed while mutants were tried"):
+        next(judging)
 
 
 def test_a_stack_that_is_not_green_is_not_mutated(tmp_path):
