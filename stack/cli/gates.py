@@ -320,7 +320,8 @@ def _show_mutants(document: dict) -> None:
     for row in document["unanswered"]:
         print_line(f"{row['outcome']}: {row['target']} line {row['line']}, {row['operator']}")
         print_line(row["diff"])
-        print_line(f"  changes {', '.join(row['differing'][:3])} in {row['scenario']}")
+        found = ", ".join(row["differing"][:3]) or row["ending"].get("error", "nothing")
+        print_line(f"  in {row['scenario']}: {found.splitlines()[0]}")
     for row in document["blaming"]:
         print_line(f"refused, in {row['scenario']}: {row['ending']['error'].splitlines()[0]}")
         print_line(row["diff"])

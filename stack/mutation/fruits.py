@@ -33,7 +33,8 @@ STATEMENTS = (
     "README.md",
     OUTPUT,
 )
-SCORES, SAMPLES = ".metrics.", ".samples"  # a record of an evaluation; a document of samples
+SCORES, SAMPLES = ".metrics.", ".samples"  # in a record; in a document that was printed
+TRAINING = "run/"  # its record sums up what the logs hold; a record of another command has scores
 
 Fruits = dict[str, str]  # by "file::place in it"
 
@@ -182,7 +183,7 @@ def is_statement(key: str) -> bool:
     """Whether a value only states what was computed; in a checkpoint, the state of gates."""
     name, place = _split(key)
     if name == "metadata.json" and place.startswith(SCORES):
-        return False
+        return key.startswith(TRAINING)
     if name == OUTPUT and place.startswith("document"):
         return SAMPLES not in place
     return name in STATEMENTS or (name == "state.json" and place.startswith(".gates."))
@@ -201,7 +202,8 @@ def is_result(key: str) -> bool:
     name, place = _split(key)
     if is_time(key) or place.endswith("_overhead_frac.value") or name == ".lock":
         return False
-    scores = name == "metadata.json" and place.startswith(SCORES)
+    own = name == "metadata.json" and not key.startswith(TRAINING)
+    scores = own and place.startswith(SCORES)
     samples = name == OUTPUT and SAMPLES in place
     named = name in ("metrics.jsonl", "samples.jsonl", "curriculum.jsonl", "audits.jsonl")
     data = key.startswith(("cache/", "exported/")) and name != "README.md"

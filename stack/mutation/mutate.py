@@ -221,8 +221,9 @@ def _gated(
 def _unchanged(
     mutant: Mutant, here: Clean, volatile: frozenset[str]
 ) -> Generator[Job, Trial, Judged]:
-    """A mutant that changes nothing without gates, once with them: then a red one is a false
-    alarm, and what differs was written by the code that gates call.
+    """A mutant that changes nothing without gates, once with them. A red one is an alarm: the
+    mutant broke only what measures, or it would show in a configuration that is not here. What
+    differs otherwise was written by code that gates call.
     """
     found = yield from _gated(mutant, here, (), volatile)
     if found is None:

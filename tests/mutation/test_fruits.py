@@ -72,6 +72,8 @@ def test_statements_and_results():
     assert is_statement("run/checkpoints/step-6/state.json::.gates.loss.first.measured.gap_nats")
     assert not is_statement("run/checkpoints/step-6/state.json::.stopper.best")
     assert is_statement("run/metadata.json::.claim")
+    assert is_statement("run/metadata.json::.metrics.best_step.value"), "logs hold the losses"
+    assert not is_statement("evaluated/metadata.json::.metrics.bits_per_byte.value")
     assert is_statement("output.txt::document1.checkpoint") and is_statement("output.txt::saved #")
     assert not is_result("run/metrics.jsonl::[0].tokens_per_s")
     assert not is_result("run/metadata.json::.metrics.train_s.value")
