@@ -14,7 +14,7 @@ OUTCOMES = (
     "crashed",
     "hung",
     "equivalent",  # nothing differs
-    "alarm",  # a gate was red, and without gates nothing differs
+    "alarm",  # a gate was red, and without gates nothing differs where it was tried
 )
 LOUD = ("refused", "crashed", "hung")
 SILENT = ("caught", "warned", "survivor", "statement")
