@@ -18,6 +18,7 @@ OUTCOMES = (
 )
 LOUD = ("refused", "crashed", "hung")
 SILENT = ("caught", "warned", "survivor", "statement")
+UNANSWERED = ("survivor", "warned", "statement", "alarm")  # those to look at
 BLAMING = (2, 3, 7)  # exit codes that name the user, the data or the machine as the cause
 BEFORE, AT_END = "before step 1", "at the end"
 MOMENTS = (BEFORE, "at a step", AT_END, "after training")

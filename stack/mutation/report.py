@@ -8,7 +8,7 @@ from stackproof.mutation.mutate import Judged
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.canonical import canonical_lines
 from stackproof.spec.files import write_atomically
-from stackproof.spec.mutants import KEYS, SERIES, is_blaming, metrics, tallies, tally
+from stackproof.spec.mutants import KEYS, SERIES, UNANSWERED, is_blaming, metrics, tallies, tally
 from stackproof.spec.records import Record
 
 CLAIM = (
@@ -20,7 +20,6 @@ NOT_COVERED = (
     "mistakes that take more than one place, and mistakes in the gates themselves",
     "other configurations than the small ones named here",
 )
-UNANSWERED = ("survivor", "warned", "statement", "alarm")
 
 
 def document(judged: Sequence[Judged]) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from markupsafe import Markup
 
-from stackproof.spec.mutants import KEYS, SERIES, SHARES, is_blaming, tallies, tally
+from stackproof.spec.mutants import KEYS, SERIES, SHARES, UNANSWERED, is_blaming, tallies, tally
 from stackproof.spec.records import Record
 from tools.site_pages.render import render
 from tools.site_pages.world import World
 
 COLUMNS = (*KEYS, "outcome", "effect", "ending")
-UNANSWERED = ("survivor", "warned", "statement", "alarm")
 
 
 def mutants(world: World, record: Record) -> Markup:
