@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from rich.text import Text
 from typer import Argument, Context, Option, Typer
 
-from stackproof.cli.ending import documented
+from stackproof.cli.ending import bug, documented
+from stackproof.cli.known_good import is_own_fault
 from stackproof.cli.options import Evidence, Json, RecordDir, examples
 from stackproof.cli.output import emit, note, print_line, print_table
 from stackproof.cli.paths import bundle_at, file_at
 from stackproof.cli.recording import Claim, open_record, print_record
-from stackproof.spec.errors import GateFailed, UsageError
+from stackproof.spec.errors import GateFailed, StackproofError, UsageError
 
 app = Typer(
     name="gates",
@@ -169,15 +170,11 @@ def coverage(evidence: Evidence = None, json: Json = False) -> None:
 
 
 def performing(context: Context) -> Callable[[Sequence[str]], None]:
-    """Performs a command line in this process; raises its documented error, or what it raises."""
+    """Performs a command line in this process; raises what the command raises."""
 
     def perform(arguments: Sequence[str]) -> None:
-        try:
-            context.find_root().command.main(
-                list(arguments), prog_name="stack", standalone_mode=False
-            )
-        except BaseException as error:
-            raise documented(error) or error from error
+        command = context.find_root().command
+        command.main(list(arguments), prog_name="stack", standalone_mode=False)
 
     return perform
 
@@ -303,8 +300,19 @@ def mutate(
     claim = Claim("mutation", report.CLAIM, report.NOT_COVERED)
     opened, judged = open_record(claim, settings, run_dir=run_dir, json=json), []
 
+    perform = performing(context)
+
+    def verb(arguments: Sequence[str]) -> None:
+        try:
+            perform(arguments)
+        except BaseException as error:
+            known = documented(error) or error
+            if isinstance(error, StackproofError) and is_own_fault(error, perform):
+                known = bug(error)
+            raise known from error
+
     with workshop() as root:
-        made = scenarios(root, performing(context), names)
+        made = scenarios(root, verb, names)
         clean = survey(made, root, jobs, lambda name: note(f"{name}: green without a mutant"))
         for one in mutate(clean, root, n, seed, jobs):
             judged.append(one)

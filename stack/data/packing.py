@@ -26,7 +26,7 @@ PADDING = -1  # document id of the places behind the last piece of a row
 @dataclass(frozen=True)
 class Rows:
     """Model inputs and labels, int64 (R, T); the label −100 is padding.
-    `document_ids` int64 (R, T), if attention is masked between documents; PADDING is no document.
+    `document_ids` int64 (R, T), if attention is masked between documents; PADDING marks padding.
     """
 
     input_ids: np.ndarray
