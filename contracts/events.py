@@ -126,12 +126,15 @@ class ModelInput:
 @dataclass(frozen=True, slots=True)
 class RowHashes:
     """Hashes of the rows of one forward pass; equal rows have equal hashes. Short rows are left
-    out.
+    out. `epoch` is None where the trainer does not state it, or for rows that it did not draw anew.
+    `set_declared`: the trainer declares its held-out rows, so that each evaluation has the same.
     """
 
     step: int
     phase: Phase
     rows: tuple[int, ...]
+    epoch: int | None = None
+    set_declared: bool = False
 
 
 # --- one optimizer step ---------------------------------------------------------------------------
@@ -240,7 +243,10 @@ class RatesUsed:
     known.
 
     `ticks` counts the scheduler's steps and `updates` the optimizer's since the run was first
-    observed; both are 0 for a schedule that is a function of the step number.
+    observed; both are 0 for a schedule that is a function of the step number. `epochs` counts the
+    epochs since then, 0 where the trainer states none. `horizon` is the tick at which the schedule
+    ends and `micro_batches` the number that the whole run has; both are 0 where they are unknown or
+    an update has one micro-batch.
     """
 
     step: int
@@ -248,6 +254,9 @@ class RatesUsed:
     declared: Mapping[str, float] = field(default_factory=dict)
     ticks: int = 0
     updates: int = 0
+    epochs: int = 0
+    horizon: int = 0
+    micro_batches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +271,9 @@ class WeightsUpdated:
     `uphill` is the cosine of update and gradient at an optimizer's first update that changes
     anything, None at all others. Its sign is turned where the optimizer maximizes, so that above 0
     is always the wrong way. `unknown` is why the direction of that update cannot be known.
+    `miscounted` names parameters for which the optimizer's own counter of updates did not go up by
+    one. `lost_frac` is the share (0-1) of entries in half precision that have a gradient and did
+    not change, None where there are none.
     """
 
     step: int
@@ -273,6 +285,8 @@ class WeightsUpdated:
     stillest: str = ""
     uphill: float | None = None
     unknown: str = ""
+    miscounted: tuple[str, ...] = ()
+    lost_frac: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

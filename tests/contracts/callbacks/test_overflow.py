@@ -41,7 +41,7 @@ def overflown(direction: float, value: float, at: tuple[int, ...]) -> list[float
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300_000, bias=False))
     optimizer, movement, found = (
         Scaled(model.parameters(), 1e-6, direction),
-        MovementTracker(model),
+        MovementTracker(model, optimizer),
         [],
     )
     for step in range(3):
