@@ -46,6 +46,7 @@ FOREIGN_EVENTS = (
     events.Started,
     events.StateRestored,
     events.ModelInput,
+    events.IdsRead,
     events.RowHashes,
     events.ModuleModes,
     events.LossMeasured,

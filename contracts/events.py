@@ -124,6 +124,18 @@ class ModelInput:
 
 
 @dataclass(frozen=True, slots=True)
+class IdsRead:
+    """`n_tokens` ids of the batches of one phase were decoded and encoded again by the tokenizer
+    that the trainer was given; `n_same` of them came again.
+    """
+
+    step: int
+    phase: Phase
+    n_tokens: int
+    n_same: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowHashes:
     """Hashes of the rows of one forward pass; equal rows have equal hashes. Short rows are left
     out. `epoch` is None where the trainer does not state it, or for rows that it did not draw anew.

@@ -30,7 +30,8 @@ class GradientKept(RuntimeCheck):
         return decide_all(
             [
                 event.stale_norm > limits.stale_norm_max
-                and f"gradients of norm {event.stale_norm:.4g} were left from before",
+                and f"gradients of norm {event.stale_norm:.4g} were left from before"
+                + ("" if event.micro_steps else ", and no backward pass came since"),
                 event.lost > limits.lost_max
                 and f"gradients changed after {event.lost} of {event.micro_steps} micro-steps",
                 not event.factor_spread <= limits.factor_spread_max

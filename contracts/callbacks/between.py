@@ -1,6 +1,7 @@
 """Whether weights or optimizer state change between two updates."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from stackproof.contracts.events import StateCompared
 
 # Tensors are compared whole in the first updates, then one section of this many at each.
 SECTIONS = 16
+SETTLED = 4  # updates
+RATES = ("lr", "momentum", "params")
 Mark = tuple[int, int, int]
 
 
@@ -34,6 +37,8 @@ class BetweenUpdates:
         self._updates = 0
         self._marks: dict[tuple[int, str], Mark] = {}
         self._sums: dict[tuple[int, str], int] = {}
+        self._settings: dict[str, Any] = {}
+        self._scheduled: set[str] = set()
         self.settle(checksums(parameters))
 
     def settle(self, weight_sums: Tensor, *, updated: bool = False) -> None:
@@ -43,6 +48,7 @@ class BetweenUpdates:
         self._marks = {key: _mark(t) for key, t in found.items()}
         state = [key for key in found if key[1] and self._is_due(key)]
         sums = checksums(found[key] for key in state).tolist() if state else []
+        self._settings = self._group_settings()
         weights = [key for key in found if not key[1]]
         self._sums = dict(zip(weights, weight_sums.tolist())) | dict(zip(state, sums))
 
@@ -62,9 +68,29 @@ class BetweenUpdates:
         # State of which no sum was kept: a write in place changes it, a copy may be equal.
         unsummed = written - set(looked)
         changed += [key for key in unsummed if self._is_in_place(key, found[key])]
-        names = tuple(map(self._name, sorted(set(gone + changed))))
+        names = tuple(map(self._name, sorted(set(gone + changed)))) + self._reset()
         section = "time since the last update"
-        return StateCompared(step, section, len(looked) + len(unsummed), names)
+        n = len(looked) + len(unsummed) + len(self._settings)
+        return StateCompared(step, section, n, names)
+
+    def _reset(self) -> tuple[str, ...]:
+        """Settings of the optimizer's groups that were constant and have changed. Those that change
+        before SETTLED updates have a schedule.
+        """
+        now = self._group_settings()
+        differing = {k for k, v in self._settings.items() if now.get(k) != v}
+        if self._updates < SETTLED:
+            self._scheduled |= differing
+        return tuple(sorted(differing - self._scheduled))
+
+    def _group_settings(self) -> dict[str, Any]:
+        """Numbers by which the optimizer's groups update, but for their rates."""
+        return {
+            f"{name} of group {i}": value
+            for i, group in enumerate(self.optimizer.param_groups)
+            for name, value in group.items()
+            if isinstance(value, (int, float, tuple)) and not any(r in name for r in RATES)
+        }
 
     def _is_due(self, key: tuple[int, str]) -> bool:
         sections = min(SECTIONS, len(self._parameters))

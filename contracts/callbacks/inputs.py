@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from stackproof.contracts.callbacks import probe
 from stackproof.contracts.callbacks.reading import IGNORE, trailing_padding
 from stackproof.contracts.callbacks.settings import TrainerSettings
-from stackproof.contracts.events import ModelInput, ModuleModes, RowHashes
+from stackproof.contracts.callbacks.text import TextReader
+from stackproof.contracts.events import IdsRead, ModelInput, ModuleModes, RowHashes
 
 # Where padding is the end of text, a row of packed documents may begin with one or two.
 LEFT_PADS = 4
@@ -26,8 +27,8 @@ class InputReader:
     mask and labels are used where the model is not given any.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainerSettings):
-        self.model, self.settings = model, settings
+    def __init__(self, model: nn.Module, settings: TrainerSettings, tokenizer: Any = None):
+        self.model, self.settings, self.text = model, settings, TextReader(tokenizer)
         self.batch: Mapping[str, Any] = {}
         self.epoch: int | None = None  # None where the trainer does not state it
         self.max_length = probe.max_length_of(model)
@@ -45,7 +46,7 @@ class InputReader:
 
     def training(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> Iterator[ModelInput | RowHashes | ModuleModes]:
+    ) -> Iterator[ModelInput | IdsRead | RowHashes | ModuleModes]:
         """The events of one training batch; `named` are the arguments of the call of `module`."""
         places, pad_id = named.get("position_ids"), self.settings.pad_id
         mask, labels = self.mask_and_labels(ids_BT, named)
@@ -70,6 +71,9 @@ class InputReader:
             n_labels=0 if labels is None else labels.numel(),
             **counts,
         )
+        text_BT = _text(ids_BT, mask)
+        if event := self.text.read(step, "training", ids_BT, text_BT):
+            yield event
         # A second pass over a batch, as with two masks of dropout, draws nothing.
         drawn, self._last = self._last != (step, rows), (step, rows)
         yield RowHashes(step, "training", rows, self.epoch if drawn else None)
@@ -79,7 +83,7 @@ class InputReader:
 
     def evaluation(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> Iterator[ModuleModes | RowHashes]:
+    ) -> Iterator[ModuleModes | RowHashes | IdsRead]:
         """The modules in training mode, and the rows of one held-out batch; no rows where they are
         short, and for steps of generation.
         """
@@ -90,6 +94,8 @@ class InputReader:
             mask = _fitting(named.get(probe.MASK), ids_BT)
             rows = read_rows(ids_BT, mask)
             yield RowHashes(step, "evaluation", rows, None, self.settings.held_out_declared)
+            if event := self.text.read(step, "evaluation", ids_BT, _text(ids_BT, mask)):
+                yield event
 
     def mask_and_labels(
         self, ids_BT: Tensor, named: Mapping[str, Any]

@@ -85,7 +85,9 @@ class MovementTracker:
             step=step,
             lr=rates[0] if rates else 0.0,
             frozen_changed=tuple(
-                n for n, p, was, has in parameters if was and has and not p.requires_grad
+                n
+                for (n, p, was, has), moved in zip(parameters, changed)
+                if not p.requires_grad and (moved or (was and has))
             ),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],

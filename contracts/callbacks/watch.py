@@ -58,10 +58,10 @@ class Watch:
     ):
         self.trained, self.session, self.settings = trained, session, settings
         self.model, self.optimizer = model, optimizer = trained.model, trained.optimizer
-        self._late = backward_in_step
+        self._late, self._depth = backward_in_step, 0
         self.step, self.updates, self._judged = trained.first_step, 0, False
         self._used: Tensor | None = None  # norms of the gradients of this update
-        self.inputs = InputReader(model, settings)
+        self.inputs = InputReader(model, settings, trained.tokenizer)
         self.loss = LossReader(settings)
         self.gradients = GradientReader(model, settings)
         self.movement = MovementTracker(model, optimizer)
@@ -75,8 +75,8 @@ class Watch:
         self._handles = [
             *self.forward.attach(),
             *self.inputs.watch_modes(),
-            optimizer.register_step_pre_hook(lambda *_: self.before_update()),
-            optimizer.register_step_post_hook(lambda *_: self.after_update()),
+            optimizer.register_step_pre_hook(lambda *_: self._enter()),
+            optimizer.register_step_post_hook(lambda *_: self._leave()),
         ]
 
     def _leave_out_gates(self) -> None:
@@ -89,6 +89,10 @@ class Watch:
                 "optim.clip-norm",
                 "gradients are in half precision, whose norm is rounded by more than the limit",
             )
+        if not any(p.requires_grad and p.element_size() < 4 for p in self.model.parameters()):
+            leave_out("optim.lost-updates", "no trained parameter is in half precision")
+        if self.inputs.text.tokenizer is None:
+            leave_out("tokenizer.own-ids", "no tokenizer that decodes and encodes was given")
         if self.trained.scheduler is None:
             leave_out("schedule.rate", "no scheduler was given")
 
@@ -111,6 +115,7 @@ class Watch:
             return
         place.done = True
         if not self.gradients.in_backward:
+            self._depth = self._depth if self._late else 0  # a step that raised has no end
             if event := self.gradients.begin_pass(self.step + 1):
                 self.session.observe(event)
             # Queued twice, as a wrapper may average gradients in a callback of its own.
@@ -122,6 +127,19 @@ class Watch:
     @timed
     def _end_pass(self) -> None:
         self.gradients.end_pass()
+
+    def _enter(self) -> None:
+        """An optimizer that calls the step of its base class calls these hooks for both; the
+        outermost counts.
+        """
+        self._depth += 1
+        if self._depth == 1:
+            self.before_update()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.after_update()
 
     @timed
     def before_update(self) -> None:
@@ -153,6 +171,8 @@ class Watch:
         if self.gradients.passes:
             self._judged = True
             loss, factor = self._judge_own()
+        elif event := self.gradients.reused(self.step + 1):
+            self.session.observe(event)
         if (repeat := self.ranks.repeat) and repeat.wanted:
             self.forward.repeat_passes()
         self.ranks.before_update(self.step + 1, self.loss.readings, loss, factor)

@@ -171,7 +171,14 @@ NO_TOKENIZER = (
     "tokenizer with a length was given"
 )
 FEW_ROWS = "fewer than 26 rows that are long enough were drawn, too few for an order"
-OWNED = {"optim.parameter-groups": "ownership"}
+OWNED = {"optim.parameter-groups": "ownership, graph"}
+NO_IDS = {"tokenizer.own-ids": "no tokenizer that decodes and encodes was given"}
+WHOLE = {"optim.lost-updates": "no trained parameter is in half precision"}
+NONE_STATED = {
+    "optim.declared-settings": (
+        "the trainer does not offer Declared.optimizer_settings: the trainer states none"
+    )
+}
 PADDED = OWNED | {"model.isolation": "padding"}
 OURS = {
     "model.isolation": "documents",
@@ -195,17 +202,22 @@ CASES = {
     "stack export": Case(BY_NAME["export"], exported),
     "stack import": Case(BY_NAME["import"], imported),
     "stack evaluate": Case(BY_NAME["evaluate"], evaluated),
-    "plain": Case(BY_NAME["plain"], plain, {}, PADDED | {"tokenizer.identity": "model"}),
+    "plain": Case(
+        BY_NAME["plain"],
+        plain,
+        NO_IDS | WHOLE | NONE_STATED,
+        PADDED | {"tokenizer.identity": "model"},
+    ),
     "Hugging Face": Case(
         BY_NAME["huggingface"],
         hugging_face,
-        {"data.fresh-rows": FEW_ROWS, "tokenizer.identity": NO_TOKENIZER},
+        {"data.fresh-rows": FEW_ROWS, "tokenizer.identity": NO_TOKENIZER} | NO_IDS | WHOLE,
         PADDED,
     ),
     "TRL": Case(
         BY_NAME["huggingface"],
         trl,
-        {"data.fresh-rows": FEW_ROWS},
+        {"data.fresh-rows": FEW_ROWS} | WHOLE,
         PADDED | {"tokenizer.identity": "model"},
     ),
     "Lightning": Case(
@@ -220,10 +232,18 @@ CASES = {
                 "config.tie_word_embeddings"
             ),
             "tokenizer.identity": NO_TOKENIZER,
-        },
+        }
+        | NO_IDS
+        | WHOLE
+        | NONE_STATED,
         OWNED,
     ),
-    "pytest": Case(BY_NAME["pytest"], pytest_plugin, {"tokenizer.identity": NO_TOKENIZER}, PADDED),
+    "pytest": Case(
+        BY_NAME["pytest"],
+        pytest_plugin,
+        {"tokenizer.identity": NO_TOKENIZER} | NONE_STATED,
+        PADDED,
+    ),
 }
 
 

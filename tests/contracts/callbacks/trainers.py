@@ -129,12 +129,13 @@ def in_a_loop(parts: Parts, folder: Path) -> Any:
     told = {"scheduler": scheduler, "tokenizer": parts.tokenizer, "max_grad_norm": parts.clip_norm}
     run = SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, step=0)
     model.train()
-    gate = None  # the block may fail before it begins
+    gate = None  # a gate may halt before the block begins
     try:
         with gated(model, optimizer, **told, **parts.given) as gate:
             _loop(parts, run, gate)
     except GateFailed as e:
-        return gate, e
+        before = SimpleNamespace(first_failures={e.gate_id: 0}.copy)
+        return gate or before, e
     return gate, None
 
 
