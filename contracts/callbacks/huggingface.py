@@ -67,6 +67,12 @@ class GateCallback(GatedRun, TrainerCallback):
         if (resumed or state.global_step) and (document := digest.read(folder)):
             self._restored(document)
 
+    def on_optimizer_step(self, args, state, control, *, optimizer=None, **kwargs):
+        # An optimizer whose step is replaced calls no hooks; its gradients are still there.
+        waits = self._watch is not None and self._watch.gradients.passes > 0
+        if waits and not getattr(optimizer, "step_was_skipped", False):
+            self._watch.before_update()
+
     def on_step_end(self, args, state, control, *, optimizer=None, **kwargs):
         if self._watch is not None:
             self._watch.close(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
