@@ -284,8 +284,8 @@ class WeightsUpdated:
     anything, None at all others. Its sign is turned where the optimizer maximizes, so that above 0
     is always the wrong way. `unknown` is why the direction of that update cannot be known.
     `miscounted` names parameters for which the optimizer's own counter of updates did not go up by
-    one. `lost_frac` is the share (0-1) of entries in half precision that have a gradient and did
-    not change, None where there are none.
+    one. `lost_frac` is the share (0-1) of the entries of one matrix that have a gradient and did
+    not change, None where none was looked at.
     """
 
     step: int

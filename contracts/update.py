@@ -56,7 +56,7 @@ class GradientKept(RuntimeCheck):
 
 @decides("optim.lost-updates")
 class LostUpdates(RuntimeCheck):
-    """Weights in half precision change where they have a gradient."""
+    """Weights change where they have a gradient."""
 
     events = (WeightsUpdated,)
 
@@ -71,7 +71,7 @@ class LostUpdates(RuntimeCheck):
         self.in_a_row = self.in_a_row + 1 if lost else 0
         return decide(
             self.in_a_row < self.limits.updates_in_a_row_min,
-            f"step {event.step}: {event.lost_frac:.0%} of entries in half precision have a gradient "
+            f"step {event.step}: {event.lost_frac:.0%} of the entries of a matrix have a gradient "
             "and do not change: the update is below their rounding",
             lost_frac=event.lost_frac,
             updates_in_a_row=self.in_a_row,

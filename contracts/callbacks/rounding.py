@@ -1,4 +1,4 @@
-"""Updates that are lost in the rounding of weights in half precision."""
+"""Updates that are lost in the rounding of weights, as in half precision."""
 
 import torch
 from torch import Tensor
@@ -8,22 +8,21 @@ NEAR_PEAK = 0.5  # of the peak rate; smaller ones are those of a warm-up, or of 
 
 
 class LostUpdates:
-    """Counts the entries of one trained matrix in half precision, another at each update, that an
-    update leaves as they are although they have a gradient.
+    """Counts the entries of one trained matrix, another at each update, that an update leaves as
+    they are although they have a gradient.
 
     Only for optimizers of torch: others may keep what is lost, or round at random.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer, self._turn = optimizer, 0
+        self.judges = type(optimizer).__module__.startswith("torch.optim")
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def begin(self) -> None:
         """Keep the entries before an update."""
         self._kept = None
-        if not type(self.optimizer).__module__.startswith("torch.optim"):
-            return
-        if not (held := self._held()):
+        if not self.judges or not (held := self._held()):
             return
         p = held[self._turn % len(held)]
         self._turn += 1
@@ -46,10 +45,4 @@ class LostUpdates:
     def _held(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         near = (g for g in groups if g["lr"] >= NEAR_PEAK * g.get("initial_lr", g["lr"]) > 0)
-        halves = (torch.bfloat16, torch.float16)
-        return [
-            p
-            for g in near
-            for p in g["params"]
-            if p.dtype in halves and p.ndim >= 2 and p.requires_grad
-        ]
+        return [p for g in near for p in g["params"] if p.ndim >= 2 and p.requires_grad]

@@ -89,8 +89,8 @@ class Watch:
                 "optim.clip-norm",
                 "gradients are in half precision, whose norm is rounded by more than the limit",
             )
-        if not any(p.requires_grad and p.element_size() < 4 for p in self.model.parameters()):
-            leave_out("optim.lost-updates", "no trained parameter is in half precision")
+        if not self.movement.lost.judges:
+            leave_out("optim.lost-updates", "the optimizer is not one of torch")
         if self.inputs.text.tokenizer is None:
             leave_out("tokenizer.own-ids", "no tokenizer that decodes and encodes was given")
         if self.trained.scheduler is None:

@@ -238,6 +238,7 @@ def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
             scheduler=scheduler,
             tokenizer=make_tokenizer(),
             max_grad_norm=1.0,
+            settings={"learning_rate": 1e-3, "weight_decay": 0.1},
             mode="log",
             only=gate_ids,
         ) as gate:
