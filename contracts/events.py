@@ -156,13 +156,15 @@ class RowHashes:
 class ModuleModes:
     """Modes of the model's modules in one phase: `wrong` names those in the mode of the other
     phase. `repeat_abs` is the largest difference between the logits of two evaluations of one
-    batch, None where the batch was evaluated once.
+    batch, None where the batch was evaluated once. `draws_repeated`: a training pass begins with the
+    random state of one of the last passes, so that its dropout has the same masks.
     """
 
     step: int
     phase: Phase
     wrong: tuple[str, ...]
     repeat_abs: float | None = None
+    draws_repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

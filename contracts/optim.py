@@ -32,6 +32,7 @@ from stackproof.contracts.update_rules import RULES
 RATE = 1e-2
 ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it
 LOW_NORM = 1e-2
+PEAKS = ("lr", "initial_lr", "max_lr")  # of a group, as schedules keep them
 # entries compared: of a tensor one by one, and of matrices as a whole together
 TRAIN_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21
 NamedParameters = Sequence[tuple[str, Tensor]]
@@ -175,7 +176,7 @@ def declared_settings(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The settings that a trainer states are those of a group of its optimizer."""
     stated, groups = subject.declared.optimizer_settings, subject.training.optimizer.param_groups
     held = {
-        "learning_rate": [g.get("initial_lr", g["lr"]) for g in groups],
+        "learning_rate": [r for g in groups for n, r in g.items() if n in PEAKS],
         "weight_decay": [g.get("weight_decay", 0.0) for g in groups],
     }
     unused = [
@@ -183,7 +184,7 @@ def declared_settings(limits: SimpleNamespace, subject: Subject) -> Verdict:
         for name, value in stated.items()
         if name in held and value not in held[name]
     ]
-    peak = all(g["lr"] >= g.get("initial_lr", g["lr"]) for g in groups)
+    peak = all(g["lr"] >= max(g[name] for name in PEAKS if name in g) for g in groups)
     if stated.get("warmup_steps", 0) > 1 and peak:
         unused.append(f"warmup_steps = {stated['warmup_steps']:g} is stated, and rates begin high")
     return decide(

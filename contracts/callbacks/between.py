@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.digest import checksums
 from stackproof.contracts.events import StateCompared
@@ -30,16 +30,15 @@ class BetweenUpdates:
     tensors later.
     """
 
-    def __init__(
-        self, names: list[str], parameters: list[Tensor], optimizer: torch.optim.Optimizer
-    ):
-        self._names, self._parameters, self.optimizer = names, parameters, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+        self._names, self._parameters = map(list, zip(*model.named_parameters()))
         self._updates = 0
         self._marks: dict[tuple[int, str], Mark] = {}
         self._sums: dict[tuple[int, str], int] = {}
         self._settings: dict[str, Any] = {}
         self._scheduled: set[str] = set()
-        self.settle(checksums(parameters))
+        self.settle(checksums(self._parameters))
 
     def settle(self, weight_sums: Tensor, *, updated: bool = False) -> None:
         """Accept the state as it is, as after an update; `weight_sums` are those of the weights."""
@@ -69,9 +68,16 @@ class BetweenUpdates:
         unsummed = written - set(looked)
         changed += [key for key in unsummed if self._is_in_place(key, found[key])]
         names = tuple(map(self._name, sorted(set(gone + changed)))) + self._reset()
+        if whole or self._updates < SECTIONS:
+            names += self._replaced()
         section = "time since the last update"
         n = len(looked) + len(unsummed) + len(self._settings)
         return StateCompared(step, section, n, names)
+
+    def _replaced(self) -> tuple[str, ...]:
+        """Parameters of the model that were not there when it was first seen."""
+        known = set(map(id, self._parameters))
+        return tuple(n for n, p in self.model.named_parameters() if id(p) not in known)
 
     def _reset(self) -> tuple[str, ...]:
         """Settings of the optimizer's groups that were constant and have changed. Those that change

@@ -3,6 +3,8 @@
 B batch, T tokens
 """
 
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from stackproof.contracts.events import IdsRead, ModelInput, ModuleModes, RowHas
 LEFT_PADS = 4
 SHORT = 16  # tokens; shorter rows may be equal by chance
 SPREAD = 4
+STATES = 64
 
 
 class InputReader:
@@ -36,6 +39,7 @@ class InputReader:
         self.dropouts = [Dropout(*found) for found in _dropouts(model)]
         self.idle: set[str] = set()  # dropouts that were off inside of a training pass
         self._last: tuple[int, tuple[int, ...]] = (0, ())
+        self._states: deque[bytes] = deque(maxlen=STATES)  # of random numbers
 
     def watch_modes(self) -> list:
         """Hooks that find the dropouts which a model switches off inside of its forward pass, at
@@ -79,7 +83,19 @@ class InputReader:
         yield RowHashes(step, "training", rows, self.epoch if drawn else None)
         off = {d.name for d in self.dropouts if d.is_off()} | self.idle
         self.idle.clear()
-        yield ModuleModes(step, "training", tuple(sorted(off)))
+        yield ModuleModes(step, "training", tuple(sorted(off)), None, self._draws_again(ids_BT))
+
+    def _draws_again(self, ids_BT: Tensor) -> bool:
+        """Whether a pass with dropout begins with the random state of one before it."""
+        if not any(d.module.training and not d.is_off() for d in self.dropouts):
+            return False
+        device = ids_BT.device
+        on_gpu = device.type == "cuda"
+        state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+        digest = hashlib.sha256(state.numpy().tobytes()).digest()
+        again = digest in self._states
+        self._states.append(digest)
+        return again
 
     def evaluation(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor

@@ -35,7 +35,7 @@ class MovementTracker:
         self._counters: dict[int, float] = {}
         self.optimizer = optimizer
         self.lost = LostUpdates(optimizer)
-        self.state = BetweenUpdates(self._names, self._parameters, optimizer)
+        self.state = BetweenUpdates(model, optimizer)
 
     def settle(self) -> None:
         """Accept the weights as they are, as after loading a checkpoint."""

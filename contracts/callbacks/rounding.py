@@ -9,7 +9,7 @@ NEAR_PEAK = 0.5  # of the peak rate; smaller ones are those of a warm-up, or of 
 
 class LostUpdates:
     """Counts the entries of one trained matrix, another at each update, that an update leaves as
-    they are although they have a gradient.
+    they are although they have a gradient. Matrices in half precision come first.
 
     Only for optimizers of torch: others may keep what is lost, or round at random.
     """
@@ -45,4 +45,5 @@ class LostUpdates:
     def _held(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         near = (g for g in groups if g["lr"] >= NEAR_PEAK * g.get("initial_lr", g["lr"]) > 0)
-        return [p for g in near for p in g["params"] if p.ndim >= 2 and p.requires_grad]
+        held = [p for g in near for p in g["params"] if p.ndim >= 2 and p.requires_grad]
+        return [p for p in held if p.element_size() < 4] or held

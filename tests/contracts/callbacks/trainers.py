@@ -83,6 +83,7 @@ class Parts:
     zeroes: Callable[[torch.optim.Optimizer], Any] = torch.optim.Optimizer.zero_grad
     ticks: str = "update"
     given: dict[str, Any] = field(default_factory=dict)  # options of the gates
+    stated: dict[str, Any] = field(default_factory=lambda: {"weight_decay": 0.1})
 
     @property
     def n_updates(self) -> int:
@@ -255,8 +256,7 @@ def in_transformers(parts: Parts, folder: Path, *, resume=None, **plan: Any) -> 
         "eval_steps": parts.evaluates_every,
         "max_grad_norm": parts.clip_norm,
         "per_device_eval_batch_size": 4,
-        "weight_decay": 0.1,
-    } | plan
+    } | plan | parts.stated
     trainer = InParts(
         model,
         stock.arguments(folder, **plan),
@@ -369,7 +369,8 @@ def in_lightning(parts: Parts, folder: Path, **plan: Any) -> Any:
         **quiet | plan,
     )
     module = Module(parts)
-    module.train_dataloader = lambda: loader(parts)
+    batches = loader(parts)
+    module.train_dataloader = lambda: batches
     try:
         trainer.fit(module)
     except GateFailed as e:
