@@ -156,8 +156,8 @@ class RowHashes:
 class ModuleModes:
     """Modes of the model's modules in one phase: `wrong` names those in the mode of the other
     phase. `repeat_abs` is the largest difference between the logits of two evaluations of one
-    batch, None where the batch was evaluated once. `draws_repeated`: a training pass begins with the
-    random state of one of the last passes, so that its dropout has the same masks.
+    batch, None where the batch was evaluated once. `draws_repeated`: a training pass begins with
+    the random state of one of the last passes, so that its dropout has the same masks.
     """
 
     step: int

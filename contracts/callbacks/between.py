@@ -59,8 +59,7 @@ class BetweenUpdates:
         looked = [
             key
             for key in found
-            if key in self._sums
-            and (key in written or self._is_due(key) or (whole and not key[1]))
+            if key in self._sums and (key in written or self._is_due(key) or (whole and not key[1]))
         ]
         sums = checksums(found[key] for key in looked).tolist() if looked else []
         changed = [key for key, now in zip(looked, sums) if now != self._sums[key]]
@@ -111,7 +110,7 @@ class BetweenUpdates:
         state = self.optimizer.state
         for i, p in enumerate(self._parameters):
             yield (i, ""), p
-            for name, value in (state[p] if p in state else {}).items():
+            for name, value in state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.numel():
                     yield (i, str(name)), value
 

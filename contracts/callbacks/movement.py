@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stackproof.contracts.callbacks.between import BetweenUpdates
 from stackproof.contracts.callbacks.digest import checksums, gathered
 from stackproof.contracts.callbacks.rounding import LostUpdates
-from stackproof.contracts.events import StateCompared, WeightsUpdated
+from stackproof.contracts.events import WeightsUpdated
 
 VISIBLE_RATE = 1e-7
 SLOPE_ENTRIES = 1_000_000  # of weights, copied once

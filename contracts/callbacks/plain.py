@@ -62,7 +62,7 @@ def gated(
     tokenizer: Any = None,
     max_grad_norm: float | None = None,
     scaler: Any = None,
-    settings: Mapping[str, float] = {},  # noqa: B006
+    settings: Mapping[str, float] = {},
     mode: Mode = "raise",
     **options: Unpack[Options],
 ) -> Iterator[Gate]:

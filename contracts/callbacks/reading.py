@@ -135,9 +135,10 @@ def read(
     another at each `turn`; the gradient is read whole.
 
     Without `next_BT` the last place of a row is counted and not judged: its next token is not in
-    the row. Where `closed`, a bool tensor, is true, nothing is to be learned there. At most SAMPLED places are then judged one by one, evenly spread; where nothing is
-    learned, places that should be. With `next_BT`, the token that follows each place, `silent` is
-    (B, T), and every place that is to be learned is judged, whether it has a gradient or not.
+    the row. Where `closed`, a bool tensor, is true, nothing is to be learned there. At most SAMPLED
+    places are then judged one by one, evenly spread; where nothing is learned, places that should
+    be. With `next_BT`, the token that follows each place, `silent` is (B, T), and every place that
+    is to be learned is judged, whether it has a gradient or not.
     """
     norm_BT = gradient.norm(dim=-1, dtype=torch.float32)
     learned, expected = norm_BT[:, : silent.shape[1]] > 0, ~silent

@@ -29,7 +29,7 @@ def foreign_subject(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     tokenizer: object | None = None,
-    stated: Mapping[str, float] = {},  # noqa: B006
+    stated: Mapping[str, float] = {},
 ) -> Subject:
     """The subject of a live model, its optimizer and its tokenizer. What is not there or cannot be
     found is not offered. `stated` are settings of the optimizer that the trainer states.

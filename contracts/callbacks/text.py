@@ -18,8 +18,8 @@ ROW = 256  # tokens of one row
 
 
 class TextReader:
-    """Reads the first TOKENS of each phase, row by row. A tokenizer that cannot decode and encode is left out,
-    as is one that raises an error on the ids.
+    """Reads the first TOKENS of each phase, row by row. A tokenizer that cannot decode and encode
+    is left out, as is one that raises an error on the ids.
     """
 
     def __init__(self, tokenizer: Any):

@@ -249,14 +249,18 @@ def in_transformers(parts: Parts, folder: Path, *, resume=None, **plan: Any) -> 
         model.zero_grad = lambda *a, **k: parts.zeroes(optimizer)
     callback = huggingface.GateCallback(**parts.given)
     run = SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, step=0)
-    plan = {
-        "max_steps": parts.n_updates,
-        "gradient_accumulation_steps": parts.accumulate,
-        "eval_strategy": "steps",
-        "eval_steps": parts.evaluates_every,
-        "max_grad_norm": parts.clip_norm,
-        "per_device_eval_batch_size": 4,
-    } | plan | parts.stated
+    plan = (
+        {
+            "max_steps": parts.n_updates,
+            "gradient_accumulation_steps": parts.accumulate,
+            "eval_strategy": "steps",
+            "eval_steps": parts.evaluates_every,
+            "max_grad_norm": parts.clip_norm,
+            "per_device_eval_batch_size": 4,
+        }
+        | plan
+        | parts.stated
+    )
     trainer = InParts(
         model,
         stock.arguments(folder, **plan),
