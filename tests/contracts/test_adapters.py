@@ -218,8 +218,7 @@ CASES = {
     "TRL": Case(
         BY_NAME["huggingface"],
         trl,
-        {"data.fresh-rows": FEW_ROWS, "tokenizer.own-ids": FEW_IDS.format(11)}
-        | NONE_STATED,
+        {"data.fresh-rows": FEW_ROWS, "tokenizer.own-ids": FEW_IDS.format(11)} | NONE_STATED,
         PADDED | {"tokenizer.identity": "model"},
     ),
     "Lightning": Case(

@@ -14,12 +14,12 @@ from tests.contracts.callbacks.failures import (
     ALL,
     BY_HAND,
     LOOP,
-    OWN,
     Failure,
     hooks,
     rows_of,
     texts,
 )
+from tests.contracts.callbacks.merges import OWN
 from tests.contracts.callbacks.trainers import (
     Batch,
     Parts,

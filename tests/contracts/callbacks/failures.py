@@ -5,19 +5,18 @@ that name the trainers in which they exist.
 
 import copy
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from tests.contracts.callbacks import stock
+from tests.contracts.callbacks.merges import OTHER, OWN, encoded
 from tests.contracts.callbacks.trainers import (
     Batch,
     Parts,
@@ -56,36 +55,6 @@ def at(step: int, do: Callable[[SimpleNamespace], Any]) -> Callable[[SimpleNames
 
 
 # --- data and tokenizers --------------------------------------------------------------------------
-
-LETTERS = "abcdefgh"
-WORDS = ["".join(random.Random(i).choices(LETTERS, k=2 + i % 6)) for i in range(60)]
-
-
-def bpe(seed: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with the size of the models, trained on text of its own."""
-    draw = random.Random(seed)
-    words = ["".join(draw.choices(LETTERS, k=draw.randint(2, 7))) for _ in range(60)]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    inner.decoder = tokenizers.decoders.Metaspace()
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=stock.VOCAB, special_tokens=special, show_progress=False
-    )
-    inner.train_from_iterator([" ".join(draw.choices(words, k=20)) for _ in range(80)], trainer)
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-
-
-OWN, OTHER = bpe(1), bpe(2)
-
-
-def encoded(tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> list[dict]:
-    draw, rows = random.Random(seed), []
-    for _ in range(n):
-        ids = tokenizer.encode(" ".join(draw.choices(WORDS, k=12)), add_special_tokens=False)
-        rows.append({"input_ids": [stock.BOS, *ids[:40], stock.EOS]})
-    return rows
 
 
 def texts(trained: Any, scored: Any, keep: Callable[[int], int] = lambda i: i):

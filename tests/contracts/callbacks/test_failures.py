@@ -21,7 +21,8 @@ from stackproof.contracts.subject import Subject
 from stackproof.spec.gates import load_spec
 from tests.contracts.callbacks import stock
 from tests.contracts.callbacks.clean_trainings import CLEAN
-from tests.contracts.callbacks.failures import FAILURES, OTHER, OWN, UNSEEN, Failure, encoded
+from tests.contracts.callbacks.failures import FAILURES, UNSEEN, Failure
+from tests.contracts.callbacks.merges import OTHER, OWN, encoded
 from tests.contracts.callbacks.trainers import TRAINERS, Parts
 
 EVERYWHERE = bool(os.environ.get("STRESS"))
