@@ -20,6 +20,7 @@ from stackproof.contracts.subject import Model, Subject, offered, offers
 LENGTHS = (2, 17, 64, 65, 129, 2048)  # around the tile sizes of fused kernels
 SHORT_LENGTHS, LONGEST = (3, 17, 64), 512  # where logits are compared to rounding only
 PACKED_LENGTHS = (17, 129)
+GRADIENT_TOKENS = 512  # of a row whose gradients are compared
 
 
 # --- how two forwards are compared ----------------------------------------------------------------
@@ -149,7 +150,9 @@ def causal(limits: SimpleNamespace, subject: Subject) -> Verdict:
     other row, and changing labels changes no logit; in both modes, with and without a mask.
 
     In training mode both forwards draw the same dropout masks. Bit for bit where an architecture is
-    declared, in float64 where its routers choose, and relative to the largest logit elsewhere.
+    declared, in float64 where its routers choose, and relative to the largest logit elsewhere. In
+    the run's own precision, where rounding may tip a choice, the loss of earlier tokens has no
+    gradient at the embeddings of later ones, nor that of a row at another.
     """
     model, deaf = subject.model, 0
     effects = _Effects(relative=not _bitwise(subject))
@@ -160,16 +163,23 @@ def causal(limits: SimpleNamespace, subject: Subject) -> Verdict:
                 deaf += sum(_future(model, n, effects, mode) for n in _lengths(subject))
                 if model.takes_labels:
                     _labels(model, _lengths(subject)[-1], effects)
-    if deaf:
+    gradient, unlearned = _later_gradients(model) if offers(model.packed_logits) else (0.0, 0)
+    if deaf or unlearned:
         return failed(
-            "changing a token does not change its own logits, so this check sees nothing", deaf=deaf
+            "changing a token does not change its own logits, so this check sees nothing",
+            deaf=deaf,
+            unlearned=unlearned,
         )
     text = {
+        "gradient": "in the precision of the run, the loss of earlier tokens has a gradient at "
+        "later tokens or at other rows",
         "leak": f"earlier logits see a later token ({effects.where.get('leak', '')})",
         "row": f"one row of a batch sees another ({effects.where.get('row', '')})",
         "labels_leak": "the labels change the logits",
     }
-    return effects.judged(text, dict.fromkeys(text, _leak_max(limits, subject)))
+    allowed = dict.fromkeys(text, _leak_max(limits, subject))
+    effects.largest["gradient"] = gradient
+    return effects.judged(text, allowed | {"gradient": limits.gradient_abs_max})
 
 
 def _future(model: Model, length: int, effects: _Effects, mode: str) -> int:
@@ -190,6 +200,39 @@ def _future(model: Model, length: int, effects: _Effects, mode: str) -> int:
         after = model.logits(_other(ids, first, model.vocab_size), mask)
         effects.compare("row", before[1:], after[1:], f"{length} tokens, {mode}")
     return deaf
+
+
+@torch.enable_grad()
+def _later_gradients(model: Model) -> tuple[float, int]:
+    """(largest gradient of the loss before a position, in the first row, at the embeddings of later
+    tokens and of the other row; positions without one at their own), in training mode and in the
+    precision of the run.
+    """
+    length = min(n for n in (model.max_length, GRADIENT_TOKENS) if n)
+    ids, leaves = draw_ids((2, length), model.vocab_size, seed=length), []
+    with model.training(True), model.precision(), _leaf_at(model.embedding, leaves):
+        loss_T = model.packed_logits(ids, torch.zeros_like(ids))[0].log_softmax(-1)[:, 0]
+    foreign, unlearned = 0.0, 0
+    for position in sorted({1, length // 2, length - 1}):
+        (gradient_BTD,) = torch.autograd.grad(
+            loss_T[:position].sum(), leaves, retain_graph=True, materialize_grads=True
+        )
+        unlearned += not bool(gradient_BTD[0, :position].any(-1).all())
+        gradient_BTD[0, :position] = 0
+        foreign = max(foreign, float(gradient_BTD.abs().max()))
+    return foreign, unlearned
+
+
+@contextmanager
+def _leaf_at(embedding: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
+    """Make the output of the embedding a leaf, appended to `leaves`, until the block ends."""
+    hook = embedding.register_forward_hook(
+        lambda _, __, x_BTD: leaves.append(x_BTD.detach().requires_grad_()) or leaves[-1]
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _labels(model: Model, length: int, effects: _Effects) -> None:
@@ -228,15 +271,17 @@ def isolation(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 def _documents_apart(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Documents packed into a row have the logits they have alone, and neither logits nor gradients
-    pass between them; dropout is off. Where routers choose, in float64, as in `causal`.
+    pass between them; dropout is off. Logits where routers choose in float64, as in `causal`;
+    gradients in the precision of the run.
     """
     model, found, bitwise = subject.model, [], _bitwise(subject)
-    with _wide_if_routed(subject), model.training(False):
-        for length in sorted({min(n, model.max_length or n) for n in PACKED_LENGTHS}):
-            packed = packing(length)
-            ids = draw_ids((2, length), model.vocab_size, seed=length)
-            ids[1, packed[1] == packed[1, -1]] = 0
-            error, leak, blind = _logits_between(model, ids, packed, relative=not bitwise)
+    for length in sorted({min(n, model.max_length or n) for n in PACKED_LENGTHS}):
+        packed = packing(length)
+        ids = draw_ids((2, length), model.vocab_size, seed=length)
+        ids[1, packed[1] == packed[1, -1]] = 0
+        with model.training(False):
+            with _wide_if_routed(subject):
+                error, leak, blind = _logits_between(model, ids, packed, relative=not bitwise)
             found.append((error, leak, blind, *_gradients_between(model, ids, packed)))
     rel_error, leak, deaf, gradient, unlearned = (
         torch.tensor(found, dtype=torch.float64).amax(0).tolist()
@@ -306,11 +351,8 @@ def _gradients_between(model: Model, ids_BT: Tensor, documents_BT: Tensor) -> tu
     without one at their own).
     """
     leaves: list[Tensor] = []
-    hook = model.embedding.register_forward_hook(
-        lambda _, __, x_BTD: leaves.append(x_BTD.detach().requires_grad_()) or leaves[-1]
-    )
-    loss_BT = model.packed_logits(ids_BT, documents_BT).log_softmax(-1)[..., 0]
-    hook.remove()
+    with model.precision(), _leaf_at(model.embedding, leaves):
+        loss_BT = model.packed_logits(ids_BT, documents_BT).log_softmax(-1)[..., 0]
     foreign, unlearned = [], 0
     for row, own_T in _each_document(documents_BT):
         (gradient_BTD,) = torch.autograd.grad(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.gate import Verdict, decide, decide_all, decides, failed, not_run, passed
 from stackproof.contracts.scope import of_read_shards, over_all_shards
 from stackproof.contracts.subject import Corpus, Subject
 
@@ -298,8 +298,8 @@ def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
 @decides("corpus.packing")
 @over_all_shards
 def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """Rows hold every token of the shards once as a label, up to the declared remainder, and no
-    document runs into the next.
+    """Rows hold every token of the shards once as a label and no document runs into the next. Only
+    what fills no row at the end of a shard is left out, and nothing where documents are kept apart.
     """
     row_stream, seq_len = subject.corpus.splits["train"], subject.data_loader.seq_len
     tokenizer = subject.tokenizer.tokenizer
@@ -329,16 +329,25 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
         # documents share an id.
         crossed += int((same & (rows.labels[:, :-1] == tokenizer.eos_id)).sum())
     leading, dropped = len(row_stream.paths), row_stream.dropped_tokens(seq_len)
-    unaccounted = 0
+    kept_apart, unaccounted = rows.document_ids is not None, 0
+    allowed = 0 if kept_apart else leading * (seq_len - 1)
     if judged == n_rows:
+        if not kept_apart:
+            allowed = sum((n - 1) % seq_len for n in row_stream.shard_tokens())
         tokens = np.bincount(row_stream.token_range(0, row_stream.n_tokens), minlength=len(counts))
         tokens[tokenizer.eos_id] -= leading
         twice = int(np.maximum(counts - tokens, 0).sum())  # each stands where another is lost
         unaccounted = row_stream.n_tokens - leading - dropped - n_labels or twice
-    return decide(
-        not unaccounted and not crossed and not broken and dropped <= leading * seq_len,
-        f"{unaccounted} token(s) are in no row and not declared as dropped; {crossed} document "
-        f"border(s) are not kept, {broken} label(s) are not the next token",
+    return decide_all(
+        [
+            unaccounted != 0
+            and f"{unaccounted} token(s) are in no row and not declared as dropped",
+            crossed > 0 and f"{crossed} document border(s) are not kept",
+            broken > 0 and f"{broken} label(s) are not the next token",
+            dropped > allowed
+            and f"{dropped} token(s) are dropped, and the ends of the shards that fill no row hold "
+            f"{allowed}",
+        ],
         rows=judged,
         labels=n_labels,
         dropped_tokens=dropped,

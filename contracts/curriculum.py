@@ -5,14 +5,23 @@ source is rewarded only for what all sources gain.
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 
 from stackproof.contracts.events import BatchDrawn, Event, Started, StepTaken
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, worst
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Verdict,
+    decide,
+    decide_all,
+    decides,
+    failed,
+    worst,
+)
+from stackproof.contracts.subject import Source, Subject
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
 TURNS, TREND = 90, 0.25  # nats per turn, ten times what the useful source adds to it
@@ -82,13 +91,55 @@ def order(limits: SimpleNamespace, subject: Subject) -> Verdict:
     ):
         return failed("rows depend on how many of them are decided at a time")
     excess = worst(_bound_fault(arm, sources == i, len(arms), limits) for i, arm in enumerate(arms))
-    return decide(
-        excess <= 0,
-        f"a source leaves its bounds by {excess:.1f} rows in a window of {limits.window_rows:g}",
+    fixed = not hasattr(curriculum.sampler_order(), "reward")
+    share_error = _share_fault(arms, listed, warm[0], sources) if fixed else 0.0
+    return decide_all(
+        [
+            not excess <= 0
+            and f"a source leaves its bounds by {excess:.1f} rows in a window of "
+            f"{limits.window_rows:g}",
+            not share_error <= limits.share_abs_error_max
+            and f"the share of a source is {share_error:.3f} away from the declared one",
+        ],
         rows=JUDGED_ROWS,
         sources=len(arms),
         worst_excess_rows=excess,
+        share_abs_error=share_error,
     )
+
+
+def _share_fault(
+    arms: Sequence[Source], listed: Sequence[int], warm: np.ndarray, rest: np.ndarray
+) -> float:
+    """Largest distance of a source's share of the rows from the declared one, in the warm-up and
+    after it, beyond one row per source.
+    """
+    weights = np.array([arm.weight for arm in arms])
+    caps, floors = (np.array([getattr(arm, k) for arm in arms]) for k in ("cap", "floor"))
+    early = np.where(np.isin(np.arange(len(arms)), listed) & (caps > 0), weights, 0.0)
+    if not early.any():
+        early = (early == 0) * np.isin(np.arange(len(arms)), listed) * (caps > 0)
+    errors = [0.0]
+    for drawn, wanted in (
+        (warm, early / max(early.sum(), 1e-300)),
+        (rest, declared_share(weights, caps, floors)),
+    ):
+        if len(drawn):
+            got = np.bincount(drawn, minlength=len(arms)) / len(drawn)
+            errors.append(float(np.abs(got - wanted).max()) - len(arms) / len(drawn))
+    return max(errors)
+
+
+def declared_share(weights: np.ndarray, caps: np.ndarray, floors: np.ndarray) -> np.ndarray:
+    """Shares (n,) proportional to weights between floors and caps, with sum 1: λ·weight, clipped,
+    for the λ at which the clipped shares add up. Between the λ at which one more source reaches a
+    bound, the sum is linear.
+    """
+    positive = weights > 0
+    bounds = np.concatenate([caps[positive], floors[positive]]) / np.tile(weights[positive], 2)
+    steps = np.unique(np.concatenate([[0.0], bounds]))
+    sums = [np.clip(step * weights, floors, caps).sum() for step in steps]
+    return np.clip(np.interp(1.0, sums, steps) * weights, floors, caps)
 
 
 def _undeclared(arms, declared) -> str:

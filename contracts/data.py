@@ -8,11 +8,19 @@ import numpy as np
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
 from stackproof.contracts.scope import over_all_shards
-from stackproof.contracts.subject import DataLoader, Subject
+from stackproof.contracts.subject import (
+    Curriculum,
+    DataLoader,
+    DrawnBatch,
+    Subject,
+    TokenStream,
+    offers,
+)
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
 # ranks and rows; one row alone hides a stride that forgets the rows
 WORLDS = ((1, 1), (2, 3), (3, 2), (8, 1))
+RUN_BATCHES = 64  # of the run's own data loader
 PIECE_TOKENS = 4 * 2**20  # read at a time, so that memory stays bounded
 CANARY_TOKENS = 2**20  # training tokens of the copy in which the canary is hidden
 SPAN_BYTES, MIN_SPAN = 60, 16  # about a dozen English words
@@ -79,7 +87,7 @@ def coverage(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
     Judged on drawn batches, at the end of the pipeline: the first epoch from its start, and the
     second one by data loaders that resume shortly before it begins, so that batches cross the
-    end of an epoch.
+    end of an epoch. The data loader of a run, with its mixture, delivers the windows of its order.
     """
     loader, n = subject.data_loader, _judged_rows(subject.data_loader)
     for world_size, rows in WORLDS:
@@ -102,6 +110,13 @@ def coverage(limits: SimpleNamespace, subject: Subject) -> Verdict:
                     wrong_rows=wrong_tokens,
                     wrong_epoch=wrong_epoch,
                 )
+    wrong = _run_faults(loader, subject.curriculum) if offers(loader.of_run) else 0
+    if wrong:
+        return failed(
+            f"{wrong} rows of the run are not the windows of its order with their next tokens as "
+            "labels",
+            wrong_rows=wrong,
+        )
     return passed(
         "",
         windows=n,
@@ -110,6 +125,34 @@ def coverage(limits: SimpleNamespace, subject: Subject) -> Verdict:
         worlds=len(WORLDS),
         largest_world=max(w for w, _ in WORLDS),
     )
+
+
+def _run_faults(loader: DataLoader, curriculum: Curriculum) -> int:
+    """Rows of the first batches of a run that are not those of its order: other windows, sources or
+    epochs, or other tokens than its windows hold.
+    """
+    own, order, wrong, first = loader.of_run(), curriculum.sampler_order(), 0, 0
+    for _ in range(RUN_BATCHES):
+        batch = own.next_batch()
+        stop = first + len(batch.input_ids)
+        order.decide(first, stop)
+        draws = order.at(np.arange(first, stop))
+        for got, wanted in (
+            (batch.sample_ids, draws.windows),
+            (batch.sources, draws.sources),
+            (batch.epochs, draws.epochs),
+        ):
+            wrong += int((np.array(got) != wanted).sum())
+        wrong += int(_wrong_tokens(batch, own.stream, loader.seq_len).sum())
+        first = stop
+    return wrong
+
+
+def _wrong_tokens(batch: DrawnBatch, stream: TokenStream, seq_len: int) -> np.ndarray:
+    """Rows with other tokens or labels than their windows in the stream, bool (R,)."""
+    truth = stream.rows(np.array(batch.sample_ids), seq_len)
+    wrong = (batch.input_ids.numpy() != truth.input_ids).any(1)
+    return wrong | (batch.labels.numpy() != truth.labels).any(1) | _not_shifted(batch)
 
 
 def _delivered(
@@ -130,12 +173,7 @@ def _delivered(
             ids += [i for place, i in zip(places, batch.sample_ids) if place // n == epoch]
             wrong_epoch += batch.epoch != places[-1] // n
             if epoch == 0 and rank == world_size - 1:
-                truth = fresh.stream.rows(np.array(batch.sample_ids), loader.seq_len)
-                wrong = (batch.input_ids.numpy() != truth.input_ids).any(1) | (
-                    batch.labels.numpy() != truth.labels
-                ).any(1)
-                wrong |= _not_shifted(batch)
-                wrong_tokens += int(wrong.sum())
+                wrong_tokens += int(_wrong_tokens(batch, fresh.stream, loader.seq_len).sum())
     return ids, wrong_tokens, wrong_epoch
 
 

@@ -19,6 +19,7 @@ from stackproof.contracts.gate import (
     decides,
     failed,
     first_of,
+    not_run,
     passed,
     worst,
 )
@@ -411,6 +412,48 @@ class HeldOut(RuntimeCheck):
                 f"{event.best_step}, it is {expected[1]} at {expected[0]}"
             )
         return ""
+
+
+@decides("evaluation.plausible")
+class Plausible(RuntimeCheck):
+    """The held-out loss is not far below what the scored text permits: a declared bound, else a
+    share of the bits that a compressor needs for the part of it that is not in the training split.
+
+    The compressor runs once, at the first evaluation below `compared_below`.
+    """
+
+    events = (Started, Evaluated)
+    kept = ("floor",)
+
+    def __init__(self, limits: SimpleNamespace):
+        super().__init__(limits)
+        self.declared: float | None = None
+        self.floor: float | None = None
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.declared = event.plan.get("bits_per_byte_min")
+            return None
+        found = event.bits_per_byte
+        if self.declared is not None:
+            return self._judged(event, self.declared)
+        if found >= self.limits.compared_below:
+            return passed("", bits_per_byte=found, least_bits_per_byte=0.0)
+        if self.floor is None:
+            if event.compressed is None or event.rows is None:
+                return not_run("the scored text is not known")
+            new = 1 - event.rows().found_in_training_frac
+            self.floor = self.limits.over_compressed_min * new * event.compressed()
+        return self._judged(event, self.floor)
+
+    def _judged(self, event: Evaluated, floor: float) -> Verdict:
+        return decide(
+            event.bits_per_byte >= floor,
+            f"step {event.step}: a held-out loss of {event.bits_per_byte:.3g} bits per byte is far "
+            f"below what this text permits, {floor:.3g}",
+            bits_per_byte=event.bits_per_byte,
+            least_bits_per_byte=floor,
+        )
 
 
 @decides("evaluation.same-batches")

@@ -230,7 +230,8 @@ class StepTaken:
     measured again after it.
 
     `expert_shares` holds, per layer with experts, the share (0-1) of the step's choices of each
-    expert, before any is dropped. `sample_ids` are the windows trained on.
+    expert, before any is dropped; `dropped_choice_fracs`, per such layer, the share of choices that
+    found no room in their expert. `sample_ids` are the windows trained on.
     """
 
     step: int
@@ -247,6 +248,7 @@ class StepTaken:
     peak_flops: float
     overflow_retries: int = 0
     expert_shares: tuple[tuple[float, ...], ...] = ()
+    dropped_choice_fracs: tuple[float, ...] = ()
     sample_ids: tuple[int, ...] = ()
 
 
@@ -348,8 +350,9 @@ class Evaluated:
 
     `train_loss_nats` is the run's exponential mean of the training loss; `pretrained`: the weights
     did not begin here. `best_step` and `best_loss_nats` are the best evaluation so far, this one
-    included, as the run remembers it. `rows()` compares the scored rows with the training split; it
-    is slow and called once.
+    included, as the run remembers it. `rows()` compares scored rows with the training split, and
+    `compressed()` returns the bits per byte that a compressor needs for them after training text;
+    both are slow, and called once or where they are needed.
     """
 
     step: int
@@ -364,6 +367,7 @@ class Evaluated:
     best_step: int | None = None
     best_loss_nats: float | None = None
     rows: Callable[[], HeldOutRows] | None = None
+    compressed: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Gate of the weights at step 0: every parameter follows its declared law, in its own draws."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from stackproof.contracts.declared import initial_laws
@@ -11,7 +12,8 @@ from stackproof.contracts.gate import Verdict, decide_all, decides, failed, wors
 from stackproof.contracts.model import table_error
 from stackproof.contracts.subject import Subject
 
-COMPARED = 2**16  # entries of two tensors that are compared
+# Entries of each tensor that are compared with those of all others, and products of entries in all.
+COMPARED, FEWEST, PRODUCTS = 2**14, 256, 2 * 10**10
 
 
 @decides("model.init-law")
@@ -80,23 +82,37 @@ def _law_z(values: Tensor, law: str, value: float) -> float:
 
 def _likeness_z(draws: Mapping[str, Tensor]) -> tuple[float, str]:
     """(how many standard errors from 0 the correlation of two draws lies that are most alike,
-    which). Beginnings are compared: of every tensor with that of the first and of the one before
-    it, and of its two halves.
+    which). The beginnings of all pairs of tensors are compared, and the two halves of each.
     """
-    first, before = (next(iter(draws)),) * 2
-    found: dict[str, float] = {}
-    for name, values in draws.items():
-        half = len(values) // 2
-        found[f"two halves of {name}"] = _correlation_z(values[:half], values[half:])
-        for other in {first, before} - {name}:
-            found[f"{other} and {name}"] = _correlation_z(draws[other], values)
-        before = name
+    n = len(draws)
+    most = min(COMPARED, max(FEWEST, PRODUCTS // n**2))
+    halves = {
+        f"two halves of {name}": _beginnings(
+            [values[: len(values) // 2], values[len(values) // 2 :]]
+        )
+        for name, values in draws.items()
+    }
+    found = {name: _correlation_z(both)[0] for name, both in halves.items()}
+    names = list(draws)
+    # Tensors of different lengths are compared over the shorter one.
+    for length in sorted({min(len(v), most) for v in draws.values()}):
+        own = [name for name in names if len(draws[name]) >= length]
+        if len(own) > 1:
+            z, i, j = _correlation_z(_beginnings([draws[name][:length] for name in own]))
+            found[f"{own[i]} and {own[j]}"] = z
     pair = worst_at(found)
     return found[pair], pair
 
 
-def _correlation_z(a: Tensor, b: Tensor) -> float:
-    """|correlation| of the beginnings of two samples about 0, in standard errors."""
-    n = min(len(a), len(b), COMPARED)
-    a, b = a[:n].double(), b[:n].double()
-    return abs(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))) * math.sqrt(n)
+def _beginnings(values: Sequence[Tensor]) -> Tensor:
+    """The beginnings of samples, each of norm 1: (N, n) float32."""
+    n = min(COMPARED, *map(len, values))
+    rows_Nn = torch.stack([v[:n].float() for v in values])
+    return rows_Nn / rows_Nn.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+def _correlation_z(rows_Nn: Tensor) -> tuple[float, int, int]:
+    """The largest |correlation| of two rows about 0, in standard errors, and their numbers."""
+    z_NN = (rows_Nn @ rows_Nn.T).abs().fill_diagonal_(0.0) * math.sqrt(rows_Nn.shape[1])
+    at = int(z_NN.nan_to_num(torch.inf).argmax())
+    return float(z_NN.flatten()[at]), *divmod(at, len(rows_Nn))

@@ -2,6 +2,7 @@
 R rows (tokens), D features, E experts, k top_k, V vocab.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.gate import Verdict, decide, decides, worst
-from stackproof.contracts.subject import StepReport, Subject, TraineeOptions
+from stackproof.contracts.declared import chooses, drawn_weights, parameter_shapes
+from stackproof.contracts.gate import Verdict, decide, decide_all, decides, worst, worst_at
+from stackproof.contracts.subject import StepReport, Subject, Trainee, TraineeOptions
 
 ROWS, WIDTH, VOCAB_SIZE, SCALE = 64, 4096, 8192, 3.0
 # far below where the gradients of a mean overflow float16, far above where they vanish in it
 SCALES = (2.0**9, 2.0**13)
+HELD_OUT_ROWS = 2
+EXPERT = re.compile(r"\bexperts\.\d+\.")
 ALONE = 8  # tokens whose loss is also taken by itself
 
 
@@ -66,6 +70,67 @@ def shadow(limits: SimpleNamespace, subject: Subject) -> Verdict:
         loss_roundings=errors["loss"],
         rounding=rounding,
     )
+
+
+@decides("precision.whole-step")
+def whole_step(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Loss and gradients of the run's own step in half precision are those of the same step in
+    float32, within what rounding explains; so is the held-out loss under weights with which all of
+    the model shows.
+
+    Both steps have the same weights, rows and dropout masks. Gradients are compared by matrix:
+    those of vectors may cancel to less than their rounding. Those of one matrix of all experts of a
+    layer are compared together, since rounding tips some choices.
+    """
+    half, exact = subject.training.trainee(), subject.training.trainee(TraineeOptions(exact=True))
+    batches, same = half.draw(), exact.draw()
+    rows = [[b.input_ids for b in drawn] for drawn in (batches, same)]
+    wanted = exact.accumulate(batches)
+    loss = abs(half.accumulate(batches) / wanted - 1)
+    errors = _matrix_errors(half, exact)
+    furthest, routed = worst_at(errors), chooses(subject.declared.architecture)
+    evaluation = _evaluation_error(subject)
+    most = limits.routed_rel_error_max if routed else limits.gradient_rel_error_max
+    return decide_all(
+        [
+            not all(map(torch.equal, *rows)) and "the two steps draw other rows",
+            not loss <= limits.loss_rel_error_max and "the loss differs from that in float32",
+            not errors[furthest] <= most
+            and f"the gradient of {furthest} differs from that in float32",
+            not evaluation <= limits.evaluation_rel_error_max
+            and "the held-out loss differs from that in float32",
+        ],
+        loss_rel_error=loss,
+        **{"routed_rel_error" if routed else "gradient_rel_error": errors[furthest]},
+        evaluation_rel_error=evaluation,
+        worst=furthest,
+    )
+
+
+def _evaluation_error(subject: Subject) -> float:
+    """Relative difference of the held-out loss in the run's precision and in float32."""
+    score, model = subject.evaluation, subject.model.fresh()
+    shapes = parameter_shapes(subject.declared.architecture, subject.model.vocab_size)
+    model.load_state_dict(drawn_weights(shapes, torch.Generator().manual_seed(13)))
+    batches = score.held_out_batches(HELD_OUT_ROWS, 1)
+    wanted = score.score_batches(model, batches).loss_nats
+    return abs(score.score_in_precision(model, batches).loss_nats / wanted - 1)
+
+
+def _matrix_errors(half: Trainee, exact: Trainee) -> dict[str, float]:
+    """‖half − exact‖ / ‖exact‖ of the gradients of each matrix; those of all experts together.
+    Infinite where one of them has no gradient.
+    """
+    squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for (name, p), q in zip(half.model.named_parameters(), exact.model.parameters()):
+        if p.ndim < 2 or p.grad is q.grad is None:
+            continue
+        found = squares[EXPERT.sub("experts.", name)]
+        one_sided = p.grad is None or q.grad is None
+        gap = torch.inf if one_sided else float((p.grad - q.grad).double().square().sum())
+        found[0] += gap
+        found[1] += 0.0 if q.grad is None else float(q.grad.double().square().sum())
+    return {name: (gap / max(size, 1e-300)) ** 0.5 for name, (gap, size) in squares.items()}
 
 
 @decides("precision.declared")

@@ -35,6 +35,7 @@ class TokenStream(Protocol):
     def token_range(self, start: int, stop: int) -> np.ndarray: ...
     def rows(self, numbers: np.ndarray, seq_len: int) -> Rows: ...
     def n_windows(self, seq_len: int) -> int: ...
+    def shard_tokens(self) -> Sequence[int]: ...
     def shard_windows(self, seq_len: int) -> Sequence[int]: ...
     def dropped_tokens(self, seq_len: int) -> int: ...
     def padding(self, seq_len: int) -> int: ...
@@ -104,13 +105,17 @@ class Corpus:
 
 
 class DrawnBatch(Protocol):
-    """A micro-batch as MicroBatch has it; `epoch` is that of its last row."""
+    """A micro-batch as MicroBatch has it; `epoch` is that of its last row. `sources` and `epochs`
+    have one entry per row.
+    """
 
     input_ids: Tensor
     labels: Tensor
     document_ids: Tensor | None
     sample_ids: Sequence[int]
     epoch: int
+    sources: Sequence[int]
+    epochs: Sequence[int]
 
 
 class RowLoader(Protocol):
@@ -148,6 +153,10 @@ class DataLoader:
         """A data loader over the first `n_rows` rows (None: all) with batches of `rows` rows, at a
         position; `seed` is None for the run's own. `on_exhausted` is wrap or error.
         """
+
+    @capability
+    def of_run(self) -> RowLoader:
+        """The data loader of the run at its first row, with its mixture."""
 
 
 class Source(Protocol):

@@ -67,6 +67,10 @@ class Evaluation:
         """Score of batches under the run's tokenizer."""
 
     @capability
+    def score_in_precision(self, model: nn.Module, batches: Sequence[MicroBatch]) -> BatchScore:
+        """As `score_batches`, in the run's own compute precision."""
+
+    @capability
     def held_out_batches(self, n_rows: int, n_max: int) -> Sequence[MicroBatch]:
         """At most `n_max` batches of `n_rows` rows each, spread over the held-out split."""
 

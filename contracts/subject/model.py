@@ -6,7 +6,7 @@ B batch, T tokens, D d_model, V vocab, R rows (tokens), E experts, L layers, k e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from stackproof.contracts.subject.capability import capability, value
@@ -58,6 +58,12 @@ class Model:
     @capability
     def training(self, mode: bool) -> AbstractContextManager[None]:
         """The whole model in training or evaluation mode; everything is put back."""
+
+    def precision(self) -> AbstractContextManager[None]:
+        """The run's own compute precision, for `logits` and `packed_logits`: by default that in
+        which they compute anyway.
+        """
+        return nullcontext()
 
     @capability
     def packed_logits(self, ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:

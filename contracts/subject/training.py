@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # commands that judge nothing answer without torch
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one backward pass: ids and labels (B, T) int64, documents (B, T) or None. A label of
-    −100 does not count. `sample_ids` are the numbers of the rows in the training split, of rows
-    that a data loader drew.
+    −100 does not count. A negative document is padding. `sample_ids` are the numbers of the rows in
+    the training split, of rows that a data loader drew.
     """
 
     input_ids: Tensor
@@ -33,7 +33,9 @@ class MicroBatch:
 
 
 class StepReport(Protocol):
-    """What a trainer reports of one update. Norms are global L2."""
+    """What a trainer reports of one update. Norms are global L2. Of experts, by layer: the share of
+    choices of each, and that of choices which found no room.
+    """
 
     step: int
     loss_nats: float
@@ -43,6 +45,8 @@ class StepReport(Protocol):
     n_valid_tokens: int
     changed_tensor_frac: float
     applied: bool
+    expert_shares: Sequence[Sequence[float]]
+    dropped_choice_fracs: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)

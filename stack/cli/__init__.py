@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -19,6 +20,7 @@ from stackproof.cli import (
     train,
 )
 from stackproof.cli.ending import bug, documented, drop_unwritten, end_if_unread, prepare_streams
+from stackproof.cli.known_good import is_own_fault
 from stackproof.cli.output import emitted, note
 from stackproof.spec.errors import StackproofError
 
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
     try:
-        code = app(args=arguments, standalone_mode=False, prog_name="stack")
+        code = _verb(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
@@ -58,8 +60,14 @@ def main(arguments: list[str] | None = None) -> None:
             end_if_unread()
             drop_unwritten()
         error = documented(e) or bug(e)
+        if isinstance(e, StackproofError) and is_own_fault(e, _verb):
+            error = bug(e)
         _report(error, arguments)
         sys.exit(error.exit_code)
+
+
+def _verb(arguments: Sequence[str]) -> object:
+    return app(args=list(arguments), standalone_mode=False, prog_name="stack")
 
 
 def _report(error: StackproofError, arguments: list[str]) -> None:

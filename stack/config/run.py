@@ -108,6 +108,13 @@ class EvalConfig(Frozen):
         description="held-out batches, the same in each evaluation; the power check may raise it",
     )
     batch_size: int = Field(8, ge=1, description="rows per held-out batch")
+    bits_per_byte_min: float | None = Field(
+        None,
+        ge=0,
+        description="lowest held-out loss that is plausible, bits per byte; none: a share of what "
+        "a compressor needs; 0 for text that can be predicted and not compressed, such as "
+        "generated sequences",
+    )
 
 
 class Patience(Frozen):

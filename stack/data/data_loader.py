@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.conditions import ensure, require
-from stackproof.data.packing import IGNORE_INDEX, Rows
+from stackproof.data.packing import Rows
 from stackproof.data.sampler import SampleIndices, Sampler, ShuffledSampler
 from stackproof.spec.errors import DataError, StreamExhausted
 
@@ -49,7 +49,7 @@ class Batch:
         """Tokens of the rows, without padding."""
         if self.document_ids is None:
             return self.input_ids.numel()
-        return int((self.labels != IGNORE_INDEX).sum())
+        return int((self.document_ids >= 0).sum())
 
 
 def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
@@ -206,7 +206,10 @@ def batch_hash(batches: Sequence[Batch]) -> str:
     """sha256 over the tokens and labels of batches; equal hashes mean equal held-out data."""
     digest = hashlib.sha256()
     for b in batches:
-        for tensor in (b.input_ids, b.labels, b.document_ids):
+        # Padding counts as one more document, as in the hashes of earlier versions.
+        ids = b.document_ids
+        ids = None if ids is None else ids.where(ids >= 0, ids.amax(1, keepdim=True) + 1)
+        for tensor in (b.input_ids, b.labels, ids):
             if tensor is not None:
                 digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -20,12 +20,13 @@ from stackproof.data.shards import TokenStream, within
 
 Packing = Concatenated | BestFit
 IGNORE_INDEX = -100
+PADDING = -1  # document id of the places behind the last piece of a row
 
 
 @dataclass(frozen=True)
 class Rows:
     """Model inputs and labels, int64 (R, T); the label −100 is padding.
-    `document_ids` int64 (R, T), if attention is masked between documents.
+    `document_ids` int64 (R, T), if attention is masked between documents; PADDING is no document.
     """
 
     input_ids: np.ndarray
@@ -100,7 +101,7 @@ class PackedStream(TokenStream):
         return rows
 
     def _fill(self, rows: Rows, row: int, shard: int, number: int, seq_len: int) -> None:
-        """Concatenate the pieces of one row; the rest is padding with its own document id."""
+        """Concatenate the pieces of one row; the rest is padding."""
         tokens, at = self._tokens[shard], 0
         pieces = self._plan(shard, seq_len).pieces_of(number)
         for document, (start, length) in enumerate(pieces):
@@ -110,7 +111,7 @@ class PackedStream(TokenStream):
             )
             rows.document_ids[row, at : at + length] = document
             at += length
-        rows.document_ids[row, at:] = len(pieces)
+        rows.document_ids[row, at:] = PADDING
 
     def n_labels(self, seq_len: int) -> int:
         return sum(self._plan(i, seq_len).n_labels for i in range(len(self.shards)))

@@ -255,6 +255,10 @@ class TokenStream:
         """The tokenizer hash in the header of each shard."""
         return [tensorfile.read_header(p).metadata.get("tokenizer_sha256", "") for p in self.paths]
 
+    def shard_tokens(self) -> list[int]:
+        """Tokens of each shard."""
+        return [entry["tokens"] for entry in self.shards]
+
     def shard_document_starts(self) -> list[np.ndarray]:
         """Position of every document's first token in its shard, int64, per shard."""
         return [self.starts_in(shard) for shard in range(len(self.shards))]

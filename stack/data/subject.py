@@ -3,7 +3,7 @@
 Functions of the stack are looked up in their modules at each call, so that plants reach them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,6 +16,7 @@ from stackproof.contracts.subject import (
     Curriculum,
     DataLoader,
     Manifest,
+    NotOffered,
     Subject,
     Tokenizer,
 )
@@ -108,10 +109,18 @@ class FirstRows:
 
 
 class RunDataLoader(DataLoader):
-    """The data loader of `stack train` over a whole stream, without a mixture."""
+    """The data loader of `stack train` over a whole stream, without a mixture. `of_run` makes that
+    of a run; None: there is no run.
+    """
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int):
-        self.stream, self.seq_len, self.seed = stream, seq_len, seed
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        seed: int,
+        of_run: Callable[[], data_loader.DataLoader] | None = None,
+    ):
+        self.stream, self.seq_len, self.seed, self._of_run = stream, seq_len, seed, of_run
 
     @property
     def n_rows(self) -> int:
@@ -123,6 +132,11 @@ class RunDataLoader(DataLoader):
         stream = FirstRows(self.stream, n_rows) if n_rows else self.stream
         seed = self.seed if seed is None else seed
         return data_loader.DataLoader(stream, seq_len=self.seq_len, seed=seed, **options)
+
+    def of_run(self) -> data_loader.DataLoader:
+        if self._of_run is None:
+            raise NotOffered("DataLoader.of_run: a corpus without a run")
+        return self._of_run()
 
 
 @dataclass(frozen=True)

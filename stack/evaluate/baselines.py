@@ -1,7 +1,8 @@
-"""Count baselines: unigram and bigram models fitted on training tokens and scored on held-out ones.
-V vocab.
+"""Baselines of held-out text: unigram and bigram models fitted on training tokens, and a
+compressor. V vocab.
 """
 
+import lzma
 import math
 from typing import Any
 
@@ -80,6 +81,21 @@ def bigram_bits_per_byte(train: Any, validation: Any, tokenizer: Any) -> float:
     ids = tokens_of(validation)
     model = Bigram(tokens_of(train, MAX_FIT_TOKENS), tokenizer.vocab_size)
     return _bits_per_byte(model.probs(ids[:-1], ids[1:]), ids[1:], tokenizer)
+
+
+def compressed_bits_per_byte(text: str, *, after: str) -> float:
+    """Bits per byte by which a text makes the LZMA2 stream of another one longer; inf for no
+    text.
+    """
+    held_out, known = text.encode(), after.encode()
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+
+    def size(data: bytes) -> int:
+        return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))
+
+    if not held_out:
+        return math.inf
+    return 8 * (size(known + held_out) - size(known)) / len(held_out)
 
 
 def uniform_loss_nats(vocab_size: int) -> float:

@@ -76,7 +76,7 @@ class ExpertLoad:
     """Routing of one layer.
 
     The balance term summed over tokens (), choices per expert before dropping (E,) int64, and
-    dropped choices ().
+    dropped choices () int64.
     """
 
     balance_sum: Tensor

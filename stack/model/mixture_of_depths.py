@@ -107,6 +107,8 @@ class HardCapacity(nn.Module):
         rotary = (
             None if context.rotary is None else tuple(_rows(t, index_BR) for t in context.rotary)
         )
+        if context.inside_BT is not None:
+            inside_BR = inside_BR & context.inside_BT.gather(1, index_BR)
         return replace(
             context,
             position_BT=position_BR,

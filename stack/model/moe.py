@@ -139,11 +139,25 @@ def totals(loads: Sequence[Sequence[ExpertLoad]]) -> list[Tensor]:
     return [torch.stack([load.load_E for load in layer]).sum(0) for layer in zip(*loads)]
 
 
+def dropped_fracs(loads: Sequence[Sequence[ExpertLoad]]) -> Tensor:
+    """Share of the choices of each layer that found no room, over all micro-batches of a step:
+    (L,), empty without experts.
+    """
+    fracs = [
+        sum(load.dropped for load in layer) / chosen_E.sum()
+        for layer, chosen_E in zip(zip(*loads), totals(loads))
+    ]
+    return torch.stack(fracs) if fracs else torch.zeros(0)
+
+
 def add_over_ranks(loads: Sequence[Sequence[ExpertLoad]], add: Callable[[Tensor], Tensor]) -> None:
-    """Replace the choices per expert by their sums over the data ranks, which `add` computes."""
-    counts = [load.load_E for layers in loads for load in layers]
-    for count_E, sum_E in zip(counts, add(torch.stack(counts)) if counts else ()):
-        count_E.copy_(sum_E)
+    """Replace the choices per expert, and the dropped ones, by their sums over the data ranks,
+    which `add` computes.
+    """
+    counts = [n for layers in loads for load in layers for n in (load.load_E, load.dropped[None])]
+    if counts:
+        for count, total in zip(counts, add(torch.cat(counts)).split([len(n) for n in counts])):
+            count.copy_(total)
 
 
 @torch.no_grad()

@@ -116,7 +116,8 @@ class Transformer(nn.Module):
 
         With a cache, the ids continue the positions it holds. `document_ids_BT` (B, T) int64 packs
         several documents into a row: each change of the id begins one, and every document is read
-        as if it stood alone, from position 0. Source: arXiv:2404.10830.
+        as if it stood alone, from position 0. A negative id marks padding, which no expert reads.
+        Source: arXiv:2404.10830.
         Raises UsageError if the positions exceed max_seq_len, if document ids have another shape
         than the input, or if they come with a cache.
         """
@@ -174,7 +175,7 @@ class Transformer(nn.Module):
         position_BT = index_1T - start_BT
         mask = dispatch.document_mask(first_BT) if dispatch.takes_masks(device) else None
         tables = self.positions.at(position_BT)
-        sizes = window, tables, stop - start
+        sizes = window, tables, stop - start, document_ids_BT >= 0
         return ForwardContext(position_BT, start_BT, mask, *sizes, places=places)
 
     def _places(self, index_1T: Tensor, n_rows: int, row_B4: Tensor | None) -> Places | None:

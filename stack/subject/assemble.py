@@ -13,10 +13,11 @@ from stackproof.subject.evaluation import RunEvaluation, RunStopping
 from stackproof.subject.experts import RunExperts
 from stackproof.subject.kernels import RunHalfPrecision, RunKernels
 from stackproof.subject.model import RunModel
+from stackproof.subject.run import wrapping
 from stackproof.subject.sampling import RunSampling
 from stackproof.subject.training import RunTraining
 from stackproof.train.rng import stream_seed
-from stackproof.train.state import TrainState, build_state
+from stackproof.train.state import TrainState, build_state, make_data_loader
 
 
 def subject_of(
@@ -38,14 +39,19 @@ def subject_of(
     return Subject(
         declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
         corpus=BuiltCorpus(dataset),
-        data_loader=RunDataLoader(dataset.train, cfg.model.max_seq_len, cfg.seed),
+        data_loader=RunDataLoader(
+            dataset.train,
+            cfg.model.max_seq_len,
+            cfg.seed,
+            lambda: make_data_loader(wrapping(cfg), dataset),
+        ),
         curriculum=RunCurriculum(cfg, dataset, stream_seed(cfg.seed, "order")),
         tokenizer=RunTokenizer(dataset.tokenizer),
         model=RunModel(*parts, state.model),
         experts=RunExperts(*parts),
         training=training,
         checkpoints=RunCheckpoints(*parts),
-        kernels=RunKernels(*parts),
+        kernels=RunKernels(*parts, state),
         half_precision=RunHalfPrecision(*parts),
         evaluation=evaluation,
         stopping=RunStopping(cfg, dataset, spread, n_eval_batches),

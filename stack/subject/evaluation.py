@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from stackproof.data.prepare import Dataset
 from stackproof.evaluate import bits_per_byte, stopping
 from stackproof.spec.errors import DataError
 from stackproof.subject.run import RunParts
+from stackproof.train.state import declared_autocast
 
 MAX_SCORED_TOKENS = 48  # of a window, so that a short text takes several
 
@@ -43,6 +45,17 @@ class RunEvaluation(RunParts, Evaluation):
     ) -> bits_per_byte.Evaluation:
         token_bytes = self.dataset.tokenizer.token_bytes
         return bits_per_byte.evaluate_batches(model, batches, token_bytes, device=self.device)
+
+    def score_in_precision(
+        self, model: nn.Module, batches: Sequence[MicroBatch]
+    ) -> bits_per_byte.Evaluation:
+        token_bytes, autocast = self.dataset.tokenizer.token_bytes, self._autocast
+        return bits_per_byte.evaluate_batches(
+            model, batches, token_bytes, device=self.device, autocast=autocast
+        )
+
+    def _autocast(self) -> AbstractContextManager:
+        return declared_autocast(self.cfg, self.device)
 
     def held_out_batches(self, n_rows: int, n_max: int) -> list[Batch]:
         split, seq_len = self.dataset.validation, self.cfg.model.max_seq_len

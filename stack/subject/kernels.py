@@ -6,7 +6,7 @@ B batch, T tokens, R rows (tokens), D features, E experts, V vocabulary
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,6 @@ from stackproof.train import step as steps
 from stackproof.train.state import (
     AUTOCAST,
     TrainState,
-    build_state,
     declared_autocast,
     make_data_loader,
 )
@@ -36,8 +35,13 @@ from stackproof.train.state import (
 LOSS_SCALE = 1024.0
 
 
+@dataclass(frozen=True)
 class RunKernels(RunParts, Kernels):
-    """The kernels in force, and the graph of a run that compiles."""
+    """The kernels in force, and the graph of a run that compiles: that of its own state, before its
+    first update.
+    """
+
+    state: TrainState
 
     def observe_calls(self, observe: Callable[[str, str, Callable, tuple, Mapping], None]) -> None:
         cfg, device = self.cfg, self.device
@@ -81,21 +85,18 @@ class RunKernels(RunParts, Kernels):
         """
         if not self.cfg.train.compile:
             raise NotOffered("Kernels.compiled_step: train.compile is false")
-        return self._gradients(self._compiled, i)
+        return self._gradients(self.state, i)
 
     def eager_step(self, i: int) -> tuple[float, Mapping[str, Tensor]]:
-        state = self._compiled
-        return self._gradients(replace(state, features=state.model.hidden_states), i)
-
-    @cached_property
-    def _compiled(self) -> TrainState:
-        return build_state(wrapping(self.cfg), self.dataset, self.device)
+        return self._gradients(replace(self.state, features=self.state.model.hidden_states), i)
 
     @cached_property
     def _batches(self) -> list[Batch]:
-        return [self._compiled.data_loader.next_batch() for _ in range(2)]
+        loader = make_data_loader(wrapping(self.cfg), self.dataset)
+        return [loader.next_batch() for _ in range(2)]
 
     def _gradients(self, state: TrainState, i: int) -> tuple[float, Mapping[str, Tensor]]:
+        """Loss and gradients of one micro-batch; the state is left as it was."""
         kind = self.device.type
         scaler = torch.amp.GradScaler(
             kind, init_scale=LOSS_SCALE, enabled=self.cfg.train.dtype == "float16"
@@ -105,7 +106,10 @@ class RunKernels(RunParts, Kernels):
             torch.manual_seed(i)
             loss_nats, *_ = steps.accumulate(replace(state, scaler=scaler), [self._batches[i]])
         parameters = state.model.named_parameters()
-        return loss_nats, {n: p.grad.detach().clone() for n, p in parameters if p.grad is not None}
+        found = {n: p.grad.detach() for n, p in parameters if p.grad is not None}
+        state.optimizer.zero_grad(set_to_none=True)
+        state.loads.clear()
+        return loss_nats, found
 
     def by_torch(self) -> AbstractContextManager[None]:
         return dispatch.using(**dict.fromkeys(OPERATIONS, TORCH))

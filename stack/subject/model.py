@@ -11,6 +11,7 @@ from stackproof.contracts.model import in_mode
 from stackproof.contracts.subject import Model
 from stackproof.model.transformer import Transformer
 from stackproof.subject.run import RunParts
+from stackproof.train.state import declared_autocast
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class RunModel(RunParts, Model):
     ) -> Tensor:
         """The model takes neither a mask nor labels."""
         return self._logits(ids_BT)
+
+    def precision(self) -> AbstractContextManager[None]:
+        return declared_autocast(self.cfg, self.device)
 
     def packed_logits(self, ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
         return self._logits(ids_BT, None, document_ids_BT.to(self.device))

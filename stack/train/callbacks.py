@@ -33,7 +33,7 @@ from stackproof.contracts.events import (
 from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
 from stackproof.data.search import found_in, passages_found
-from stackproof.evaluate.baselines import uniform_loss_nats
+from stackproof.evaluate.baselines import compressed_bits_per_byte, uniform_loss_nats
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
@@ -49,6 +49,7 @@ from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 
 SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
+COMPRESSED_TOKENS = 100_000  # of the held-out rows, and of the training split before them
 MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is searched
 TRACING_SHARE_MAX = 0.02  # of a run's time
 FIRST_STEP = "loss of the first step"
@@ -96,6 +97,9 @@ class TrainingText(Protocol):
     def held_out_rows(self, batches: Sequence[Batch]) -> HeldOutRows:
         """The rows of the held-out batches, compared with the training split."""
 
+    def compressed(self, batches: Sequence[Batch]) -> float:
+        """Bits per byte that a compressor needs for the held-out batches after training text."""
+
 
 class TrainingSplit:
     """Looks up text in the training split of a data set."""
@@ -113,6 +117,13 @@ class TrainingSplit:
         numbers = [n for batch in batches for n in batch.sample_ids]
         reach = (max(numbers) - min(numbers) + 1) / self.dataset.validation.n_windows(self.seq_len)
         return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
+
+    def compressed(self, batches: Sequence[Batch]) -> float:
+        decode, train = self.dataset.tokenizer.decode, self.dataset.train
+        known = decode(train.token_range(0, min(train.n_tokens, COMPRESSED_TOKENS)).tolist())
+        rows = [row for batch in batches for row in batch.input_ids]
+        few = torch.cat(rows)[:COMPRESSED_TOKENS]
+        return compressed_bits_per_byte(decode(few.tolist()), after=known)
 
 
 class GateEvents(Callback):
@@ -202,6 +213,7 @@ class GateEvents(Callback):
                 best_step=state.best.get("step"),
                 best_loss_nats=state.best.get("val_loss_nats"),
                 rows=partial(self.text.held_out_rows, trainer.held_out),
+                compressed=partial(self.text.compressed, trainer.held_out),
             )
         )
         trainer.keeper.observe(
@@ -277,6 +289,7 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
         "warmup_sources": list(cfg.curriculum.warmup_sources),
         "random_loss_nats": uniform_loss_nats(trainer.dataset.tokenizer.vocab_size),
         "n_eval_batches": len(trainer.held_out),
+        "bits_per_byte_min": cfg.eval.bits_per_byte_min,
         "intervals": {
             "Evaluated": (cfg.eval.every, "eval.every"),
             "Sampled": (cfg.sample.every, "sample.every"),
@@ -285,8 +298,9 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
         },
     }
     match cfg.model.ffn:
-        case MixtureOfExperts(n_experts=n_experts, top_k=top_k):
+        case MixtureOfExperts(n_experts=n_experts, top_k=top_k, capacity_factor=factor):
             plan |= {"expert_layers": cfg.model.n_layers, "n_experts": n_experts, "top_k": top_k}
+            plan["capacity_factor"] = factor
     return plan
 
 

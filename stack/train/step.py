@@ -31,7 +31,8 @@ class StepReport:
 
     Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` after the update.
     `group_lrs` are the learning rates held by the optimizer's groups, `expert_shares` the share of
-    choices by layer and expert, `sample_ids` the windows trained on. The loop adds `wall_s` and,
+    choices by layer and expert, `dropped_choice_fracs` those by layer that found no room in their
+    expert, `sample_ids` the windows trained on. The loop adds `wall_s` and,
     after an evaluation, `evaluation` and `memorization`; a profiled step has its `communication`.
     """
 
@@ -45,6 +46,7 @@ class StepReport:
     changed_tensor_frac: float
     overflow_retries: int
     expert_shares: tuple[tuple[float, ...], ...]
+    dropped_choice_fracs: tuple[float, ...]
     sample_ids: tuple[int, ...]
     epoch: int
     n_tokens: int
@@ -72,6 +74,8 @@ class StepReport:
             "epoch"
         ).split()
         line = {name: getattr(self, name) for name in names}
+        if fracs := self.dropped_choice_fracs:
+            line["dropped_choice_frac"] = max(fracs)
         if (profile := self.communication) is not None:
             line |= {
                 "communication_frac": profile.communication_frac,
@@ -121,8 +125,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
 
     # Every read of a GPU value waits for the device, so all that is reported is one transfer.
     shares = [load_E / load_E.sum() for load_E in moe.totals(state.loads)]
-    (clipped,), (changed,), *expert_shares = on_host(
-        opt.global_norm(grads), state.probe.changed_frac(), *shares
+    (clipped,), (changed,), dropped_fracs, *expert_shares = on_host(
+        opt.global_norm(grads), state.probe.changed_frac(), moe.dropped_fracs(state.loads), *shares
     )
     # Count last, since `step` counts finished updates.
     state.step = step
@@ -139,6 +143,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
         changed_tensor_frac=changed,
         overflow_retries=retries,
         expert_shares=tuple(expert_shares),
+        dropped_choice_fracs=dropped_fracs,
         sample_ids=tuple(window for window, _, _ in state.drawn_by_all(batches).rows),
         epoch=batches[-1].epoch,
         n_tokens=n_tokens,
@@ -162,9 +167,10 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> Accumulated:
 
     Raises DataError if no label is valid.
     """
-    n_valid, n_tokens = state.ranks.total(
+    n_valid, n_tokens, n_read = state.ranks.total(
         sum(losses.count_valid(b.labels) for b in batches),
         sum(b.input_ids.numel() for b in batches),
+        sum(b.n_tokens for b in batches),
     )
     if n_valid == 0:
         raise DataError(
@@ -183,7 +189,7 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> Accumulated:
             nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, labels_BT)
         # Divide by the counts of the whole step: else short micro-batches would weigh too much.
         balance = losses.balance_term(report.loads, state.model.balance_weight)
-        state.scaler.scale(nats / n_valid + balance / n_tokens).backward()
+        state.scaler.scale(nats / n_valid + balance / n_read).backward()
         total_nats = total_nats + nats.detach()
         state.loads.append(report.loads)
     moe.add_over_ranks(state.loads, state.ranks.sum)

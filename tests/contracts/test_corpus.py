@@ -369,11 +369,9 @@ def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, subject, r
 
 
 def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, subject, row_stream):
-    """The declared remainder must be less than a row of every shard: eight rows of four shards are
-    more, one row is not.
-    """
+    """The declared remainder is what fills no row, and not one row more."""
     whole, honest = row_stream.n_windows(288), row_stream.dropped_tokens(288)
-    for n_cut, outcome in ((8, "fail"), (1, "pass")):
+    for n_cut, outcome in ((8, "fail"), (1, "fail"), (0, "pass")):
         cut = np.arange(whole - n_cut, whole)
         lost = honest + int((row_stream.rows(cut, 288).labels != -100).sum())
         shorter = With(
@@ -383,6 +381,7 @@ def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, subject, row_
         )
         verdict = packing(spec, subject, shorter)
         assert verdict.measured["unaccounted"] == 0 and verdict.outcome == outcome
+        assert ("fill no row" in verdict.message) == bool(n_cut)
 
 
 def test_packing_is_red_on_two_documents_under_one_id(spec, subject, dataset):

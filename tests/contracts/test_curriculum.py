@@ -6,14 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stackproof.config import BanditCurriculum, StaticCurriculum
-from stackproof.contracts.curriculum import CAPS, Draws, GradientShock
+from stackproof.contracts.curriculum import CAPS, Draws, GradientShock, declared_share
 from stackproof.contracts.events import BatchDrawn, Started, StepTaken
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data.curriculum import make_sampler
-from stackproof.data.sampler import MixtureSampler, Source
+from stackproof.data.sampler import MixtureSampler, Source, shares
 from stackproof.museum.plant import load_museum, touches
+from stackproof.spec.errors import ConfigError
 from stackproof.subject.assemble import subject_of
 from stackproof.train import step as steps
 from stackproof.train.state import build_state
@@ -55,9 +58,11 @@ def test_each_gate_is_green_on_fixed_shares_and_on_one_source_that_is_left(
 
 @pytest.mark.parametrize("plant_id", plants_of(*PREFLIGHT))
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id):
-    plant, before = load_museum()[plant_id], touches()
+    plant, before, cfg = load_museum()[plant_id], touches(), small_cfg
+    if "curriculum.kind" in plant.museum:
+        cfg = small_cfg.model_copy(update={"curriculum": StaticCurriculum()})
     with plant.apply():
-        verdict = call_check(spec.gates[plant.gate], subject_of(small_cfg, dataset, CPU))
+        verdict = call_check(spec.gates[plant.gate], subject_of(cfg, dataset, CPU))
     assert verdict.outcome == "fail" and verdict.message and touches() > before
     assert plant.id in spec.gates[plant.gate].plants
 
@@ -497,3 +502,20 @@ def test_a_run_of_one_source_has_nothing_to_judge(spec, dataset, small_cfg):
     order = make_sampler(StaticCurriculum(), [ARMS[0]], seed=1, rows_per_step=4)
     check = draws_gate(spec, plan_of(order, floor=0.0))
     assert check.observe(drawn(1, 0, [0] * 100, range(100))).measured == {"rows": 100, "sources": 1}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(0, 3)), min_size=1))
+def test_declared_shares_are_those_of_the_sampler(rows):
+    sources = [
+        Source(str(i), 0, 9, float(w), cap / 10, min(floor / 40, cap / 10))
+        for i, (w, cap, floor) in enumerate(rows)
+    ]
+    try:
+        wanted = shares(sources)
+    except ConfigError:
+        return
+    got = declared_share(
+        *(np.array([getattr(s, k) for s in sources]) for k in ("weight", "cap", "floor"))
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-9)

@@ -5,6 +5,7 @@ founding note ship-two-001.
 import dataclasses
 import json
 import math
+import random
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from stackproof.config import EvalConfig, Patience
-from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatches
-from stackproof.contracts.events import Evaluated
+from stackproof.contracts.evaluation import Divergence, OverfitOnset, Plausible, SameBatches
+from stackproof.contracts.events import Evaluated, HeldOutRows, Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.model import overfit_batch
 from stackproof.contracts.stopping import PairedSpread
 from stackproof.contracts.subject import Evaluation, Stopping, Subject, Trainee, Training
 from stackproof.distributed.ranks import ONE_PROCESS
+from stackproof.evaluate.baselines import compressed_bits_per_byte
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import DataError
@@ -252,6 +254,80 @@ def test_weights_that_were_trained_before_begin_at_ten_nats_or_less(spec):
             check.observe(dataclasses.replace(evaluated(loss), pretrained=pretrained)).outcome
             == outcome
         )
+
+
+# --- plausible ------------------------------------------------------------------------------------
+
+
+class Scored:
+    """Evaluations of one text: how often the compressor ran."""
+
+    def __init__(self, compressed=2.0, found=0.0):
+        self.found, self.compressed, self.calls = found, compressed, 0
+
+    def compress(self):
+        self.calls += 1
+        return self.compressed
+
+    def at(self, bits_per_byte, step=1):
+        rows = HeldOutRows(16, 16, self.found)
+        return dataclasses.replace(
+            evaluated(3.0, step=step),
+            bits_per_byte=bits_per_byte,
+            rows=lambda: rows,
+            compressed=self.compress,
+        )
+
+
+def plausible(spec, bits_per_byte_min=None):
+    check = Plausible(limits_of(spec.gates["evaluation.plausible"]))
+    assert check.observe(Started(0, {"bits_per_byte_min": bits_per_byte_min})) is None
+    return check
+
+
+@pytest.mark.parametrize(
+    ("bits", "compressed", "found", "outcome"),
+    [
+        (0.31, 2.0, 0.0, "pass"),
+        (0.29, 2.0, 0.0, "fail"),
+        (0.16, 2.0, 0.5, "pass"),  # half of the passages are in the training split
+        (0.14, 2.0, 0.5, "fail"),
+        (0.01, 0.05, 0.0, "pass"),  # text that repeats itself
+        (math.nan, 2.0, 0.0, "fail"),
+    ],
+)
+def test_plausible_is_two_sided(spec, bits, compressed, found, outcome):
+    verdict = plausible(spec).observe(Scored(compressed, found).at(bits))
+    assert verdict.outcome == outcome
+    assert verdict.measured["least_bits_per_byte"] == pytest.approx(0.15 * compressed * (1 - found))
+
+
+def test_a_compressor_is_asked_once_and_only_below(spec):
+    check, scored = plausible(spec), Scored()
+    assert all(check.observe(scored.at(bits)).passed for bits in (5.0, 0.8)) and scored.calls == 0
+    assert check.observe(scored.at(0.5)).passed and scored.calls == 1
+    resumed = plausible(spec)
+    resumed.load_state_dict(check.state_dict())
+    assert resumed.observe(scored.at(0.2)).outcome == "fail" and scored.calls == 1
+    unknown = dataclasses.replace(scored.at(0.2), compressed=None)
+    assert plausible(spec).observe(unknown).outcome == "not_run"
+
+
+def test_a_declared_bound_replaces_the_compressor(spec):
+    scored = Scored()
+    assert plausible(spec, 0.0).observe(scored.at(0.001)).passed
+    assert plausible(spec, 0.5).observe(scored.at(0.49)).outcome == "fail" and scored.calls == 0
+
+
+def test_a_compressor_finds_what_a_text_shares_with_the_one_before():
+    draw = random.Random(3)
+    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(500)]
+    known, new = (" ".join(draw.choices(words, k=4000)) for _ in range(2))
+    alone, after = (compressed_bits_per_byte(new, after=t) for t in ("", known))
+    # 500 equally likely words of 7 bytes hold log2(500) / 7 = 1.28 bits per byte.
+    assert 1.28 < after < alone < 2.5
+    assert compressed_bits_per_byte(known, after=known) < 0.05
+    assert compressed_bits_per_byte("", after=known) == math.inf
 
 
 def onset(spec, rounds):

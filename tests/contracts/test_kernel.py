@@ -196,6 +196,15 @@ def test_a_model_that_needs_python_is_refused():
         compiling.compile_hidden_states(SimpleNamespace(hidden_states=Talking()))(torch.ones(2))
 
 
+def test_a_run_whose_own_graph_is_not_compiled_is_red(spec, small_cfg, dataset):
+    """Another state of the same configuration would compile."""
+    cfg = compiling_run(small_cfg)
+    state = build_state(cfg, dataset, CPU)
+    state.features = state.model.hidden_states
+    verdict = call_check(spec.gates[GATE], subject_of(cfg, dataset, CPU, state=state))
+    assert verdict.outcome == "fail" and "Python" in verdict.message
+
+
 @pytest.mark.slow
 def test_gate_is_green_on_the_compiled_stack(spec, small_cfg, dataset, tmp_path):
     """The real code generator. Measured worst gradient 6.5e-7;

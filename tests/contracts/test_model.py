@@ -76,6 +76,25 @@ def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     assert plant.id in spec.gates[plant.gate].plants
 
 
+@pytest.mark.parametrize("plant_id", ["model.future-in-half", "model.documents-mixed-in-half"])
+def test_a_leak_in_half_precision_alone_is_red_in_its_run(spec, small_cfg, dataset, plant_id):
+    """The gate judges the precision of the run: of the same code, a run in float32 is green."""
+    plant, train = load_museum()[plant_id], small_cfg.train
+    found = {}
+    with plant.apply():
+        for dtype in ("float32", "bfloat16", "float16"):
+            cfg = small_cfg.model_copy(update={"train": train.model_copy(update={"dtype": dtype})})
+            found[dtype] = call_check(spec.gates[plant.gate], subject_of(cfg, dataset, CPU))
+    assert {dtype: v.outcome for dtype, v in found.items()} == {
+        "float32": "pass",
+        "bfloat16": "fail",
+        "float16": "fail",
+    }
+    assert (
+        found["float32"].measured["gradient_abs"] == 0 < found["bfloat16"].measured["gradient_abs"]
+    )
+
+
 def test_a_plant_leaves_nothing_behind(spec, small_cfg, dataset):
     for plant_id in PLANTS:
         with load_museum()[plant_id].apply():
@@ -121,7 +140,7 @@ def wide_subject(seed=5):
     return Subject(declared=RunDeclared(cfg, 257), model=model)
 
 
-@pytest.mark.parametrize("change", ["uniform", "halves"])
+@pytest.mark.parametrize("change", ["uniform", "halves", "twin"])
 def test_init_law_sees_draws_of_another_shape_and_draws_made_twice(spec, change):
     subject = wide_subject()
     weight = subject.model.module.layers[0].ffn.up.weight
@@ -130,8 +149,11 @@ def test_init_law_sees_draws_of_another_shape_and_draws_made_twice(spec, change)
             weight.uniform_(
                 -(3**0.5) * 0.02, 3**0.5 * 0.02, generator=torch.Generator().manual_seed(1)
             )
-        else:
+        elif change == "halves":
             weight[len(weight) // 2 :] = weight[: len(weight) // 2]
+        else:  # neither the first tensor nor the one before, and of another size
+            far = subject.model.module.layers[-1].attention.k.weight
+            far.flatten()[:] = weight.flatten()[: far.numel()]
     verdict = call_check(spec.gates["model.init-law"], subject)
     assert verdict.outcome == "fail" and "layers.0.ffn.up.weight" in verdict.message
     assert verdict.measured["z" if change == "uniform" else "likeness_z"] > 10

@@ -12,8 +12,10 @@ import torch
 from stackproof.config import ModelConfig
 from stackproof.contracts.events import Started
 from stackproof.contracts.gate import call_check, limits_of
-from stackproof.contracts.moe import RouterCollapse
+from stackproof.contracts.moe import DroppedChoices, RouterCollapse
+from stackproof.contracts.subject import MicroBatch
 from stackproof.model.build import build_model
+from stackproof.model.moe import dropped_fracs
 from stackproof.museum.plant import load_museum, swap, touches
 from stackproof.subject.assemble import subject_of
 from tests.contracts import experts, variants
@@ -360,3 +362,97 @@ def test_collapse_is_red_under_its_plant(spec):
     shares = [tuple((load.load_E / load.load_E.sum()).tolist()) for load in loads]
     assert seen(check, range(11, 400), *shares)[-1].outcome == "fail"
     assert seen(check, [400], *shares)[0].measured["busiest_frac"] == 1.0
+
+
+# --- the rows of a run, and what is dropped -------------------------------------------------------
+
+
+def of_the_run(small_cfg, dataset, ffn, **train):
+    cfg = small_cfg.model_copy(update={"model": ModelConfig(**SIZES, ffn=ffn)})
+    train = cfg.train.model_copy(update=train)
+    return subject_of(cfg.model_copy(update={"train": train}), dataset, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("ffn", [AUXILIARY, BIASED, AUXILIARY | {"capacity_factor": 0.75}], ids=str)
+@pytest.mark.parametrize(
+    "train", [{}, {"dtype": "bfloat16"}, {"activation_checkpointing": "blocks"}], ids=str
+)
+def test_run_choices_is_green_on_the_stack(spec, small_cfg, dataset, ffn, train):
+    verdict = call_check(
+        spec.gates["moe.run-choices"], of_the_run(small_cfg, dataset, ffn, **train)
+    )
+    assert verdict.outcome == "pass", verdict.message
+    assert verdict.measured["strangers"] == 0 and verdict.measured["padding_rel_error"] < 1e-6
+
+
+@pytest.mark.parametrize("plant_id", plants_of("moe.run-choices"))
+def test_run_choices_is_red_on_its_plants(spec, small_cfg, dataset, plant_id):
+    gate, before, plant = spec.gates["moe.run-choices"], touches(), load_museum()[plant_id]
+    factor = plant.museum.get("model.ffn.capacity_factor")
+    with plant.apply():
+        subject = of_the_run(small_cfg, dataset, AUXILIARY | {"capacity_factor": factor})
+        verdict = call_check(gate, subject)
+    assert verdict.outcome == "fail" and touches() > before and plant.id in gate.plants
+
+
+def test_run_choices_counts_padding_that_a_router_reads(spec, small_cfg, dataset):
+    subject = of_the_run(small_cfg, dataset, AUXILIARY)
+
+    class Padded(type(subject.training.trainee())):
+        def draw(self):
+            (batch, *_), n = super().draw(), 10
+            padding = torch.arange(batch.input_ids.shape[1]) >= batch.input_ids.shape[1] - n
+            labels = batch.labels.where(~padding, -100)
+            documents = torch.where(padding, -1, 0).expand_as(labels)
+            return [MicroBatch(batch.input_ids, labels, documents)]
+
+    subject = changed(subject, training={"trainee": lambda: Padded(subject.training.build())})
+    assert call_check(spec.gates["moe.run-choices"], subject).passed
+    with load_museum()["moe.padding-routed"].apply():
+        verdict = call_check(spec.gates["moe.run-choices"], subject)
+    rows = len(subject.training.trainee().draw()[0].input_ids)
+    assert verdict.measured["strangers"] == 2 * 10 * rows  # in both layers
+    assert "experts read" in verdict.message
+
+
+def drops(spec, factor=1.0) -> DroppedChoices:
+    check = DroppedChoices(limits_of(spec.gates["moe.dropped-choices"]))
+    plan = {"warmup_steps": 10, "expert_layers": 2, "capacity_factor": factor}
+    assert check.observe(Started(0, plan)) is None
+    return check
+
+
+def dropping(check, steps, *fracs):
+    return [
+        check.observe(replace(step_taken(step=step), dropped_choice_fracs=fracs)) for step in steps
+    ]
+
+
+def test_drops_are_two_sided(spec):
+    assert dropping(drops(spec, None), [1], 0.0, 0.0)[0].passed
+    assert dropping(drops(spec, None), [1], 0.0, 1e-9)[0].outcome == "fail"
+    assert "no dropped choices" in dropping(drops(spec, None), [1], 0.0)[0].message
+    for factor, allowed in ((1.0, 0.5), (2.0, 0.5), (0.5, 0.75)):
+        assert all(v.passed for v in dropping(drops(spec, factor), range(11, 500), 0.0, allowed))
+        verdict = dropping(drops(spec, factor), range(11, 500), 0.0, allowed + 0.01)[-1]
+        assert verdict.outcome == "fail" and "layer 1" in verdict.message
+    assert dropping(drops(spec), range(11, 400), 0.0, float("nan"))[-1].outcome == "fail"
+
+
+def test_drops_need_steps_in_a_row(spec):
+    check = drops(spec)
+    allowed = int(check.limits.steps_max)
+    assert all(v.passed for v in dropping(check, range(1, 11 + allowed), 0.9, 0.0))
+    resumed = drops(spec)
+    resumed.load_state_dict(check.state_dict())
+    assert dropping(resumed, [11 + allowed], 0.9, 0.0)[0].outcome == "fail"
+    assert dropping(check, [11 + allowed], 0.0, 0.0)[0].measured["steps"] == 0
+
+
+def test_drops_are_red_under_their_plant(spec):
+    model = build_model(ModelConfig(**SIZES, ffn=AUXILIARY), 61, seed=3)
+    ids_BT = torch.randint(0, 61, (8, 64), generator=torch.Generator().manual_seed(1))
+    with load_museum()["moe.drops-undeclared"].apply(), torch.no_grad():
+        fracs = dropped_fracs([model.hidden_states(ids_BT)[1].loads]).tolist()
+    assert dropping(drops(spec, None), [1], *fracs)[0].outcome == "fail"
+    assert dropped_fracs([]).tolist() == []

@@ -283,3 +283,55 @@ def test_declared_is_two_sided(spec, small_cfg, dataset, dtype, monkeypatch):
     other = {"float32": torch.bfloat16, "bfloat16": None}[dtype]
     monkeypatch.setitem(state.AUTOCAST, dtype, other)
     assert call_check(gate, subject).measured["odd"] == 14
+
+
+# --- the whole step -------------------------------------------------------------------------------
+
+WHOLE = "precision.whole-step"
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["plain", "experts"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_whole_step_is_green_on_the_stack(spec, small_cfg, dataset, dtype, changes):
+    subject = subject_of(in_half(small_cfg, dtype, **changes), dataset, CPU)
+    verdict = call_check(spec.gates[WHOLE], subject)
+    assert verdict.outcome == "pass", verdict.message
+    measured = verdict.measured
+    kind = "routed_rel_error" if changes else "gradient_rel_error"
+    assert 1e-5 < measured[kind] < spec.gates[WHOLE].limits[kind + "_max"].value / 2
+    assert 0 < measured["loss_rel_error"] < 1e-4 and 0 < measured["evaluation_rel_error"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("plant_id", "of"),
+    [
+        ("precision.rotation-lost-in-half", "gradient_rel_error"),
+        ("precision.labels-shifted-in-half", "gradient_rel_error"),
+        ("precision.evaluation-in-half", "evaluation_rel_error"),
+    ],
+)
+def test_whole_step_is_red_on_its_plants(spec, small_cfg, dataset, plant_id, of):
+    gate, before = spec.gates[WHOLE], touches()
+    with load_museum()[plant_id].apply():
+        subject = subject_of(in_half(small_cfg, "bfloat16"), dataset, CPU)
+        verdict = call_check(gate, subject)
+    assert verdict.outcome == "fail" and touches() > before and plant_id in gate.plants
+    assert verdict.measured[of] > 2 * gate.limits[of + "_max"].value
+
+
+def test_whole_step_sees_one_lost_gradient(spec, small_cfg, dataset):
+    subject = subject_of(in_half(small_cfg, "bfloat16"), dataset, CPU)
+
+    class Forgetful(type(subject.training.trainee())):
+        def accumulate(self, batches):
+            nats = super().accumulate(batches)
+            if self.state.cfg.train.dtype == "bfloat16":
+                self.model.layers[0].ffn.down.weight.grad = None
+            return nats
+
+    subject = changed(
+        subject, training={"trainee": lambda *o: Forgetful(subject.training.build(*o))}
+    )
+    verdict = call_check(spec.gates[WHOLE], subject)
+    assert verdict.outcome == "fail" and verdict.measured["worst"] == "layers.0.ffn.down.weight"
+    assert verdict.measured["gradient_rel_error"] == float("inf")

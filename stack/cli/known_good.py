@@ -1,0 +1,128 @@
+"""Whether a refusal is the fault of this code: then small runs that are known to be right are
+refused at the same place.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stackproof.spec.errors import (
+    EnvironmentUnfit,
+    GateFailed,
+    StackproofError,
+    Stopped,
+    StreamExhausted,
+)
+
+STACK = Path(__file__).resolve().parents[1]
+READERS = ("data", "model", "kernels", "train", "evaluate", "export")
+SHORT = {
+    "train.max_steps": 2,
+    "schedule.warmup_steps": 1,
+    "curriculum.warmup_steps": 0,
+    "curriculum.warmup_sources": (),
+    "eval.every": 2,
+    "sample.every": 2,
+    "checkpoint.every": 1,
+    "model.max_seq_len": 64,
+    "train.tokens_per_step": 2 * 64,
+    "train.micro_batch_size": 1,
+    "eval.batches": 2,
+    "eval.batch_size": 2,
+    "sample.max_new_tokens": 8,
+}
+# The museum's own run, and what it has not: together they execute most of what a run consists of.
+RUNS: tuple[Mapping[str, Any], ...] = (
+    SHORT,
+    SHORT
+    | {
+        "curriculum.kind": "static",
+        "data.dedup.kind": "exact",
+        "data.tokenizer.kind": "byte",
+        "data.packing.kind": "concatenated",
+        "model.attention.kind": "differential",
+        "model.norm.kind": "layernorm",
+        "model.ffn.kind": "moe",
+        "model.dropout": 0.0,
+        "optim.kind": "adamw",
+        "optim.lr": 1e-3,
+        "train.dtype": "bfloat16",
+        "checkpoint.async_save": True,
+    },
+)
+Verb = Callable[[Sequence[str]], object]  # performs a command line; raises what it raises
+
+
+def is_own_fault(error: StackproofError, verb: Verb) -> bool:
+    """Whether a small run that is known to be right, its resume, evaluation or export ends with an
+    error of the same type, raised by the same function. Takes some seconds.
+
+    Only errors of code that reads text, models and checkpoints are tried. A gate and a signal name
+    their own cause, the end of a corpus is declared, and the machine is the same for all runs.
+    """
+    place = place_of(error.__traceback__)
+    named = isinstance(error, (GateFailed, Stopped, StreamExhausted))
+    machine = isinstance(error, EnvironmentUnfit) and isinstance(error.__cause__, OSError)
+    if place is None or named or machine:
+        return False
+    package = Path(place[0]).relative_to(STACK).parts[0]
+    return any(
+        type(found) is type(error) and place_of(found.__traceback__) == place
+        for found in _ends(verb, package)
+    )
+
+
+def place_of(trace: TracebackType | None) -> tuple[str, str] | None:
+    """File and function of the innermost frame of this package; None if it is not in code that
+    reads.
+    """
+    place = None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        path = Path(code.co_filename)
+        if STACK in path.parents:
+            inside = path.relative_to(STACK).parts[0] in READERS
+            place = (str(path), code.co_name) if inside else None
+        trace = trace.tb_next
+    return place
+
+
+def _ends(verb: Verb, package: str) -> Iterator[Exception]:
+    """The errors of what is known to be right, as far as it runs a package; none where all ends as
+    it should.
+    """
+    from stackproof.config import load_config
+    from stackproof.museum.collection import museum_config
+    from stackproof.museum.prove import use_cache, workshop
+
+    for values in RUNS:
+        fixed = {key: (value, "a run that is known to be right") for key, value in values.items()}
+        with workshop() as root, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            use_cache(root / "cache")
+            try:
+                _perform(load_config(museum_config(root), fixed=fixed)[0], root, verb, package)
+            except Exception as e:
+                yield e
+
+
+def _perform(cfg: Any, root: Path, verb: Verb, package: str) -> None:
+    """Read the data, or train and resume without gates; then evaluate or export."""
+    from stackproof.data.prepare import prepare
+    from stackproof.train import start
+    from stackproof.train.loop import train
+    from stackproof.train.state import make_data_loader
+
+    if package == "data":
+        make_data_loader(cfg, prepare(cfg.data)).next_batch()
+        return
+    run = root / "run"
+    train(start.fresh(cfg, (), run, only=()))
+    train(start.resume(run, (), cfg, at=1))
+    if package == "evaluate":
+        verb(["evaluate", str(run), "--json", "--run-dir", str(root / "evaluated")])
+    if package == "export" and cfg.model.attention.kind == "softmax":
+        out = ["--out", str(root / "exported"), "--run-dir", str(root / "export")]
+        verb(["export", str(run), *out])

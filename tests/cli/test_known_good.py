@@ -1,0 +1,62 @@
+"""A refusal blames its input only if what is known to be right is not refused at the same place."""
+
+import pytest
+
+from stackproof.cli import known_good
+from stackproof.cli.known_good import is_own_fault, place_of
+from stackproof.museum.edit import Edit, edited
+from stackproof.spec.errors import DataError, EnvironmentUnfit, GateFailed, StreamExhausted
+
+ORDERED = "stackproof.data.shards:TokenStream.starts_in"
+OLD, NEW = "(bounds[1:] <= bounds[:-1]).any()", "(bounds[1:] >= bounds[:-1]).any()"
+
+
+def arguments(text_file, run):
+    sets = (
+        "data.corpus.kind=files",
+        f'data.corpus.paths=["{text_file}"]',
+        "schedule.warmup_steps=1",
+        "train.max_steps=2",
+    )
+    return ["train", "tiny", "--run-dir", run, *(a for s in sets for a in ("--set", s))]
+
+
+def test_a_refusal_by_wrong_code_is_a_bug(in_process, text_file):
+    """The check of document starts is turned around: every shard seems to be damaged."""
+    with edited([Edit(ORDERED, OLD, NEW)], lambda: None):
+        code, document = in_process(*arguments(text_file, "run"))
+    assert code == 1 and "this is a bug of stackproof" in document["what"]
+    assert "DataError" in document["value"] and "document_starts" in document["value"]
+
+
+def test_a_refusal_of_bad_input_stays_one(stack, tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\xfe\x00" * 999)
+    done = stack(*arguments(bad, "run"))
+    assert done.code == 3 and "bug" not in done.err and "Traceback" not in done.err
+
+
+def raised(error):
+    try:
+        raise error
+    except type(error) as e:
+        return e
+
+
+def test_only_errors_of_code_that_reads_are_tried(monkeypatch):
+    monkeypatch.setattr(known_good, "_ends", lambda *_: pytest.fail("nothing is to be run"))
+    assert place_of(raised(DataError("x")).__traceback__) is None
+    assert not is_own_fault(raised(DataError("x")), print)
+    monkeypatch.setattr(known_good, "place_of", lambda _: (known_good.__file__, "f"))
+    full = EnvironmentUnfit("the disk is full")
+    full.__cause__ = OSError(28, "no space")
+    for error in (GateFailed("loss.first"), StreamExhausted("the end"), full):
+        assert not is_own_fault(raised(error), print)
+
+
+def test_an_error_at_another_place_or_of_another_type_is_not_the_same(monkeypatch):
+    error = raised(DataError("x"))
+    monkeypatch.setattr(known_good, "place_of", lambda trace: (known_good.__file__, str(trace)))
+    for found, own in ((error, True), (raised(DataError("x")), False), (raised(OSError()), False)):
+        monkeypatch.setattr(known_good, "_ends", lambda *_, found=found: iter([found]))
+        assert is_own_fault(error, print) == own
