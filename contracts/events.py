@@ -138,7 +138,7 @@ class IdsRead:
 @dataclass(frozen=True, slots=True)
 class RowHashes:
     """Hashes of the rows of one forward pass; equal rows have equal hashes. Short rows are left
-    out. `epoch` is None where the trainer does not state it, or for rows that it did not draw anew.
+    out. `epoch` is None where it is not known, and for rows that were not drawn again.
     `set_declared`: the trainer declares its held-out rows, so that each evaluation has the same.
     """
 

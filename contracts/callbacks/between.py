@@ -24,10 +24,9 @@ def _mark(tensor: Tensor) -> Mark:
 class BetweenUpdates:
     """Compares weights and optimizer state before an update with those after the last one.
 
-    A write is known from the tensor's version, without a look at the numbers. Sums of all bits tell
-    whether it changed anything, as a swap that is undone does not; they also find writes that a
-    version does not count, in all tensors of the first SECTIONS updates and in one section of
-    tensors later.
+    The tensor's version shows a write without reading its numbers. Sums of all bits show whether
+    it changed anything, as a swap that is undone does not. They also find writes that a version
+    does not count: in all tensors in the first SECTIONS updates, in one section of tensors later.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):

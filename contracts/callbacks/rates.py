@@ -44,7 +44,7 @@ class RateReader:
         )
 
     def _epochs(self, epoch: int | None) -> int:
-        """Epochs since the first update; 0 for a schedule that ticks by what it is told."""
+        """Epochs since the first update; 0 for a schedule that ticks by a measurement."""
         self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
         waits = isinstance(self.scheduler, ReduceLROnPlateau)
         return 0 if epoch is None or waits else epoch - self._first_epoch

@@ -175,6 +175,7 @@ NO_TOKENIZER = (
 FEW_ROWS = "fewer than 26 rows that are long enough were drawn, too few for an order"
 OWNED = {"optim.parameter-groups": "ownership, graph"}
 FEW_IDS = "{} ids of training are too few to judge"
+NEAR_PEAK = {"optim.lost-updates": "the check was not called"}  # the rate is below half its peak
 NONE_STATED = {
     "optim.declared-settings": (
         "the trainer does not offer Declared.optimizer_settings: the trainer states none"
@@ -218,7 +219,9 @@ CASES = {
     "TRL": Case(
         BY_NAME["huggingface"],
         trl,
-        {"data.fresh-rows": FEW_ROWS, "tokenizer.own-ids": FEW_IDS.format(11)} | NONE_STATED,
+        {"data.fresh-rows": FEW_ROWS, "tokenizer.own-ids": FEW_IDS.format(11)}
+        | NEAR_PEAK
+        | NONE_STATED,
         PADDED | {"tokenizer.identity": "model"},
     ),
     "Lightning": Case(
@@ -234,6 +237,7 @@ CASES = {
             ),
             "tokenizer.own-ids": FEW_IDS.format(172),
         }
+        | NEAR_PEAK
         | NONE_STATED,
         OWNED | {"tokenizer.identity": "model"},
     ),
