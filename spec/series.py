@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from stackproof.spec import mutants
 from stackproof.spec.canonical import MAX_SAFE_INTEGER, parse_lines
 from stackproof.spec.tables import validated
 
@@ -140,6 +141,25 @@ class MatrixRow(Line):
     seconds: float
 
 
+class MutantEnding(Line):
+    kind: str
+    moment: str = ""
+    error: str = ""
+    exit_code: int = 0
+
+
+class MutantRow(Line):
+    outcome: Literal[mutants.OUTCOMES]
+    effect: Literal["result", "statement", ""]
+    package: str
+    scenario: str
+    operator: str
+    target: str
+    line: Count
+    diff: str
+    ending: MutantEnding
+
+
 KINDS: Mapping[str, type[Line]] = {
     "metrics.jsonl": Step,
     "samples.jsonl": Sample,
@@ -150,6 +170,7 @@ KINDS: Mapping[str, type[Line]] = {
     "curriculum.jsonl": Draw,
     "ranks.jsonl": RankLine,
     "matrix.jsonl": MatrixRow,
+    mutants.SERIES: MutantRow,
 }
 
 

@@ -1,12 +1,14 @@
 """`stack gates list | show | prove | mutate | backtest | repro | coverage`."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.text import Text
 from typer import Argument, Context, Option, Typer
 
+from stackproof.cli.ending import documented
 from stackproof.cli.options import Evidence, Json, RecordDir, examples
 from stackproof.cli.output import emit, note, print_line, print_table
 from stackproof.cli.paths import bundle_at, file_at
@@ -19,6 +21,7 @@ app = Typer(
     no_args_is_help=True,
 )
 MOMENTS = ("preflight", "runtime", "artifact")
+SHARE_COLUMNS = ("", "", "share", "95 % interval")
 
 
 def _states(evidence: Path | None):
@@ -249,7 +252,10 @@ def mutate(
     ] = None,
     config: Annotated[
         list[str] | None,
-        Option(help="Configuration to try mutants on; all without. Repeatable."),
+        Option(
+            help="Configuration to try mutants on. Repeatable. Default: all but compiled, which "
+            "compiles the model in each trial."
+        ),
     ] = None,
     jobs: Annotated[
         int | None, Option(min=1, help="Processes at once. Default: one per core.")
@@ -266,9 +272,9 @@ def mutate(
     from stackproof.museum.prove import workshop
     from stackproof.mutation import report
     from stackproof.mutation.mutate import mutate, survey
-    from stackproof.mutation.scenarios import CONFIGURATIONS, scenarios
+    from stackproof.mutation.scenarios import CONFIGURATIONS, DRAWN, scenarios
 
-    names = config or list(CONFIGURATIONS)
+    names = config or list(DRAWN)
     if unknown := [name for name in names if name not in CONFIGURATIONS]:
         raise UsageError(
             "--config names no configuration of mutants",
@@ -282,8 +288,13 @@ def mutate(
     claim = Claim("mutation", report.CLAIM, report.NOT_COVERED)
     opened, judged = open_record(claim, settings, run_dir=run_dir, json=json), []
 
-    def verb(arguments: list[str]) -> None:
-        context.find_root().command.main(arguments, prog_name="stack", standalone_mode=False)
+    def verb(arguments: Sequence[str]) -> None:
+        try:
+            context.find_root().command.main(
+                list(arguments), prog_name="stack", standalone_mode=False
+            )
+        except BaseException as error:
+            raise documented(error) or error from error
 
     with workshop() as root:
         made = scenarios(root, verb, names)
@@ -292,9 +303,7 @@ def mutate(
             judged.append(one)
             _note_mutant(one)
     record = report.mutation_record(judged, opened.builder, opened.path(""))
-    survivors = [j.row() for j in judged if j.outcome in ("survivor", "warned", "statement")]
-    document = {"seed": seed, **report.tally(judged), "survivors": survivors}
-    document |= {key: report.by(judged, key) for key in ("package", "scenario", "operator")}
+    document = {"seed": seed} | report.document(judged)
     print_record(record, opened.directory, document, json, _show_mutants)
 
 
@@ -306,17 +315,26 @@ def _note_mutant(one: Any) -> None:
 
 
 def _show_mutants(document: dict) -> None:
-    print_table(f"Mutants, seed {document['seed']}", ["outcome", "n"], document["counts"].items())
-    for row in document["survivors"]:
+    from stackproof.spec.mutants import KEYS, SHARES
+
+    for row in document["unanswered"]:
         print_line(f"{row['outcome']}: {row['target']} line {row['line']}, {row['operator']}")
         print_line(row["diff"])
-        print_line(f"  changes {', '.join(row['differing'][:3])}")
+        found = ", ".join(row["differing"][:3]) or row["ending"].get("error", "nothing")
+        print_line(f"  in {row['scenario']}: {found.splitlines()[0]}")
+    for row in document["blaming"]:
+        print_line(f"refused, in {row['scenario']}: {row['ending']['error'].splitlines()[0]}")
+        print_line(row["diff"])
+    print_table(f"Mutants, seed {document['seed']}", ["outcome", "n"], document["counts"].items())
+    print_table("Caught", ["moment", "n"], document["moments"].items())
+    named = [(name, "", document[name]) for name in SHARES]
+    named += [(k, name, own["caught_frac"]) for k in KEYS for name, own in document[k].items()]
     rows = [
-        [key, name, f"{own['k']} of {own['n']}", f"{own['low']:.0%} – {own['high']:.0%}"]
-        for key, tallies in {"all": {"": document}, "package": document["package"]}.items()
-        for name, own in ((n, t["caught_frac"]) for n, t in tallies.items())
+        [what, name, f"{own['k']} of {own['n']}", f"{own['low']:.0%} – {own['high']:.0%}"]
+        for what, name, own in named
+        if own["n"]
     ]
-    print_table("Caught, of those that raise no error", ["", "", "caught", "95 % interval"], rows)
+    print_table("Shares; by package, scenario and operator: caught_frac", SHARE_COLUMNS, rows)
 
 
 @app.command()

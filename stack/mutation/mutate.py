@@ -1,53 +1,67 @@
 """Draws mutants of the stack, tries each as a user would run it, and judges what its gates saw."""
 
-import json
-import os
+import importlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from stackproof.mutation.fruits import Reference, is_statement
-from stackproof.mutation.sites import Mutant, Ran, Trace, draw, traced
-from stackproof.mutation.trial import Ending, Scenario, Trial, in_child, perform, trials
+from stackproof.mutation.sites import Mutant, Ran, Trace, draw
+from stackproof.mutation.trial import Ending, Job, Limits, Scenario, Trial, concurrently
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import load_spec
+from stackproof.spec.mutants import LOUD
+from stackproof.spec.provenance import code_state
+from stackproof.spec.records import Code
 
 N_CLEAN = 3
-TIMES_CLEAN = 6  # processor time of a trial, relative to that of a traced one without a mutant
-NO_GATES: tuple[str, ...] = ()
-OUTCOMES = (
-    "caught",  # a gate halted the commands
-    "warned",  # a gate was red and did not halt
-    "survivor",  # nothing was red, and weights, losses, samples, scores, data or files differ
-    "statement",  # the same, but only a record or a log of gates differs
-    "refused",  # an error that names the user, the data or the machine
-    "crashed",
-    "hung",
-    "equivalent",  # nothing differs
-    "alarm",  # a gate was red, and without gates nothing differs
-)
+UNLIMITED = Limits(3600.0, 7200.0)
+# Of a trial, relative to the slowest clean one: a mutant may do more, and other processes may take
+# the machine. What takes longer is hung.
+TIMES_CPU, TIMES_WALL, LEAST_S = 6, 12, 30.0
 
 
 class Judged(NamedTuple):
-    """A mutant and what became of it, in the scenario that shows most."""
+    """A mutant and what became of it.
+
+    A mutant is tried in the scenarios that run its line, in random order. The first in which it is
+    loud, or changes a result, decides: an error there is final, although the mutant may be silent
+    in another. One that changes nothing, or only a statement, is tried in the next; `equivalent`
+    holds for all of them, and where no result differs the first statement decides. `differing` are
+    the places that differ with gates, or without them where a gate halted.
+    """
 
     mutant: Mutant
     scenario: str
     outcome: str
     ending: Ending
-    differing: tuple[str, ...]
-    seconds: float
+    differing: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def effect(self) -> str:
+        """What the mutant changes silently: `result`, `statement` (only records, logs and what is
+        printed), or nothing.
+        """
+        if not self.differing:
+            return ""
+        return "statement" if all(map(is_statement, self.differing)) else "result"
 
     def row(self) -> dict:
         """A line of mutants.jsonl."""
         own = {k: v for k, v in asdict(self.mutant).items() if k != "source"}
-        ending = {k: v for k, v in asdict(self.ending).items() if v}
+        ending = {k: v for k, v in asdict(self.ending).items() if v and k != "cpu_s"}
+        shown = sorted(self.differing, key=is_statement)[:8]
         return own | {
+            "package": self.mutant.package,
             "scenario": self.scenario,
             "outcome": self.outcome,
+            "effect": self.effect,
             "ending": ending,
-            "differing": list(self.differing[:8]),
+            "differing": shown,
             "n_differing": len(self.differing),
             "seconds": round(self.seconds, 2),
         }
@@ -55,120 +69,163 @@ class Judged(NamedTuple):
 
 @dataclass
 class Clean:
-    """A scenario without a mutant: what ran, and what it brings forth with gates and without."""
+    """A scenario without a mutant: what ran, what it brings forth with gates and without, and what
+    a trial of it may take.
+    """
 
     scenario: Scenario
     trace: Trace
     gated: Reference
     bare: Reference
-    cpu_s: float
+    limits: Limits
+
+    def job(self, mutant: Mutant, *, gated: bool) -> Job:
+        """The scenario on a mutant."""
+        return Job(self.scenario, self.limits, mutant, gated)
+
+    def runs(self, mutant: Mutant) -> bool:
+        """Whether the scenario runs the line of a mutant."""
+        ran = self.trace.get(mutant.target)
+        return ran is not None and mutant.line in ran.lines
 
 
 def survey(
     scenarios: Sequence[Scenario], root: Path, at_once: int, on_clean: Callable[[str], None]
 ) -> list[Clean]:
-    """Run every scenario without a mutant: once traced, and some times with gates and without."""
-    found = []
-    for scenario in scenarios:
-        trace, cpu_s = _traced(scenario, root / "traced" / scenario.name)
-        jobs = [(scenario, None, only) for only in [None, NO_GATES] for _ in range(N_CLEAN)]
-        done: dict[int, Trial] = dict(trials(jobs, root, cpu_s=10 * cpu_s, at_once=at_once))
-        for trial in done.values():
-            if trial.ending.kind != "completed" or trial.ending.warned:
-                raise IntegrityError(
-                    f"scenario {scenario.name} is not green without a mutant",
-                    value=trial.ending,
-                    next_step="stack gates prove shows gates that are not green",
-                )
-        gated, bare = ([done[i].fruits for i in range(n, n + N_CLEAN)] for n in (0, N_CLEAN))
-        found.append(Clean(scenario, trace, Reference(gated), Reference(bare), cpu_s))
-        on_clean(scenario.name)
-    return found
+    """Run every scenario without a mutant: some times with gates, of these once traced, and some
+    times without. Raises IntegrityError if one is not green or does not repeat its results.
+    """
+    _ = load_spec().sha256  # which every record states: computed once, and not in each process
+    found = {}
+    for clean in concurrently(map(_surveyed, scenarios), root, at_once):
+        found[clean.scenario.name] = clean
+        on_clean(clean.scenario.name)
+    return [found[scenario.name] for scenario in scenarios]
 
 
-def _traced(scenario: Scenario, folder: Path) -> tuple[Trace, float]:
-    """The lines that a scenario runs, and the processor time that it took, s."""
-    file = folder.with_suffix(".json")
+def _surveyed(scenario: Scenario) -> Generator[Job, Trial, Clean]:
+    done = []
+    for gated in [True] * N_CLEAN + [False] * N_CLEAN:
+        # Tracing slows a run, so that the places which depend on time are seen to differ.
+        trial = yield Job(scenario, UNLIMITED, gated=gated, traces=not done)
+        if trial.ending.kind != "completed" or trial.ending.warned:
+            raise IntegrityError(
+                f"scenario {scenario.name} is not green without a mutant",
+                value=trial.ending,
+                next_step="stack gates prove shows gates that are not green",
+            )
+        done.append(trial)
+        _import(trial.modules)
+    gated, bare = ([t.fruits for t in done[n : n + N_CLEAN]] for n in (0, N_CLEAN))
+    limits = Limits(
+        max(LEAST_S, TIMES_CPU * max(t.ending.cpu_s for t in done[1:])),
+        max(LEAST_S, TIMES_WALL * max(t.seconds for t in done[1:])),
+    )
+    return Clean(scenario, done[0].trace, Reference(gated), Reference(bare), limits)
 
-    def work() -> None:
-        with traced() as trace:
-            perform(scenario, folder, None, None)
-        ran = {t: {"lines": sorted(r.lines), "types": r.types} for t, r in trace.items()}
-        file.write_text(json.dumps(ran))
 
-    child = in_child(work, folder, cpu_s=3600)
-    _, _, usage = os.wait4(child, 0)
-    ran = json.loads(file.read_text())
-    trace = {t: Ran(set(r["lines"]), r["types"]) for t, r in ran.items()}
-    return trace, usage.ru_utime + usage.ru_stime
+def _import(modules: Sequence[str]) -> None:
+    """Import what a trial imports, so that those which are forked later need not."""
+    for name in modules:
+        with suppress(ImportError):  # some are made at run time
+            importlib.import_module(name)
 
 
 def mutate(clean: Sequence[Clean], root: Path, n: int, seed: int, at_once: int) -> Iterator[Judged]:
-    """Draw `n` mutants among the lines that any scenario runs, and judge each in one of those that
-    run its line; if it is equivalent there, in the others.
+    """Draw `n` mutants among the lines that any scenario runs, and judge each. Raises
+    IntegrityError as soon as the code of the checkout changes: mutants and records are of it.
     """
+    before = code_state()
     together: Trace = {}
     for one in clean:
         for target, ran in one.trace.items():
             together.setdefault(target, Ran()).merge(ran)
+    volatile = frozenset().union(*(r.volatile for c in clean for r in (c.gated, c.bare)))
     draws = random.Random(seed + 1)
-    places: list[tuple[Mutant, list[Clean]]] = []
-    for mutant in draw(together, n, seed):
-        running = [c for c in clean if _runs(c, mutant)]
-        places.append((mutant, draws.sample(running, len(running))))
-    # Rounds: in each every mutant that is still equivalent is tried in its next scenario.
-    while places:
-        jobs = [(own[0].scenario, mutant, None) for mutant, own in places]
-        cpu_s = TIMES_CLEAN * max(own[0].cpu_s for _, own in places)
-        further, alarms = [], []
-        for number, trial in trials(jobs, root, cpu_s=cpu_s, at_once=at_once):
-            mutant, (here, *others) = places[number]
-            outcome, differing = _outcome(trial, here)
-            if outcome == "equivalent" and others:
-                further.append((mutant, others))
-            elif outcome == "caught" and trial.ending.command in ("train", "resume"):
-                alarms.append((mutant, here, trial))
-            else:
-                yield _judged(mutant, here, outcome, trial, differing)
-        yield from _without_gates(alarms, root, cpu_s, at_once)
-        places = further
+
+    def tasks() -> Iterator[Generator[Job, Trial, Judged]]:
+        for mutant in draw(together, n, seed):
+            running = [c for c in clean if c.runs(mutant)]
+            yield _judged(mutant, draws.sample(running, len(running)), volatile)
+
+    for judged in concurrently(tasks(), root, at_once):
+        _require_same(before)
+        yield judged
 
 
-def _without_gates(
-    caught: list[tuple[Mutant, Clean, Trial]], root: Path, cpu_s: float, at_once: int
-) -> Iterator[Judged]:
-    """Mutants that a gate has halted, once more without gates: whether they change anything."""
-    jobs = [(here.scenario, mutant, NO_GATES) for mutant, here, _ in caught]
-    for number, bare in trials(jobs, root, cpu_s=cpu_s, at_once=at_once):
-        mutant, here, trial = caught[number]
-        differing = tuple(here.bare.differing(bare.fruits))
-        outcome = "caught" if differing else "alarm"
-        if bare.ending.kind in ("refused", "crashed", "hung"):  # it is loud without a gate
-            outcome = bare.ending.kind
-        yield _judged(mutant, here, outcome, trial, differing)
+def _require_same(before: Code) -> None:
+    if (now := code_state()) != before:
+        raise IntegrityError(
+            "the code changed while mutants were tried, so that what differs is not theirs alone",
+            value=f"commit {now.commit[:12]}, changes {now.diff_sha256}",
+            allowed=f"commit {before.commit[:12]}, changes {before.diff_sha256}",
+            next_step="repeat the draw in a checkout that is not edited, such as a git worktree",
+        )
 
 
 def _judged(
-    mutant: Mutant, here: Clean, outcome: str, trial: Trial, differing: Sequence[str]
-) -> Judged:
-    name = here.scenario.name
-    return Judged(mutant, name, outcome, trial.ending, tuple(differing), trial.seconds)
+    mutant: Mutant, places: Sequence[Clean], volatile: frozenset[str]
+) -> Generator[Job, Trial, Judged]:
+    """Try a mutant without gates; where it is silent and changes something, with them."""
+    stated: Judged | None = None
+    for here in places:
+        bare = yield here.job(mutant, gated=False)
+        if bare.ending.kind in LOUD:
+            if stated:
+                continue
+            return (yield from _loud(mutant, here, bare))
+        differing = here.bare.differing(bare.fruits, volatile)
+        if not differing or (stated and all(map(is_statement, differing))):
+            continue
+        found = yield from _gated(mutant, here, differing, volatile)
+        if found and found.effect != "statement":
+            return found
+        stated = stated or found
+    return stated or (yield from _unchanged(mutant, places[0], volatile))
 
 
-def _runs(clean: Clean, mutant: Mutant) -> bool:
-    ran = clean.trace.get(mutant.target)
-    return ran is not None and mutant.line in ran.lines
+def _loud(mutant: Mutant, here: Clean, bare: Trial) -> Generator[Job, Trial, Judged]:
+    """A mutant that is loud where no gate is. With gates a user may see a red one instead of a
+    refusal.
+    """
+    seen = bare
+    if bare.ending.kind == "refused":
+        gated = yield here.job(mutant, gated=True)
+        seen = gated if gated.ending.kind == "red" else bare
+    return Judged(mutant, here.scenario.name, bare.ending.kind, seen.ending, (), seen.seconds)
 
 
-def _outcome(trial: Trial, clean: Clean) -> tuple[str, list[str]]:
-    match trial.ending.kind:
-        case "red":
-            return "caught", []
-        case "completed":
-            differing = clean.gated.differing(trial.fruits)
-            if trial.ending.warned:
-                return "warned", differing
-            if not differing:
-                return "equivalent", []
-            return "statement" if all(map(is_statement, differing)) else "survivor", differing
-    return trial.ending.kind, []
+def _gated(
+    mutant: Mutant, here: Clean, bare: Sequence[str], volatile: frozenset[str]
+) -> Generator[Job, Trial, Judged | None]:
+    """A mutant that changes the places `bare` where no gate is; None if it changes nothing with
+    them. A difference in statements alone must be there a second time: they hold what is measured
+    of the machine.
+    """
+    trial, name = (yield here.job(mutant, gated=True)), here.scenario.name
+    match trial.ending:
+        case Ending(kind="red"):
+            return Judged(mutant, name, "caught", trial.ending, tuple(bare), trial.seconds)
+        case Ending(kind="completed", warned=warned):
+            seen = here.gated.differing(trial.fruits, volatile)
+            if all(map(is_statement, seen)) and seen:
+                again = yield here.job(mutant, gated=True)
+                seen = sorted({*seen} & {*here.gated.differing(again.fruits, volatile)})
+            silent = "statement" if all(map(is_statement, seen)) else "survivor"
+            outcome = "warned" if warned else silent
+            found = Judged(mutant, name, outcome, trial.ending, tuple(seen), trial.seconds)
+            return found if seen else None
+    return Judged(mutant, name, trial.ending.kind, trial.ending, (), trial.seconds)
+
+
+def _unchanged(
+    mutant: Mutant, here: Clean, volatile: frozenset[str]
+) -> Generator[Job, Trial, Judged]:
+    """A mutant that changes nothing without gates, once with them. A red one is an alarm: the
+    mutant broke only what measures, or it would show in a configuration that is not here. What
+    differs otherwise was written by code that gates call.
+    """
+    found = yield from _gated(mutant, here, (), volatile)
+    if found is None:
+        return Judged(mutant, here.scenario.name, "equivalent", Ending("completed"))
+    return found._replace(outcome="alarm") if found.outcome in ("caught", "warned") else found

@@ -11,8 +11,8 @@ import torch
 
 from stackproof.config import ModelConfig
 from stackproof.contracts.events import Started
+from stackproof.contracts.expert_choices import DroppedChoices, RouterCollapse
 from stackproof.contracts.gate import call_check, limits_of
-from stackproof.contracts.moe import DroppedChoices, RouterCollapse
 from stackproof.contracts.subject import MicroBatch
 from stackproof.model.build import build_model
 from stackproof.model.moe import dropped_fracs

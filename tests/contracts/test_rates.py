@@ -21,10 +21,10 @@ from stackproof.contracts.coherence import Dominance, Loops, coherence
 from stackproof.contracts.curriculum import GradientShock, _arm_fault
 from stackproof.contracts.evaluation import OverfitOnset
 from stackproof.contracts.events import BatchDrawn, Evaluated, RowHashes, Sampled, Started
+from stackproof.contracts.expert_choices import RouterCollapse
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.initial import _law_z
 from stackproof.contracts.memorization import Memorized, chance_of
-from stackproof.contracts.moe import RouterCollapse
 from stackproof.contracts.rows import FreshRows
 from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
 from stackproof.contracts.subject import DataLoader, Subject

@@ -5,6 +5,8 @@ from pathlib import Path
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Ledger
+from stackproof.spec.mutants import SERIES
+from stackproof.spec.mutants import metrics as mutant_metrics
 from stackproof.spec.rank_log import over_ranks
 from stackproof.spec.records import (
     SCHEMA,
@@ -192,7 +194,8 @@ def add_evidence(root: Path) -> list[Record]:
         parents=(train.id,),
         metrics={"bits_per_byte": Metric(value=2.5, unit="bits/byte", n=9000)},
     )
-    for one in (falsification, train, evaluate, _data_record(root), _benchmark_record(root)):
+    others = (_data_record(root), _benchmark_record(root), _mutation_record(root))
+    for one in (falsification, train, evaluate, *others):
         folder = root / "evidence" / one.id
         folder.mkdir(exist_ok=True)
         (folder / "metadata.json").write_bytes(one.to_bytes())
@@ -267,6 +270,34 @@ def _benchmark_record(root: Path) -> Record:
         config=config,
         config_sha256=sha256_json(config),
     )
+
+
+def _mutation_record(root: Path) -> Record:
+    """A draw of four mutants: one caught before step 1, one survivor, two refusals."""
+    line = {"operator": "axis", "scenario": "museum", "package": "data", "diff": "- a\n+ b"}
+    found = (
+        ("caught", "result", {"kind": "red", "moment": "before step 1"}),
+        ("survivor", "result", {"kind": "completed"}),
+        ("refused", "", {"kind": "refused", "exit_code": 3, "error": "DataError: a shard"}),
+        ("refused", "", {"kind": "refused", "exit_code": 6, "error": "IntegrityError: x"}),
+    )
+    rows = [
+        line
+        | {"target": f"stackproof.data.packing:f{n}", "line": n, "outcome": outcome}
+        | {"effect": effect, "ending": ending, "differing": ["run/metrics.jsonl::[0].loss_nats"]}
+        for n, (outcome, effect, ending) in enumerate(found)
+    ]
+    data = b"".join(canonical_json(row) + b"\n" for row in rows)
+    made = record(
+        root,
+        "mutation",
+        "ffffffff",
+        series=(Series(path=SERIES, sha256=sha256_bytes(data)),),
+        metrics={n: Metric(value=v, unit=u, n=of) for n, (v, u, of) in mutant_metrics(rows).items()},
+    )
+    (root / "evidence" / made.id).mkdir(parents=True)
+    (root / "evidence" / made.id / SERIES).write_bytes(data)
+    return made
 
 
 def _write_series(folder: Path) -> tuple[Series, ...]:

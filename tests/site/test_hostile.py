@@ -27,6 +27,7 @@ from tools.site_pages.render import Page
 from tools.site_pages.world import World, load_world
 
 PLAIN = "Plain text."
+CLOSED = ("event", "outcome", "effect")  # keys of series with listed values
 ADDRESS = ("href", "src", "action", "data", "xlink:href")
 
 
@@ -88,7 +89,7 @@ def in_lines(value, text: str):
         case str():
             return text
         case dict():
-            return {k: v if k == "event" else in_lines(v, text) for k, v in value.items()}
+            return {k: v if k in CLOSED else in_lines(v, text) for k, v in value.items()}
         case list():
             return [in_lines(v, text) for v in value]
     return value

@@ -73,6 +73,7 @@ def build(world: World, record) -> None:
     data_index(world)
     matrix_page(world)
     home.last_run(world, "index.md")
+    home.BLOCKS["mutants"](world, "index.md")
 
 
 def test_no_form_of_a_line_ends_the_build_with_another_error(world, spoil):

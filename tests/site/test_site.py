@@ -19,8 +19,11 @@ from stackproof.spec import ROOT, records
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import load_spec
 from tests.site import small_repository
+from tools.site_pages import home
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
 from tools.site_pages.markup import esc, ev
+from tools.site_pages.runs import run_page
+from tools.site_pages.world import load_world
 
 MAX_SVG_BYTES = 60_000
 
@@ -118,6 +121,19 @@ def test_a_benchmark_shows_ratio_spread_and_what_was_wanted(site):
         r"fast one\s+0\.80\s+0\.70 – 0\.90\s+≥ 1: missed", page
     )
     assert "2026-01-31 · a processor, 2 cores" in page and "slow-one 1.2.3" in page
+
+
+def test_a_draw_of_mutants_shows_its_rate_and_what_no_gate_halted(small):
+    world = load_world(small, small / "evidence")
+    (record,) = (r for r in world.live if r.kind == "mutation")
+    page, trend = run_page(world, record).body, str(home.BLOCKS["mutants"](world, "index.md"))
+    assert "1 of 2 = 50 % | 9 – 91 %" in page and "1 of 2 = 50 % [9, 91]" in trend
+    survivor, refusal = (
+        page.partition(f"## {heading}")[2].partition("\n## ")[0]
+        for heading in ("What no gate halted", "Refusals that name")
+    )
+    assert "packing:f1" in survivor and "+ b" in survivor and "packing:f0" not in survivor
+    assert "packing:f2" in refusal and "packing:f3" not in refusal, "exit code 6 blames nobody"
 
 
 def test_the_loss_curve_is_inline_small_and_names_its_axes_points_and_events(site):

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from stackproof.spec import mutants
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import normative_fields
@@ -180,6 +181,31 @@ def audited(root: Path, breadth: int, passes: int) -> None:
     )
 
 
+def drawn(root: Path, changed: str = "") -> None:
+    """A draw of four mutants, of which a metric is stated higher than it is."""
+    ending = {"kind": "red", "moment": "before step 1"}
+    line = {"target": "m:f", "line": 1, "operator": "axis", "diff": "- 1", "package": "data"}
+    rows = [
+        line | {"scenario": "museum", "outcome": outcome, "effect": effect, "ending": ending}
+        for outcome, effect in (
+            *(("caught", "result"), ("survivor", "result")),
+            *(("equivalent", ""), ("crashed", "")),
+        )
+    ]
+    metrics = {
+        name: {"value": value + (name == changed), "unit": unit, "n": n, "better": "neither"}
+        for name, (value, unit, n) in mutants.metrics(rows).items()
+    }
+    small_repo.record(
+        root,
+        "mutation",
+        9,
+        git(root, "rev-parse", "HEAD"),
+        metrics=metrics,
+        series_lines={mutants.SERIES: rows},
+    )
+
+
 BREAKS: dict[str, Callable[[Path], None]] = {
     "GATE-CARRIED": lambda r: carry(r, new="b" * 64),
     "SCHEMA": lambda r: rechain(r, "train", put("surprise", value=1)),
@@ -245,6 +271,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "STEPS-CONTIGUOUS": lambda r: rechain(r, "train", nothing, series=lambda x: x.pop(2)),
     "METRIC-RECOMPUTE": lambda r: rechain(r, "train", metric("best_val_loss_nats", 1.0)),
     "AUDIT-RECOMPUTE": lambda r: audited(r, 2, 2),
+    "MUTATION-RECOMPUTE": lambda r: drawn(r, "caught_frac"),
     "COMMIT": lambda r: rechain(r, "train", put("code", "commit", value="d" * 40)),
     "TIME": lambda r: rechain(
         r,

@@ -8,6 +8,7 @@ import pytest
 from tests.tools import small_repo
 from tests.tools.breaks import (
     audited,
+    drawn,
     folder,
     found,
     rechain,
@@ -79,6 +80,20 @@ def test_breadth_is_that_of_the_answers(repo, breadth, passes, named):
     audited(repo, breadth, passes)
     said = [f.message for f in check(repo) if f.code == "AUDIT-RECOMPUTE"]
     assert len(said) == bool(named) and all(named in message for message in said)
+
+
+@pytest.mark.parametrize("changed", ["", "caught_frac", "caught_frac_low", "n_survivor"])
+def test_rates_of_mutants_are_those_of_the_rows(repo, changed):
+    drawn(repo, changed)
+    said = [f.message for f in check(repo) if f.code == "MUTATION-RECOMPUTE"]
+    assert len(said) == bool(changed) and all(changed in message for message in said)
+
+
+def test_a_rate_without_mutants_is_found(repo):
+    drawn(repo)
+    rechain(repo, "mutation", lambda document: document.update(series=[]))
+    said = [f.message for f in check(repo) if f.code == "MUTATION-RECOMPUTE"]
+    assert any("n_survivor = (1" in message for message in said)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 
-from stackproof.spec import formulas
+from stackproof.spec import formulas, mutants
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, Series, left_out
 from stackproof.spec.renamed_keys import translated
@@ -349,6 +349,23 @@ def audit_recompute(repo: Repo, record: Record) -> Messages:
         stated = record.metrics[name].value if name in record.metrics else None
         if stated != value:
             yield f"{name} = {stated}, its answers give {value}"
+
+
+@rule(
+    "MUTATION-RECOMPUTE",
+    title="The rates of a draw of mutants follow from its mutants",
+    why="A rate that does not follow from the mutants was not measured.",
+    hint="supersede the record with a true one",
+    over=each_record,
+)
+def mutation_recompute(repo: Repo, record: Record) -> Messages:
+    if record.kind != "mutation":
+        return
+    truth = mutants.metrics(repo.series(record, mutants.SERIES))
+    stated = {name: (m.value, m.unit, m.n) for name, m in record.metrics.items()}
+    for name in sorted(truth.keys() | stated.keys()):
+        if stated.get(name) != truth.get(name):
+            yield f"{name} = {stated.get(name)}, its mutants give {truth.get(name)}"
 
 
 @rule(

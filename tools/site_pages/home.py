@@ -9,6 +9,7 @@ from stackproof.spec.coverage import State, tally
 from stackproof.spec.gates import SUBSYSTEMS
 from stackproof.spec.records import Record
 from tools.site_pages.markup import LETTERS
+from tools.site_pages.mutants import trend
 from tools.site_pages.render import render
 from tools.site_pages.runs import HEADLINE, chart_of, headline
 from tools.site_pages.world import World
@@ -74,6 +75,7 @@ BLOCKS: dict[str, Callable[[World, str], Markup]] = {
     "matrix": matrix,
     "last-run": last_run,
     "uncovered": uncovered,
+    "mutants": trend,
 }
 
 

@@ -15,6 +15,7 @@ from tools.site_pages import traces
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
 from tools.site_pages.data import draws, sources
 from tools.site_pages.markup import pretty_json
+from tools.site_pages.mutants import mutants
 from tools.site_pages.probes import probes
 from tools.site_pages.render import Page, page, render
 from tools.site_pages.world import World
@@ -82,7 +83,10 @@ def _run_page(world: World, record: Record) -> Page:
         unread_series=[n for r, n in world.ledger.unread_series() if r == record.id],
         chart=chart_of(world, record),
         data=[sources(world, record), draws(world, record), ranks(world, record)],
-        findings=[probes(world, record), traces.sections(world, record)],
+        findings=[
+            probes(world, record) + mutants(world, record),
+            traces.sections(world, record),
+        ],
         samples=thin(samples, MAX_SAMPLES),
         n_samples=len(samples),
         max_characters=MAX_SAMPLE_CHARACTERS,
