@@ -29,7 +29,7 @@ $(VENV)/.dev: $(VENV)/.train
 
 ## stress: the long rounds of fault injection, hours; SEED=n repeats a round, ONLY=name selects tests
 stress: $(VENV)/.dev
-	STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fault_injection $(if $(ONLY),-k $(ONLY))
+	STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fault_injection tests/contracts/callbacks/test_failures.py $(if $(ONLY),-k $(ONLY))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ FOREIGN_EVENTS = (
     events.Started,
     events.StateRestored,
     events.ModelInput,
+    events.IdsRead,
     events.RowHashes,
     events.ModuleModes,
     events.LossMeasured,

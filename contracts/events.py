@@ -137,14 +137,29 @@ class ModelInput:
 
 
 @dataclass(frozen=True, slots=True)
+class IdsRead:
+    """`n_tokens` ids of the batches of one phase were decoded and encoded again by the tokenizer
+    that the trainer was given; `n_same` of them came again.
+    """
+
+    step: int
+    phase: Phase
+    n_tokens: int
+    n_same: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowHashes:
     """Hashes of the rows of one forward pass; equal rows have equal hashes. Short rows are left
-    out.
+    out. `epoch` is None where it is not known, and for rows that were not drawn again.
+    `set_declared`: the trainer declares its held-out rows, so that each evaluation has the same.
     """
 
     step: int
     phase: Phase
     rows: tuple[int, ...]
+    epoch: int | None = None
+    set_declared: bool = False
 
 
 # --- one optimizer step ---------------------------------------------------------------------------
@@ -154,13 +169,15 @@ class RowHashes:
 class ModuleModes:
     """Modes of the model's modules in one phase: `wrong` names those in the mode of the other
     phase. `repeat_abs` is the largest difference between the logits of two evaluations of one
-    batch, None where the batch was evaluated once.
+    batch, None where the batch was evaluated once. `draws_repeated`: a training pass begins with
+    the random state of one of the last passes, so that its dropout has the same masks.
     """
 
     step: int
     phase: Phase
     wrong: tuple[str, ...]
     repeat_abs: float | None = None
+    draws_repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +272,10 @@ class RatesUsed:
     known.
 
     `ticks` counts the scheduler's steps and `updates` the optimizer's since the run was first
-    observed; both are 0 for a schedule that is a function of the step number.
+    observed; both are 0 for a schedule that is a function of the step number. `epochs` counts the
+    epochs since then, 0 where the trainer states none. `horizon` is the tick at which the schedule
+    ends and `micro_batches` the number that the whole run has; both are 0 where they are unknown or
+    an update has one micro-batch.
     """
 
     step: int
@@ -263,6 +283,9 @@ class RatesUsed:
     declared: Mapping[str, float] = field(default_factory=dict)
     ticks: int = 0
     updates: int = 0
+    epochs: int = 0
+    horizon: int = 0
+    micro_batches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +300,9 @@ class WeightsUpdated:
     `uphill` is the cosine of update and gradient at an optimizer's first update that changes
     anything, None at all others. Its sign is turned where the optimizer maximizes, so that above 0
     is always the wrong way. `unknown` is why the direction of that update cannot be known.
+    `miscounted` names parameters for which the optimizer's own counter of updates did not go up by
+    one. `lost_frac` is the share (0-1) of the entries of one matrix that have a gradient and did
+    not change, None where none was looked at.
     """
 
     step: int
@@ -288,6 +314,8 @@ class WeightsUpdated:
     stillest: str = ""
     uphill: float | None = None
     unknown: str = ""
+    miscounted: tuple[str, ...] = ()
+    lost_frac: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

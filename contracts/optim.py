@@ -24,6 +24,7 @@ from stackproof.contracts.subject import (
     Subject,
     Trainee,
     TraineeOptions,
+    offered,
     offers,
 )
 from stackproof.contracts.update_rules import RULES
@@ -31,6 +32,7 @@ from stackproof.contracts.update_rules import RULES
 RATE = 1e-2
 ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it
 LOW_NORM = 1e-2
+PEAKS = ("lr", "initial_lr", "max_lr")  # of a group, as schedules keep them
 # entries compared: of a tensor one by one, and of matrices as a whole together
 TRAIN_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21
 NamedParameters = Sequence[tuple[str, Tensor]]
@@ -47,6 +49,11 @@ def parameter_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
     groups = subject.training.optimizer.param_groups
     named = list(subject.training.module.named_parameters())
     judged, (text, measured) = ["ownership"], _ownership(named, groups)
+    hidden = offered(subject.training.hidden_leaves)
+    if not text and hidden is not None:
+        judged.append("graph")
+        text, more = _hidden(hidden)
+        measured |= more
     if not text and offers(subject.declared.update_law):
         judged.append("laws")
         text, more = _laws(named, groups, subject.declared)
@@ -109,13 +116,9 @@ def _movement(subject: Subject) -> Found:
     batch = random_rows(subject.model, 4, seed=74)
     named = list(trainee.model.named_parameters())
     known = {id(p) for _, p in named}
-    hidden = [tuple(p.shape) for p in _leaves(trainee.loss_sum(batch)) if id(p) not in known]
-    if hidden:
-        return (
-            f"the loss depends on {len(hidden)} weight(s) that are no parameter of the model, "
-            f"first of shape {hidden[0]}",
-            {"unregistered": len(hidden)},
-        )
+    text, measured = _hidden([p for p in leaves(trainee.loss_sum(batch)) if id(p) not in known])
+    if text:
+        return text, measured
     before, dead, idle = {n: p.detach().clone() for n, p in named}, set(), []
     for _ in range(2):
         trainee.update([batch])
@@ -129,8 +132,8 @@ def _movement(subject: Subject) -> Found:
     movable = [(n, p) for n, p in named if p.requires_grad and n not in never]
     still = {n for n, p in movable if torch.equal(p.detach(), before[n])}
     infinite = sorted(n for n, p in named if not bool(p.detach().isfinite().all()))
-    measured = {"still": len(still), "dead": len(dead), "infinite": len(infinite)}
-    measured |= {"unregistered": 0, "unreached": len(never)}
+    measured |= {"still": len(still), "dead": len(dead), "infinite": len(infinite)}
+    measured |= {"unreached": len(never)}
     if still or dead:
         names = ", ".join(sorted(still | dead)[:4])
         return f"gets no gradient or does not move: {names}", measured
@@ -145,7 +148,17 @@ def _movement(subject: Subject) -> Found:
     return f"{name} was frozen and still moves" if moved else "", measured | {"frozen_moved": moved}
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
+def _hidden(found: Sequence[Tensor]) -> Found:
+    if not found:
+        return "", {"unregistered": 0}
+    return (
+        f"the loss depends on {len(found)} weight(s) that are no parameter of the model, first of "
+        f"shape {tuple(found[0].shape)}",
+        {"unregistered": len(found)},
+    )
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
     """Every tensor that the backward of a loss would give a gradient to."""
     found, seen, todo = [], set(), [loss.grad_fn]
     while todo:
@@ -156,6 +169,27 @@ def _leaves(loss: Tensor) -> list[Tensor]:
         found += [node.variable] if hasattr(node, "variable") else []
         todo += [parent for parent, _ in node.next_functions]
     return found
+
+
+@decides("optim.declared-settings")
+def declared_settings(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The settings that a trainer states are those of a group of its optimizer."""
+    stated, groups = subject.declared.optimizer_settings, subject.training.optimizer.param_groups
+    held = {
+        "learning_rate": [r for g in groups for n, r in g.items() if n in PEAKS],
+        "weight_decay": [g.get("weight_decay", 0.0) for g in groups],
+    }
+    unused = [
+        f"{name} = {value:g} is stated, {', '.join(f'{h:g}' for h in sorted(set(held[name])))} used"
+        for name, value in stated.items()
+        if name in held and value not in held[name]
+    ]
+    peak = all(g["lr"] >= max(g[name] for name in PEAKS if name in g) for g in groups)
+    if stated.get("warmup_steps", 0) > 1 and peak:
+        unused.append(f"warmup_steps = {stated['warmup_steps']:g} is stated, and rates begin high")
+    return decide(
+        len(unused) <= limits.unused_max, "; ".join(unused), unused=len(unused), stated=len(stated)
+    )
 
 
 @decides("optim.decay-groups")

@@ -221,6 +221,11 @@ class FreshRows(RuntimeCheck):
         self.trained: dict[int, int] = {}
         self.drawn = self.lag = self.in_order = self.again = 0
         self.scored = self.known = 0
+        self.epoch: int | None = None
+        self.of_epoch: set[int] = set()
+        self.repeated = self.drawn_in_epoch = 0
+        self.held_out: set[int] = set()
+        self.new_held_out: list[int] = []
         self.step, self.resumed_at, self.full, self.unscored, self.judged = 0, 0, False, "", False
 
     def observe(self, event: Event) -> Verdict | None:
@@ -231,8 +236,12 @@ class FreshRows(RuntimeCheck):
         if event.phase == "evaluation":
             return self._scored(event)
         self.scored, self.known, self.step = 0, 0, event.step
+        self.held_out |= set(self.new_held_out)
+        self.new_held_out = []
         for row in event.rows:
             self._draw(row)
+        if verdict := self._within_epoch(event):
+            return verdict
         measured = {"rows_in_order": self.in_order, "drawn": self.drawn}
         if self.in_order > self.limits.rows_in_order_max:
             again = (
@@ -242,6 +251,45 @@ class FreshRows(RuntimeCheck):
                 f"step {event.step}: {again}: nothing shuffles, or not anew each epoch", **measured
             )
         return self._unless(self._unordered() or self.unscored, measured)
+
+    def _within_epoch(self, event: RowHashes) -> Verdict | None:
+        """Red if many rows have come more than once in an epoch whose number is stated."""
+        if event.epoch is None:
+            return None
+        if event.epoch != self.epoch:
+            self.epoch, self.of_epoch, self.repeated, self.drawn_in_epoch = event.epoch, set(), 0, 0
+        for row in event.rows:
+            self.repeated += row in self.of_epoch
+            self.drawn_in_epoch += 1
+            if len(self.of_epoch) < self.MEMORY:
+                self.of_epoch.add(row)
+        frac = self.repeated / max(1, self.drawn_in_epoch)
+        if self.repeated < self.limits.repeated_min or frac <= self.limits.repeated_frac_max:
+            return None
+        return failed(
+            f"step {event.step}: {self.repeated} of the {self.drawn_in_epoch} rows of epoch "
+            f"{event.epoch} had come before in it: workers share their rows, or the data set holds "
+            "rows many times",
+            repeated_frac=frac,
+            repeated=self.repeated,
+        )
+
+    def _drifted(self, event: RowHashes) -> Verdict | None:
+        """Red if an evaluation scores other rows than those before it."""
+        if not event.set_declared:
+            return None
+        self.new_held_out += event.rows
+        n = len(self.new_held_out)
+        if not self.held_out or n < self.limits.scored_min:
+            return None
+        frac = sum(row not in self.held_out for row in self.new_held_out) / n
+        if frac <= self.limits.other_held_out_frac_max:
+            return None
+        return failed(
+            f"step {event.step}: {frac:.0%} of {n} held-out rows were in no evaluation before: "
+            "scores of different rows are compared",
+            other_held_out_frac=frac,
+        )
 
     def _draw(self, row: int) -> None:
         before = self.trained.get(row)
@@ -276,6 +324,8 @@ class FreshRows(RuntimeCheck):
             self.known + sum(r in self.trained for r in event.rows),
         )
         measured = {"trained_frac": self.known / max(1, self.scored), "scored": self.scored}
+        if verdict := self._drifted(event):
+            return verdict
         if self.scored < self.limits.scored_min:
             if self.known or not self.judged:
                 few = (

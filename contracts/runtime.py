@@ -81,6 +81,9 @@ class Mode(RuntimeCheck):
             [
                 n > self.limits.wrong_modules_max
                 and f"{n} module(s) not in {event.phase} mode, first {first}",
+                event.draws_repeated
+                and "the pass begins with the random state of an earlier one: dropout repeats its "
+                "masks",
                 repeat > self.limits.repeat_abs_max
                 and f"two evaluations of one batch give logits {repeat:.3g} apart",
             ],

@@ -96,6 +96,15 @@ class Rate(RuntimeCheck):
                 ),
                 event.ticks - event.updates > self.limits.ticks_ahead_max
                 and f"the schedule has ticked {event.ticks} times in {event.updates} updates",
+                event.epochs > self.limits.epochs_without_tick_max
+                and not event.ticks
+                and f"the schedule has not ticked in {event.epochs} epoch(s)",
+                bool(event.micro_batches)
+                and abs(event.horizon / event.micro_batches - 1) < self.limits.micro_batches_off_min
+                and (
+                    f"the schedule ends after {event.horizon} ticks, which is the number of the "
+                    "run's micro-batches and not that of its updates"
+                ),
                 self.zeros > self.limits.zero_updates_max
                 and f"a learning rate is 0 at {self.zeros} updates in a row",
             ],

@@ -92,14 +92,10 @@ class LogitGradient(RuntimeCheck):
                 "documents than were drawn, not at all, or once more",
                 **measured,
             )
-        if event.n_masked_learned > limits.masked_learned_max:
-            return failed(
-                f"{step}{event.n_masked_learned} masked position(s) are learned", **measured
-            )
-        if not event.n_judged:
-            return not_run(f"{step}no learned position could be inspected")
-        measured |= {"off_target_frac": event.n_off_target / event.n_judged, "offset": event.offset}
-        if measured["off_target_frac"] > limits.off_target_frac_max:
+        off_target_frac = event.n_off_target / max(1, event.n_judged)
+        if event.n_judged:
+            measured |= {"off_target_frac": off_target_frac, "offset": event.offset}
+        if off_target_frac > limits.off_target_frac_max:
             target = {0: "the token itself", 2: "the token after the next"}.get(
                 event.offset, "another target or none"
             )
@@ -108,6 +104,12 @@ class LogitGradient(RuntimeCheck):
                 "next token",
                 **measured,
             )
+        if event.n_masked_learned > limits.masked_learned_max:
+            return failed(
+                f"{step}{event.n_masked_learned} masked position(s) are learned", **measured
+            )
+        if not event.n_judged:
+            return not_run(f"{step}no learned position could be inspected")
         low, high = event.weight_min, event.weight_max
         half, error = "half_" if event.half else "", _spread(low, high, event.absolute)
         measured |= {f"{half}rel_error": error, "weight_min": low, "weight_max": high}

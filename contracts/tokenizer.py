@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.events import IdsRead
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, not_run
 from stackproof.contracts.scope import over_all_shards
 from stackproof.contracts.subject import NotOffered, Subject
 
@@ -154,6 +155,31 @@ def merges(limits: SimpleNamespace, subject: Subject) -> Verdict:
         merges=len(made),
         sample_chars=size,
     )
+
+
+@decides("tokenizer.own-ids")
+class OwnIds(RuntimeCheck):
+    """The ids of a run are those that the tokenizer of its trainer gives for their text."""
+
+    events = (IdsRead,)
+
+    def __init__(self, limits):
+        super().__init__(limits)
+        self.judged = False
+
+    def observe(self, event: IdsRead) -> Verdict | None:
+        if event.n_tokens < self.limits.tokens_min:
+            few = f"{event.n_tokens} ids of {event.phase} are too few to judge"
+            return None if self.judged else not_run(few)
+        self.judged = True
+        frac = event.n_same / max(1, event.n_tokens)
+        return decide(
+            frac >= self.limits.same_frac_min,
+            f"step {event.step}, {event.phase}: of {event.n_tokens} ids, {event.n_same} come again "
+            "when they are decoded and encoded: they are of another tokenizer",
+            same_frac=frac,
+            phase=event.phase,
+        )
 
 
 @decides("tokenizer.identity")

@@ -30,7 +30,8 @@ class GradientKept(RuntimeCheck):
         return decide_all(
             [
                 event.stale_norm > limits.stale_norm_max
-                and f"gradients of norm {event.stale_norm:.4g} were left from before",
+                and f"gradients of norm {event.stale_norm:.4g} were left from before"
+                + ("" if event.micro_steps else ", and no backward pass came since"),
                 event.lost > limits.lost_max
                 and f"gradients changed after {event.lost} of {event.micro_steps} micro-steps",
                 not event.factor_spread <= limits.factor_spread_max
@@ -50,6 +51,30 @@ class GradientKept(RuntimeCheck):
             lost=event.lost,
             micro_steps=event.micro_steps,
             factor_spread=event.factor_spread,
+        )
+
+
+@decides("optim.lost-updates")
+class LostUpdates(RuntimeCheck):
+    """Weights change where they have a gradient."""
+
+    events = (WeightsUpdated,)
+
+    def __init__(self, limits):
+        super().__init__(limits)
+        self.in_a_row = 0
+
+    def observe(self, event: WeightsUpdated) -> Verdict | None:
+        if event.lost_frac is None:
+            return None
+        lost = event.lost_frac > self.limits.lost_frac_max
+        self.in_a_row = self.in_a_row + 1 if lost else 0
+        return decide(
+            self.in_a_row < self.limits.updates_in_a_row_min,
+            f"step {event.step}: {event.lost_frac:.0%} of the entries of a matrix have a gradient "
+            "and do not change: the update is below their rounding",
+            lost_frac=event.lost_frac,
+            updates_in_a_row=self.in_a_row,
         )
 
 
@@ -102,14 +127,19 @@ class Movement(RuntimeCheck):
                 and f"{first_of(event.frozen_changed, 4)} is frozen and changed",
                 event.longest_still > limits.still_updates_max
                 and (
-                    f"{event.stillest} has a gradient and has not changed in {event.longest_still} "
-                    "updates"
+                    f"{event.stillest} has not changed, or has had no gradient but zero, in "
+                    f"{event.longest_still} updates"
                 ),
                 event.uphill is not None
                 and not event.uphill <= limits.uphill_cosine_max
                 and (
                     "the first update goes the wrong way along its gradient (cosine "
                     f"{event.uphill or 0.0:.3g})"
+                ),
+                len(event.miscounted) > limits.miscounted_max
+                and (
+                    "the optimizer has not counted this update once for "
+                    f"{first_of(event.miscounted, 4)}"
                 ),
                 changed is not None
                 and (changed < least or changed == 0)
@@ -123,6 +153,7 @@ class Movement(RuntimeCheck):
                     "frozen_moved": len(event.frozen_changed),
                     "longest_still": event.longest_still,
                     "moved_frac": event.moved_frac,
+                    "miscounted": len(event.miscounted),
                 }
             ),
             **({} if event.uphill is None else {"uphill_cosine": event.uphill}),

@@ -12,7 +12,7 @@ import torch
 from pydantic_core import from_json
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks.probe import embedding_of, head_of
+from stackproof.contracts.callbacks.probe import embedding_of, head_of, world_size
 from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import StateRestored
@@ -108,12 +108,6 @@ def reloaded(model: nn.Module, other: nn.Module) -> SavedCheckpoint:
     """A live model and one that was made from a checkpoint."""
     live, loaded = of_tensors(model.state_dict()), of_tensors(other.state_dict())
     return ComparedWeights(live, loaded, (is_tied(model), is_tied(other)))
-
-
-def world_size() -> int:
-    """The number of processes that train together."""
-    group = torch.distributed
-    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
 
 
 def other_replica(model: nn.Module) -> SavedCheckpoint | None:

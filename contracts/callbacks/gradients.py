@@ -20,6 +20,7 @@ class GradientReader:
         self.settings = settings
         self._parameters = list(model.parameters())
         self._most_passes = 0
+        self._used: Tensor | None = None
         self.in_backward = False
         self.reset()
 
@@ -57,11 +58,21 @@ class GradientReader:
         self, step: int, after: Tensor, used: Tensor, stale: Tensor, lost: Tensor
     ) -> GradientsAccumulated:
         """The event of an update, from the fetched values of `pending`."""
+        self._used = used
         usual, self._most_passes = self._most_passes, max(self._most_passes, self.passes)
         spread = 0.0 if self.settings.clips_values else _factor_spread(after, used)
         return GradientsAccumulated(
             step, self.passes, float(stale.norm()), int(lost), spread, usual
         )
+
+    def reused(self, step: int) -> GradientsAccumulated | None:
+        """The event of an update without a backward pass whose gradients are those of the update
+        before it; None for others, as of another objective.
+        """
+        now = self._norms().cpu()
+        if self._used is None or not bool(now.any()) or not torch.equal(now, self._used.cpu()):
+            return None
+        return GradientsAccumulated(step, 0, float(now.norm()), 0, 0.0, self._most_passes)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

@@ -51,7 +51,8 @@ class GateCallback(GatedRun, TrainerCallback):
         tokenizer = kwargs.get("processing_class")
         tokenizer = tokenizer if hasattr(tokenizer, "eos_token_id") else None
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        trained = Trained(model, optimizer, lr_scheduler, tokenizer, state.global_step)
+        stated = _stated(args, state)
+        trained = Trained(model, optimizer, lr_scheduler, tokenizer, state.global_step, stated)
         self._leave_out_gates(args)
         kind = type(self._trainer) if self._trainer else Trainer
         configured = _configured(args) | _data(self._trainer)
@@ -66,8 +67,10 @@ class GateCallback(GatedRun, TrainerCallback):
         if (resumed or state.global_step) and (document := digest.read(folder)):
             self._restored(document)
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self._watch is not None:
+    def on_optimizer_step(self, args, state, control, *, optimizer=None, **kwargs):
+        # An optimizer whose step is replaced calls no hooks; its gradients are still there.
+        waits = self._watch is not None and self._watch.gradients.passes > 0
+        if waits and not getattr(optimizer, "step_was_skipped", False):
             self._watch.before_update()
 
     def on_step_end(self, args, state, control, *, optimizer=None, **kwargs):
@@ -174,8 +177,22 @@ class GateCallback(GatedRun, TrainerCallback):
             ticks_per_update=scaler is None,
             absolute=args.world_size <= 1,
             mean_of_ranks=not args.average_tokens_across_devices,
+            held_out_declared=trainer is not None,
+            updates=trainer.state.max_steps if trainer else 0,
+            accumulates=args.gradient_accumulation_steps,
             warmup_steps=args.get_warmup_steps(trainer.state.max_steps) if trainer else 0,
         )
+
+
+def _stated(args, state) -> dict[str, float]:
+    """The settings of the optimizer among the arguments that differ from their defaults. A resumed
+    schedule shows no warm-up.
+    """
+    names = ("learning_rate", "weight_decay")
+    defaults = {f.name: f.default for f in fields(args)}
+    found = {n: getattr(args, n) for n in names if getattr(args, n) != defaults[n]}
+    warmup = 0 if state.global_step else args.get_warmup_steps(state.max_steps)
+    return found | ({"warmup_steps": warmup} if warmup else {})
 
 
 def _configured(args) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 B batch, T tokens
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +15,14 @@ from torch import Tensor, nn
 from stackproof.contracts.callbacks import probe
 from stackproof.contracts.callbacks.reading import IGNORE, trailing_padding
 from stackproof.contracts.callbacks.settings import TrainerSettings
-from stackproof.contracts.events import ModelInput, ModuleModes, RowHashes
+from stackproof.contracts.callbacks.text import TextReader
+from stackproof.contracts.events import IdsRead, ModelInput, ModuleModes, RowHashes
 
 # Where padding is the end of text, a row of packed documents may begin with one or two.
 LEFT_PADS = 4
 SHORT = 16  # tokens; shorter rows may be equal by chance
+SPREAD = 4
+STATES = 64
 
 
 class InputReader:
@@ -24,21 +30,32 @@ class InputReader:
     mask and labels are used where the model is not given any.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainerSettings):
-        self.model, self.settings = model, settings
+    def __init__(self, model: nn.Module, settings: TrainerSettings, tokenizer: Any = None):
+        self.model, self.settings, self.text = model, settings, TextReader(tokenizer)
         self.batch: Mapping[str, Any] = {}
+        self.epoch: int | None = None  # None where the trainer does not state it
         self.max_length = probe.max_length_of(model)
         self.embedding_rows = probe.embedding_rows(model)
-        drops = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-        self.has_dropout = any(m.p > 0 for m in drops)
+        self.dropouts = [Dropout(*found) for found in _dropouts(model)]
+        self.idle: set[str] = set()  # dropouts that were off inside of a training pass
+        self._last: tuple[int, tuple[int, ...]] = (0, ())
+        self._states: deque[bytes] = deque(maxlen=STATES)  # of random numbers
+
+    def watch_modes(self) -> list:
+        """Hooks that find the dropouts which a model switches off inside of its forward pass, at
+        SPREAD of them.
+        """
+        spread = self.dropouts[:: max(1, len(self.dropouts) // SPREAD)]
+        return [d.module.register_forward_pre_hook(d.noting(self.idle)) for d in spread]
 
     def training(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> Iterator[ModelInput | RowHashes | ModuleModes]:
+    ) -> Iterator[ModelInput | IdsRead | RowHashes | ModuleModes]:
         """The events of one training batch; `named` are the arguments of the call of `module`."""
         places, pad_id = named.get("position_ids"), self.settings.pad_id
         mask, labels = self.mask_and_labels(ids_BT, named)
-        if mask is None and named.get(probe.MASK) is not None:
+        given = named.get(probe.MASK)
+        if mask is None and given is not None:
             # A mask of another shape marks padding that is not read here.
             pad_id, places = None, None
         counts, rows = read(
@@ -48,6 +65,7 @@ class InputReader:
             places if isinstance(places, Tensor) else None,
             pad_id=pad_id,
             eos_id=self.settings.eos_id,
+            masked=given is not None,
         )
         yield ModelInput(
             step=step,
@@ -57,13 +75,31 @@ class InputReader:
             n_labels=0 if labels is None else labels.numel(),
             **counts,
         )
-        yield RowHashes(step, "training", rows)
-        idle = self.has_dropout and not module.training
-        yield ModuleModes(step, "training", ("",) if idle else ())
+        text_BT = _text(ids_BT, mask)
+        if event := self.text.read(step, "training", ids_BT, text_BT):
+            yield event
+        # A second pass over a batch, as with two masks of dropout, draws nothing.
+        drawn, self._last = self._last != (step, rows), (step, rows)
+        yield RowHashes(step, "training", rows, self.epoch if drawn else None)
+        off = {d.name for d in self.dropouts if d.is_off()} | self.idle
+        self.idle.clear()
+        yield ModuleModes(step, "training", tuple(sorted(off)), None, self._draws_again(ids_BT))
+
+    def _draws_again(self, ids_BT: Tensor) -> bool:
+        """Whether a pass with dropout begins with the random state of one before it."""
+        if not any(d.module.training and not d.is_off() for d in self.dropouts):
+            return False
+        device = ids_BT.device
+        on_gpu = device.type == "cuda"
+        state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+        digest = hashlib.sha256(state.numpy().tobytes()).digest()
+        again = digest in self._states
+        self._states.append(digest)
+        return again
 
     def evaluation(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> Iterator[ModuleModes | RowHashes]:
+    ) -> Iterator[ModuleModes | RowHashes | IdsRead]:
         """The modules in training mode, and the rows of one held-out batch; no rows where they are
         short, and for steps of generation.
         """
@@ -72,7 +108,10 @@ class InputReader:
         generates = named.get("past_key_values") is not None
         if not (module.training or generates or ids_BT.shape[1] < SHORT):
             mask = _fitting(named.get(probe.MASK), ids_BT)
-            yield RowHashes(step, "evaluation", read_rows(ids_BT, mask))
+            rows = read_rows(ids_BT, mask)
+            yield RowHashes(step, "evaluation", rows, None, self.settings.held_out_declared)
+            if event := self.text.read(step, "evaluation", ids_BT, _text(ids_BT, mask)):
+                yield event
 
     def mask_and_labels(
         self, ids_BT: Tensor, named: Mapping[str, Any]
@@ -87,6 +126,49 @@ class InputReader:
             mask = self.batch.get(probe.MASK) if mask is None else mask
             labels = probe.labels_of(self.batch) if labels is None else labels
         return _fitting(mask, ids_BT), _fitting(labels, ids_BT)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One module with dropout: its name, the attribute of its probability, and the part around it
+    that has parameters.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    part: nn.Module
+
+    def is_off(self) -> bool:
+        """Whether it is off by mode, or its probability has become 0, in a part that is trained."""
+        off = not self.module.training or not getattr(self.module, self.attribute)
+        return off and any(p.requires_grad for p in self.part.parameters())
+
+    def noting(self, names: set[str]) -> Callable:
+        """A hook that notes where a forward pass with gradients runs with it off."""
+
+        def note(module: nn.Module, args: tuple) -> None:
+            if torch.is_grad_enabled() and self.is_off():
+                names.add(self.name)
+
+        return note
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Modules with a probability of dropout above 0: of their own, or as an attribute whose name
+    has `drop` in it, for a function that takes it.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        own = isinstance(module, nn.modules.dropout._DropoutNd)
+        found = [k for k in vars(module) if "drop" in k] if not own else ["p"]
+        rates = {k: getattr(module, k) for k in found}
+        if used := [k for k, v in rates.items() if isinstance(v, float) and 0 < v < 1]:
+            around = [name]
+            while around[-1]:
+                around.append(around[-1].rpartition(".")[0])
+            parts = (modules[n] for n in around if any(True for _ in modules[n].parameters()))
+            yield name, module, used[0], next(parts, model)
 
 
 def _fitting(value: Any, ids_BT: Tensor) -> Tensor | None:
@@ -106,9 +188,10 @@ def read(
     *,
     pad_id: int | None,
     eos_id: int | None,
+    masked: bool = True,
 ) -> tuple[dict[str, int], tuple[int, ...]]:
     """(the fields of ModelInput that depend on values, hashes of the rows). `places` are the
-    position ids, if the model is given any.
+    position ids, if the model is given any; `masked` is whether it is given the mask.
     """
     ids_BT = ids_BT.long()
     text = _text(ids_BT, mask_BT)
@@ -137,7 +220,9 @@ def read(
         "n_stops": (ends & own).sum(),
         "n_stops_learned": (ends & valid[:, 1:] & own).sum(),
         "n_padding_labels": (valid & padding & own).sum(),
-        "n_left_padded": _left_padded(ids_BT, mask_BT, pad_id).sum(),
+        "n_left_padded": (
+            _left_padded(ids_BT, mask_BT, pad_id) | (~text[:, 0] & text.any(1) & (not masked))
+        ).sum(),
         "n_places": follows.sum(),
         "n_places_up": up.sum(),
     }

@@ -105,6 +105,9 @@ def _settings(trainer: Trainer, trained: Trained, schedule: Any) -> TrainerSetti
         clips_values=trainer.gradient_clip_algorithm == "value",
         ticks_per_update=each_step and scaler is None,
         absolute=trainer.world_size == 1,
+        held_out_declared=True,
+        updates=int(trainer.estimated_stepping_batches),
+        accumulates=trainer.accumulate_grad_batches,
     )
 
 

@@ -27,6 +27,7 @@ class LossPlace:
     silent: Tensor
     n_labels: Tensor | None
     loss: Tensor | None
+    closed: Tensor | None = None  # () bool: nothing is learned at the last place of a row
     autocast: torch.dtype | None = None
     call: Call | None = None  # where the pass is to be made again
     done: bool = False
@@ -70,6 +71,7 @@ class LossReader:
             smoothing=self.settings.smoothing,
             n_labels=place.n_labels,
             loss=place.loss,
+            closed=place.closed,
         )
         self._unread.append(reading)
 

@@ -1,5 +1,5 @@
-"""Which tensors an update changed, to the bit, and whether the first such update goes against the
-gradient.
+"""Which tensors an update changed, to the bit, whether the first such update goes against the
+gradient, and what changed between updates.
 """
 
 import math
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stackproof.contracts.callbacks.between import BetweenUpdates
 from stackproof.contracts.callbacks.digest import checksums, gathered
-from stackproof.contracts.events import StateCompared, WeightsUpdated
+from stackproof.contracts.callbacks.rounding import LostUpdates
+from stackproof.contracts.events import WeightsUpdated
 
 VISIBLE_RATE = 1e-7
 SLOPE_ENTRIES = 1_000_000  # of weights, copied once
@@ -20,50 +22,62 @@ UNKNOWN = ", so that its direction is not known"
 
 
 class MovementTracker:
-    """Keeps a checksum of every parameter, and the number of updates since each has changed."""
+    """Keeps a checksum of every parameter, and the number of updates since each has changed or had
+    a gradient other than zero.
+    """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self._names, self._parameters = map(list, zip(*model.named_parameters()))
         self._frozen_at_first = [not p.requires_grad for p in self._parameters]
         self._first = self._sums = checksums(self._parameters)
         self._still = [0] * len(self._parameters)
         self._direction: FirstUpdate | None = None
+        self._counters: dict[int, float] = {}
+        self.optimizer = optimizer
+        self.lost = LostUpdates(optimizer)
+        self.state = BetweenUpdates(model, optimizer)
 
     def settle(self) -> None:
         """Accept the weights as they are, as after loading a checkpoint."""
         self._sums = checksums(self._parameters)
+        self.state.settle(self._sums)
         if self._direction:
             self._direction.kept = []
 
-    def between(self, step: int) -> StateCompared:
-        """The parameters that have changed since the last update."""
-        changed = (checksums(self._parameters) != self._sums).tolist()
-        names = tuple(n for n, c in zip(self._names, changed) if c)
-        return StateCompared(step, "time since the last update", len(changed), names)
-
-    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called before each update; before the first, copies weights for its direction."""
+    def prepare(self) -> None:
+        """Called when the gradients of an update are known; before the first, copies weights for
+        its direction.
+        """
         if self._direction is None:
-            self._direction = FirstUpdate(optimizer, self._parameters)
+            self._direction = FirstUpdate(self.optimizer, self._parameters)
+
+    def begin(self) -> None:
+        """Called right before each update."""
+        self._counters = self._counts()
+        self.lost.begin()
 
     def judge(
-        self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]
+        self, step: int, rates: tuple[float, ...], norms: Tensor | None = None
     ) -> WeightsUpdated:
         """The event of the update that ended `step`; `rates` are those it used, by group of the
-        optimizer.
+        optimizer, `norms` (P,) those of the gradients that it used, None where they are not known.
         """
         before, self._sums = self._sums, checksums(self._parameters)
         changed, ever = (self._sums != before).tolist(), (self._sums != self._first).tolist()
-        groups = zip(optimizer.param_groups, rates)
+        self.state.settle(self._sums, updated=True)
+        groups = zip(self.optimizer.param_groups, rates)
         rate_of = {id(p): rate for g, rate in groups for p in g["params"]}
         owned = [
             i
             for i, p in enumerate(self._parameters)
             if p.requires_grad and rate_of.get(id(p), 0.0) >= VISIBLE_RATE
         ]
+        # Decay alone changes a tensor that the loss does not reach.
+        reached = [True] * len(changed) if norms is None else (norms != 0).tolist()
         for i in owned:
             judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
-            self._still[i] = 0 if changed[i] or not judged else self._still[i] + 1
+            learns = changed[i] and reached[i]
+            self._still[i] = 0 if learns or not judged else self._still[i] + 1
         parameters = zip(self._names, self._parameters, self._frozen_at_first, ever)
         stillest = max(range(len(self._still)), key=self._still.__getitem__)
         uphill, unknown = self._direction.judge(rate_of)
@@ -71,14 +85,37 @@ class MovementTracker:
             step=step,
             lr=rates[0] if rates else 0.0,
             frozen_changed=tuple(
-                n for n, p, was, has in parameters if was and has and not p.requires_grad
+                n
+                for (n, p, was, has), moved in zip(parameters, changed)
+                if not p.requires_grad and (moved or (was and has))
             ),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
             moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
             uphill=uphill,
             unknown=unknown,
+            miscounted=self._miscounted(norms),
+            lost_frac=self.lost.judge(),
         )
+
+    def _counts(self) -> dict[int, float]:
+        """The number of updates that the optimizer has counted for each parameter, by its place,
+        where it counts.
+        """
+        states = ((i, self.optimizer.state.get(p, {})) for i, p in enumerate(self._parameters))
+        found = {i: s["step"] for i, s in states if "step" in s}
+        tensors = [torch.as_tensor(n).detach().reshape(()) for n in found.values()]
+        return dict(zip(found, gathered(tensors).tolist())) if tensors else {}
+
+    def _miscounted(self, norms: Tensor | None) -> tuple[str, ...]:
+        """The parameters for which the optimizer did not count one update. None where a gradient is
+        not finite, as an optimizer may skip those.
+        """
+        before, now = self._counters, self._counts()
+        if norms is None or not bool(norms.isfinite().all()):
+            return ()
+        held = [i for i in before.keys() & now.keys() if self._parameters[i].grad is not None]
+        return tuple(self._names[i] for i in sorted(held) if now[i] - before[i] != 1)
 
 
 # --- the direction of the first update ------------------------------------------------------------

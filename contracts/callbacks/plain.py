@@ -1,6 +1,6 @@
 """Gates around a plain training loop: one import and one `with`, nothing inside the loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -62,6 +62,7 @@ def gated(
     tokenizer: Any = None,
     max_grad_norm: float | None = None,
     scaler: Any = None,
+    settings: Mapping[str, float] = {},
     mode: Mode = "raise",
     **options: Unpack[Options],
 ) -> Iterator[Gate]:
@@ -69,16 +70,17 @@ def gated(
 
     The model maps ids (B, T) to logits (B, T, V), alone or with a loss, and is called as a module.
     `max_grad_norm` is the norm that the loop clips to (infinity: no clipping), `scaler` a
-    GradScaler; the other options are `Options`, and no log is written without a path. The
+    GradScaler, `settings` the `learning_rate`, `weight_decay` and `warmup_steps` that the script
+    was given; the other options are `Options`, and no log is written without a path. The
     record is written when the block ends, also on an error. Objects prepared by `accelerate` and
     compiled models are accepted; preflight judges the original model. Raises GateFailed at the
     first red gate that halts; with mode "log" nothing is raised.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     scheduler = getattr(scheduler, "scheduler", scheduler)
-    trained = Trained(unwrapped(model), optimizer, scheduler, tokenizer)
+    trained = Trained(unwrapped(model), optimizer, scheduler, tokenizer, stated=settings)
     one_process = digest.world_size() == 1
-    settings = TrainerSettings.of(
+    of_trainer = TrainerSettings.of(
         trained, scaler, max_grad_norm=max_grad_norm, absolute=one_process
     )
     trainer = trainer_of(torch.optim.Optimizer, "torch") | {"name": "a loop written by hand"}
@@ -86,7 +88,7 @@ def gated(
     gate._open()
     gate._open_record(trained, trainer, {"max_grad_norm": max_grad_norm})
     gate._preflight(trained)
-    gate._watch = Watch(trained, gate.session, settings)
+    gate._watch = Watch(trained, gate.session, of_trainer)
     error = None
     try:
         yield gate

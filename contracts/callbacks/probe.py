@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stackproof.contracts.optim import leaves
+
 IDS = ("input_ids", "idx", "ids", "tokens", "token_ids", "x", "input", "inputs")
 LABELS = ("labels", "targets", "target", "y")
 MASK = "attention_mask"
@@ -25,6 +27,12 @@ MAX_LENGTH = (
     "context_length",
 )
 TRIED = (2, 4, 8, 12, 16, 24, 32, 48, 64)
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -226,6 +234,14 @@ class Probe:
         if logits is None or logits.shape[:2] != ids_BT.shape:
             raise TypeError("the model returns no logits of shape (rows, tokens, vocabulary)")
         return logits.detach().float().cpu()
+
+    def leaves(self) -> list[Tensor]:
+        """Every tensor that the logits of a small batch give a gradient to, but for activations."""
+        ids = torch.zeros(3, 5, dtype=torch.long, device=self.device)
+        with untouched(self.model), torch.enable_grad():
+            logits = logits_of(self.model(**{self.ids_name: ids}, **self.options))
+            found = [] if logits is None else leaves(logits)
+        return [t for t in found if t.shape[:2] != ids.shape]
 
     @contextmanager
     def training(self, mode: bool) -> Iterator[None]:

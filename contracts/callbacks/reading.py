@@ -70,6 +70,16 @@ def silent_places(
     return silent
 
 
+def is_closed(ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """() bool: whether most labels are those of their own token, and few are those of the next, so
+    that the last place of a row has nothing to learn.
+    """
+    valid = labels_BT != IGNORE
+    here = (valid & (labels_BT == ids_BT)).sum()
+    ahead = (valid[:, :-1] & (labels_BT[:, :-1] == ids_BT[:, 1:])).sum()
+    return (2 * here > valid.sum()) & (2 * ahead < here)
+
+
 def is_ahead(ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
     """() bool: whether labels are shifted by one place, for a loss that does not shift them."""
     here, ahead = labels_BT == ids_BT, labels_BT[:, :-1] == ids_BT[:, 1:]
@@ -112,6 +122,7 @@ def read(
     smoothing: float = 0.0,
     n_labels: Tensor | None = None,
     loss: Tensor | None = None,
+    closed: Tensor | None = None,
     turn: int = 0,
 ) -> Unread:
     """Reading of one backward pass from logits (B, T, V), or from what enters a head of weight
@@ -124,9 +135,10 @@ def read(
     another at each `turn`; the gradient is read whole.
 
     Without `next_BT` the last place of a row is counted and not judged: its next token is not in
-    the row. At most SAMPLED places are then judged one by one, evenly spread; where nothing is
-    learned, places that should be. With `next_BT`, the token that follows each place, `silent` is
-    (B, T), and every place that is to be learned is judged, whether it has a gradient or not.
+    the row. Where `closed`, a bool tensor, is true, nothing is to be learned there. At most SAMPLED
+    places are then judged one by one, evenly spread; where nothing is learned, places that should
+    be. With `next_BT`, the token that follows each place, `silent` is (B, T), and every place that
+    is to be learned is judged, whether it has a gradient or not.
     """
     norm_BT = gradient.norm(dim=-1, dtype=torch.float32)
     learned, expected = norm_BT[:, : silent.shape[1]] > 0, ~silent
@@ -138,9 +150,10 @@ def read(
     none = (
         torch.zeros((), dtype=torch.int64, device=ids_BT.device) if n_labels is None else n_labels
     )
-    counts = torch.stack(
-        [(norm_BT > 0).sum(), expected.sum(), (learned & silent).sum(), none, finite]
-    ).double()
+    masked = (learned & silent).sum()
+    if closed is not None:
+        masked = masked + (closed & (norm_BT[:, -1] > 0)).sum()
+    counts = torch.stack([(norm_BT > 0).sum(), expected.sum(), masked, none, finite]).double()
     every = next_BT is not None
     if not every:
         next_BT = ids_BT.roll(-1, 1)

@@ -85,8 +85,8 @@ class GatedRun:
         """
         owner = owner or trained.model
         with untouched(owner):
-            subject = foreign_subject(trained.model, None, trained.tokenizer)
-            training = ForeignTraining(owner, trained.optimizer)
+            subject = foreign_subject(trained.model, None, trained.tokenizer, trained.stated)
+            training = ForeignTraining(owner, trained.optimizer, trained.model)
             self.session.preflight(replace(subject, training=training))
         self.session.exchange()
 
@@ -94,7 +94,7 @@ class GatedRun:
     def _drawn(self, batch: Any, epoch: int | None, step: int) -> None:
         """The trainer has drawn a training batch. `epoch` is None where it does not state it."""
         self._watch.inputs.batch = _by_name(batch)
-        self._watch.ranks.epoch = epoch
+        self._watch.ranks.epoch = self._watch.inputs.epoch = epoch
         if event := self._saves.drawn(batch, epoch or 0, step):
             self.session.observe(event)
 

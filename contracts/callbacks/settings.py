@@ -1,7 +1,7 @@
 """What a trainer trains with, and the settings that its model and optimizer do not show."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from stackproof.contracts.callbacks.probe import config_of
 @dataclass(frozen=True)
 class Trained:
     """The objects of one training run. `first_step` counts the steps before it, as after a
-    resume.
+    resume. `stated` are settings of the optimizer that the trainer has been given.
     """
 
     model: nn.Module
@@ -21,6 +21,7 @@ class Trained:
     scheduler: Any = None
     tokenizer: Any = None
     first_step: int = 0
+    stated: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TrainerSettings:
     factor of a loss scaler. `absolute`: the weight of a token can be compared with 1/N, as in one
     process. `mean_of_ranks`: the loss is declared as a mean over ranks of the mean of each, and
     not as one over all tokens. `warmup_steps` are those of the learning rate.
+    `held_out_declared`: each evaluation scores the same rows. `updates` and `accumulates` are the
+    declared numbers of updates and of micro-batches in each, 0 where unknown.
     """
 
     pad_id: int | None = None
@@ -44,6 +47,9 @@ class TrainerSettings:
     absolute: bool = True
     mean_of_ranks: bool = False
     warmup_steps: int = 12
+    held_out_declared: bool = False
+    updates: int = 0
+    accumulates: int = 0
 
     @classmethod
     def of(cls, trained: Trained, scaler: Any, **settings: Any) -> "TrainerSettings":

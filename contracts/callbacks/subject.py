@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks.probe import Probe, config_of, embedding_of, head_of
+from stackproof.contracts.callbacks.probe import (
+    Probe,
+    config_of,
+    embedding_of,
+    head_of,
+    world_size,
+)
 from stackproof.contracts.subject import (
     Declared,
     Model,
@@ -23,12 +29,13 @@ def foreign_subject(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     tokenizer: object | None = None,
+    stated: Mapping[str, float] = {},
 ) -> Subject:
     """The subject of a live model, its optimizer and its tokenizer. What is not there or cannot be
-    found is not offered.
+    found is not offered. `stated` are settings of the optimizer that the trainer states.
     """
     return Subject(
-        declared=ForeignDeclared(model),
+        declared=ForeignDeclared(model, stated),
         model=ForeignModel(model),
         tokenizer=ForeignTokenizer(model, tokenizer),
         training=ForeignTraining(model, optimizer),
@@ -40,6 +47,13 @@ class ForeignDeclared(Declared):
     """What the configuration object of a model declares."""
 
     live: nn.Module
+    stated: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def optimizer_settings(self) -> Mapping[str, float]:
+        if not self.stated:
+            raise NotOffered("Declared.optimizer_settings: the trainer states none")
+        return self.stated
 
     @property
     def tied_head(self) -> bool:
@@ -122,8 +136,24 @@ class ForeignTokenizer(Tokenizer):
 class ForeignTraining(Training):
     """The live model and optimizer of another trainer."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None):
-        self.module, self.given = module, optimizer
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        model: nn.Module | None = None,
+    ):
+        self.module, self.given, self.model = module, optimizer, model or module
+
+    def hidden_leaves(self) -> list[Tensor]:
+        """Raises NotOffered for a model that cannot be called with ids, and on several ranks, which
+        may divide parameters.
+        """
+        probe = Probe(self.model)
+        if probe.refusal or world_size() > 1:
+            raise NotOffered(f"Training.hidden_leaves: {probe.refusal or 'several ranks'}")
+        known = {id(p) for p in self.module.parameters()}
+        known |= {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        return [p for p in probe.leaves() if id(p) not in known]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

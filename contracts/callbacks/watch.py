@@ -20,14 +20,14 @@ from stackproof.contracts.callbacks.losses import LossPlace, LossReader
 from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.rank_watch import RankWatch
 from stackproof.contracts.callbacks.rates import RateReader
-from stackproof.contracts.callbacks.reading import IGNORE, resolve, silent_places
+from stackproof.contracts.callbacks.reading import IGNORE, is_closed, resolve, silent_places
 from stackproof.contracts.callbacks.repeat import Call
 from stackproof.contracts.callbacks.session import Session, timed
 from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
 from stackproof.contracts.causality import difference
 from stackproof.contracts.events import ModuleModes, RowHashes, Started, StepTaken
 
-# Weights are compared between updates after an evaluation, and at every update of this number.
+# All weights are compared after an evaluation, and at every update of this number.
 COMPARED_EVERY = 16
 # Operations between the head and the loss, by the names of configurations.
 AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -58,11 +58,13 @@ class Watch:
     ):
         self.trained, self.session, self.settings = trained, session, settings
         self.model, self.optimizer = model, optimizer = trained.model, trained.optimizer
+        self._late, self._depth = backward_in_step, 0
         self.step, self.updates, self._judged = trained.first_step, 0, False
-        self.inputs = InputReader(model, settings)
+        self._used: Tensor | None = None  # norms of the gradients of this update
+        self.inputs = InputReader(model, settings, trained.tokenizer)
         self.loss = LossReader(settings)
         self.gradients = GradientReader(model, settings)
-        self.movement = MovementTracker(model)
+        self.movement = MovementTracker(model, optimizer)
         self.rates = RateReader(optimizer, trained.scheduler, settings)
         self.ranks = RankWatch(session, trained, settings, late=backward_in_step)
         self.forward = ForwardHooks(self, phase)
@@ -70,11 +72,11 @@ class Watch:
         plan = {"warmup_steps": settings.warmup_steps, "random_loss_nats": math.inf}
         session.observe(Started(self.step, plan))
         self.ranks.begin()
-        before = self.compare_weights if backward_in_step else self.before_update
         self._handles = [
             *self.forward.attach(),
-            optimizer.register_step_pre_hook(lambda *_: before()),
-            optimizer.register_step_post_hook(lambda *_: self.after_update()),
+            *self.inputs.watch_modes(),
+            optimizer.register_step_pre_hook(lambda *_: self._enter()),
+            optimizer.register_step_post_hook(lambda *_: self._leave()),
         ]
 
     def _leave_out_gates(self) -> None:
@@ -87,6 +89,10 @@ class Watch:
                 "optim.clip-norm",
                 "gradients are in half precision, whose norm is rounded by more than the limit",
             )
+        if not self.movement.lost.judges:
+            leave_out("optim.lost-updates", "the optimizer is not one of torch")
+        if self.inputs.text.tokenizer is None:
+            leave_out("tokenizer.own-ids", "no tokenizer that decodes and encodes was given")
         if self.trained.scheduler is None:
             leave_out("schedule.rate", "no scheduler was given")
 
@@ -109,6 +115,7 @@ class Watch:
             return
         place.done = True
         if not self.gradients.in_backward:
+            self._depth = self._depth if self._late else 0  # a step that raised has no end
             if event := self.gradients.begin_pass(self.step + 1):
                 self.session.observe(event)
             # Queued twice, as a wrapper may average gradients in a callback of its own.
@@ -121,32 +128,51 @@ class Watch:
     def _end_pass(self) -> None:
         self.gradients.end_pass()
 
+    def _enter(self) -> None:
+        """An optimizer that calls the step of its base class calls these hooks for both; the
+        outermost counts.
+        """
+        self._depth += 1
+        if self._depth == 1:
+            self.before_update()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.after_update()
+
     @timed
     def before_update(self) -> None:
         """Judge everything that is known before weights change. Raises GateFailed in mode `raise`,
         so that a bad update never lands.
         """
-        if self.gradients.passes and not self._judged:
-            self.compare_weights()
-        self._judge_step()
+        if self._late or (self.gradients.passes and not self._judged):
+            self._compare_state()
+        if not self._late:
+            self._judge_step()
+        self.movement.begin()
 
-    @timed
-    def compare_weights(self) -> None:
-        """Compare the weights with those after the last update, where that is due."""
-        if self.forward.evaluated or not (self.updates + 1) % COMPARED_EVERY:
+    def _compare_state(self) -> None:
+        """Compare weights and optimizer state with those after the last update. Before the first,
+        a script may still load them.
+        """
+        whole = self.forward.evaluated or not (self.updates + 1) % COMPARED_EVERY
+        if whole or self.updates:
             self.forward.evaluated = False
-            self.session.observe(self.movement.between(self.step + 1))
+            self.session.observe(self.movement.state.compare(self.step + 1, whole=whole))
 
     def _judge_step(self) -> None:
         """Judge loss and gradients, once per step, and what the ranks have found."""
         if self._judged:
             return
         self.rates.read()
-        self.movement.prepare(self.optimizer)
+        self.movement.prepare()
         loss, factor = math.nan, 1.0
         if self.gradients.passes:
             self._judged = True
             loss, factor = self._judge_own()
+        elif event := self.gradients.reused(self.step + 1):
+            self.session.observe(event)
         if (repeat := self.ranks.repeat) and repeat.wanted:
             self.forward.repeat_passes()
         self.ranks.before_update(self.step + 1, self.loss.readings, loss, factor)
@@ -161,6 +187,7 @@ class Watch:
         unread, losses = self.loss.pending()
         readings, values = resolve(unread, [*self.gradients.pending(), *losses])
         after, used, stale, lost, *losses = values
+        self._used = used
         loss = self.loss.fetched(readings, losses)
         norm = float(after.norm()) / scale
         observe(
@@ -190,8 +217,8 @@ class Watch:
         self._judge_step()
         self.step, self.updates = self.step + 1, self.updates + 1
         self.session.steps = self.updates
-        self.session.observe(self.movement.judge(self.step, self.optimizer, self.rates.used))
-        if event := self.rates.event(self.step, self.updates):
+        self.session.observe(self.movement.judge(self.step, self.rates.used, self._used))
+        if event := self.rates.event(self.step, self.updates, self.inputs.epoch):
             self.session.observe(event)
         self._end_step()
 
@@ -209,7 +236,7 @@ class Watch:
     def _end_step(self) -> None:
         self.loss.reset()
         self.gradients.reset()
-        self._judged = False
+        self._judged, self._used = False, None
 
 
 class ForwardHooks:
@@ -308,6 +335,7 @@ class ForwardHooks:
             silent=silent_places(ids, mask, labels, settings.pad_id, settings.eos_id),
             n_labels=None if labels is None else (labels != IGNORE).sum(),
             loss=None if loss is None else loss.detach(),
+            closed=None if labels is None else is_closed(ids, labels),
             autocast=(
                 torch.get_autocast_dtype(ids.device.type)
                 if torch.is_autocast_enabled(ids.device.type)

@@ -106,6 +106,12 @@ class Declared:
         """How one parameter is updated."""
 
     @value
+    def optimizer_settings(self) -> Mapping[str, float]:
+        """Settings that the trainer was given, of `learning_rate`, `weight_decay` and
+        `warmup_steps`; without those that it was left to choose.
+        """
+
+    @value
     def flops_per_step(self) -> float:
         """Floating-point operations of one update by the formula, attention included."""
 

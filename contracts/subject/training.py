@@ -168,6 +168,12 @@ class Training:
         """The run's own optimizer, to be read only."""
 
     @capability
+    def hidden_leaves(self) -> Sequence[Tensor]:
+        """Tensors that the logits give a gradient to, and that are neither a parameter of `module`
+        nor in the optimizer.
+        """
+
+    @capability
     def cross_entropy_sum(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """The run's loss from logits, summed, nats."""
 

@@ -8,6 +8,7 @@ B batch, T tokens, D width, V vocab
 import copy
 import os
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ from stackproof.contracts.callbacks.plain import Gate, gated
 from stackproof.contracts.gate import Verdict
 
 VOCAB, WIDTH, PAD, EOS, STEPS, MICRO, ROWS = 48, 16, 0, 1, 8, 2, 12
+LETTERS = "abcd"
+PIECES = ["".join(p) for n in (1, 2, 3) for p in product(LETTERS, repeat=n)][: VOCAB - 2]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -72,10 +75,22 @@ def visible(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
 
 
 def texts(n: int, seed: int) -> list[list[int]]:
-    """`n` rows of ids, each ended by EOS."""
+    """`n` rows of ids of drawn letters, each ended by EOS."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(16, 23, (n,), generator=draw).tolist()
-    return [[*torch.randint(2, VOCAB, (n,), generator=draw).tolist(), EOS] for n in lengths]
+    letters = torch.randint(len(LETTERS), (n, 3 * max(lengths)), generator=draw).tolist()
+    rows = (encode("".join(LETTERS[i] for i in row)) for row in letters)
+    return [[*row[:length], EOS] for row, length in zip(rows, lengths)]
+
+
+def encode(text: str) -> list[int]:
+    """The ids of the longest pieces, from the left."""
+    ids, at = [], 0
+    while at < len(text):
+        piece = next(text[at : at + n] for n in (3, 2, 1) if text[at : at + n] in PIECES)
+        ids.append(2 + PIECES.index(piece))
+        at += len(piece)
+    return ids
 
 
 def held_out() -> list[list[int]]:
@@ -179,9 +194,16 @@ def evaluate(model: nn.Module, batch: dict[str, Tensor]) -> float:
 def make_tokenizer() -> Any:
     class Words:
         pad_token_id, eos_token_id, bos_token_id = PAD, EOS, None
+        all_special_ids = (PAD, EOS)
 
         def __len__(self) -> int:
             return VOCAB
+
+        def encode(self, text: str, **kwargs) -> list[int]:
+            return encode(text)
+
+        def decode(self, ids: list[int], **kwargs) -> str:
+            return "".join(PIECES[i - 2] for i in ids)
 
     return Words()
 
@@ -216,6 +238,7 @@ def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
             scheduler=scheduler,
             tokenizer=make_tokenizer(),
             max_grad_norm=1.0,
+            settings={"learning_rate": 1e-3, "weight_decay": 0.1},
             mode="log",
             only=gate_ids,
         ) as gate:

@@ -77,11 +77,12 @@ def plain(tmp_path, texts, only=None) -> Verdicts:
 
 
 def hugging_face(tmp_path, texts, only=None) -> Verdicts:
-    """Once with evaluations and saves, then resumed; without a tokenizer as processing_class."""
+    """Once with evaluations and saves, then resumed."""
     pytest.importorskip("transformers", reason="pip install 'stackproof[hf]'")
-    from tests.contracts.callbacks import stock
+    from tests.contracts.callbacks import stock, test_trl
 
     plan = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    plan |= {"more": {"processing_class": test_trl.tokenizer()}}
     stock.script(tmp_path, callback=stock.GateCallback("log", only=only), **plan)
     resumed = stock.GateCallback("log", only=only)
     stock.script(tmp_path, callback=resumed, resume=str(tmp_path / "checkpoint-2"), **plan)
@@ -103,12 +104,13 @@ def trl(tmp_path, texts, only=None) -> Verdicts:
 
 def lightning(tmp_path, texts, only=None) -> Verdicts:
     pytest.importorskip("lightning", reason="pip install lightning")
-    from tests.contracts.callbacks import test_lightning
+    from tests.contracts.callbacks import test_lightning, test_trl
 
-    callback = test_lightning.GateCallback("log", only=only)
+    told = {"tokenizer": test_trl.tokenizer(test_lightning.VOCAB), "only": only}
+    callback = test_lightning.GateCallback("log", **told)
     *_, trainer = test_lightning.fit(tmp_path, callback=callback, val_check_interval=2)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = test_lightning.GateCallback("log", only=only)
+    resumed = test_lightning.GateCallback("log", **told)
     test_lightning.fit(
         tmp_path,
         callback=resumed,
@@ -197,7 +199,14 @@ NO_TOKENIZER = (
     "tokenizer with a length was given"
 )
 FEW_ROWS = "fewer than 26 rows that are long enough were drawn, too few for an order"
-OWNED = {"optim.parameter-groups": "ownership"}
+OWNED = {"optim.parameter-groups": "ownership, graph"}
+FEW_IDS = "{} ids of training are too few to judge"
+NEAR_PEAK = {"optim.lost-updates": "the check was not called"}  # the rate is below half its peak
+NONE_STATED = {
+    "optim.declared-settings": (
+        "the trainer does not offer Declared.optimizer_settings: the trainer states none"
+    )
+}
 PADDED = OWNED | {"model.isolation": "padding"}
 OURS = {
     "model.isolation": "documents",
@@ -244,13 +253,15 @@ CASES = {
     "Hugging Face": Case(
         BY_NAME["huggingface"],
         hugging_face,
-        {"data.fresh-rows": FEW_ROWS, "tokenizer.identity": NO_TOKENIZER},
-        PADDED,
+        {"data.fresh-rows": FEW_ROWS, "tokenizer.own-ids": FEW_IDS.format(28)},
+        PADDED | {"tokenizer.identity": "model"},
     ),
     "TRL": Case(
         BY_NAME["huggingface"],
         trl,
-        {"data.fresh-rows": FEW_ROWS},
+        {"data.fresh-rows": FEW_ROWS, "tokenizer.own-ids": FEW_IDS.format(11)}
+        | NEAR_PEAK
+        | NONE_STATED,
         PADDED | {"tokenizer.identity": "model"},
     ),
     "Lightning": Case(
@@ -264,11 +275,18 @@ CASES = {
                 "the trainer does not offer Declared.tied_head: the model has no "
                 "config.tie_word_embeddings"
             ),
-            "tokenizer.identity": NO_TOKENIZER,
-        },
-        OWNED,
+            "tokenizer.own-ids": FEW_IDS.format(172),
+        }
+        | NEAR_PEAK
+        | NONE_STATED,
+        OWNED | {"tokenizer.identity": "model"},
     ),
-    "pytest": Case(BY_NAME["pytest"], pytest_plugin, {"tokenizer.identity": NO_TOKENIZER}, PADDED),
+    "pytest": Case(
+        BY_NAME["pytest"],
+        pytest_plugin,
+        {"tokenizer.identity": NO_TOKENIZER} | NONE_STATED,
+        PADDED,
+    ),
 }
 
 
@@ -352,9 +370,9 @@ def test_an_adapter_that_stops_emitting_an_event_is_found(
     assert missing["sampling.coherence"] == {"Sampled"}
     assert set().union(*missing.values()) == {"Sampled"}
     emitted.clear()
-    monkeypatch.setattr(script, "evaluate", lambda model, batch: 0.0)
+    monkeypatch.setattr(script, "make_tokenizer", lambda: None)
     plain(tmp_path, museum_folder, only=())
-    assert unwatched(BY_NAME["plain"], emitted) == {"optim.movement": {"StateCompared"}}
+    assert unwatched(BY_NAME["plain"], emitted) == {"tokenizer.own-ids": {"IdsRead"}}
 
 
 def test_every_kind_of_run_that_a_gate_names_has_an_adapter():

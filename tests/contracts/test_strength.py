@@ -293,9 +293,12 @@ NOT_SO = {
             "changed_between_max",
             "changed_tensor_frac_min",
             "frozen_moved_max",
+            "miscounted_max",
             "still_updates_max",
         )
     },
+    ("schedule.rate", "epochs_without_tick_max"): COUNTS,
+    ("schedule.rate", "micro_batches_off_min"): COUNTS,
     ("schedule.rate", "ticks_ahead_max"): COUNTS,
     ("schedule.rate", "zero_updates_max"): COUNTS,
     "loss.nan-visible": COUNTS,

@@ -118,7 +118,7 @@ def test_a_frozen_base_that_moves_under_its_adapters_is_caught(tmp_path):
             return super().training_step(*args, **kwargs)
 
     outcome = script(tmp_path, model, trainer_class=Drifts)
-    assert caught(outcome, "optim.movement", 3)["frozen_moved"] == 1
+    assert caught(outcome, "optim.movement", 3)["changed_between"] == 1
 
 
 def test_a_head_that_an_adapter_copies_is_no_longer_the_embedding(tmp_path):

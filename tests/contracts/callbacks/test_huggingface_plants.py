@@ -172,7 +172,7 @@ def test_a_frozen_parameter_that_moves(tmp_path):
             return super().training_step(*args, **kwargs)
 
     outcome = script(tmp_path, model, trainer_class=Drifts)
-    assert caught(outcome, "optim.movement", 3)["frozen_moved"] == 1
+    assert caught(outcome, "optim.movement", 3)["changed_between"] == 1
 
 
 def test_a_parameter_that_is_not_in_the_optimizer(tmp_path):

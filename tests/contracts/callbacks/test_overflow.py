@@ -39,19 +39,16 @@ def overflown(direction: float, value: float, at: tuple[int, ...]) -> list[float
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300_000, bias=False))
-    optimizer, movement, found = (
-        Scaled(model.parameters(), 1e-6, direction),
-        MovementTracker(model),
-        [],
-    )
+    optimizer, found = Scaled(model.parameters(), 1e-6, direction), []
+    movement = MovementTracker(model, optimizer)
     for step in range(3):
         optimizer.zero_grad()
         model(torch.ones(2, 4)).square().sum().backward()
         if step in at:
             model[1 if step else 0].weight.grad[0, 0] = value
-        movement.prepare(optimizer)
+        movement.prepare()
         optimizer.step()
-        found.append(movement.judge(step + 1, optimizer, (1e-6,)))
+        found.append(movement.judge(step + 1, (1e-6,)))
     assert {len(m.unknown) for m in found} == {0}
     return [m.uphill for m in found]
 
@@ -67,11 +64,12 @@ def test_a_step_that_was_skipped_for_its_overflow_hides_no_climbing(value):
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, 1e30])
 def test_a_direction_that_nothing_tells_is_no_pass(value):
     model = nn.Linear(4, 4, bias=False)
-    optimizer, movement = torch.optim.AdamW(model.parameters(), lr=1e-3), MovementTracker(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    movement = MovementTracker(model, optimizer)
     model.weight.grad = torch.full((4, 4), value)
-    movement.prepare(optimizer)
+    movement.prepare()
     optimizer.step()
-    moved = movement.judge(1, optimizer, (1e-3,))
+    moved = movement.judge(1, (1e-3,))
     assert moved.uphill is None and "not known" in moved.unknown
     gate = load_spec().gates["optim.movement"]
     check = resolve(gate)(limits_of(gate))
@@ -85,12 +83,13 @@ def test_a_direction_that_nothing_tells_is_no_pass(value):
 
 def test_gradients_that_are_gone_after_the_update_are_said_to_be():
     model = nn.Linear(4, 4)
-    optimizer, movement = torch.optim.SGD(model.parameters(), lr=1e-3), MovementTracker(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    movement = MovementTracker(model, optimizer)
     model(torch.ones(2, 4)).square().sum().backward()
-    movement.prepare(optimizer)
+    movement.prepare()
     optimizer.step()
     optimizer.zero_grad()
-    moved = movement.judge(1, optimizer, (1e-3,))
+    moved = movement.judge(1, (1e-3,))
     assert moved.uphill is None and "gradients were freed" in moved.unknown
 
 

@@ -38,7 +38,7 @@ def test_without_the_option_there_is_nothing(pytester):
 
 def test_each_gate_is_an_outcome_and_not_run_is_a_skip(pytester):
     result = outcome(pytester, "--stack-gates")
-    result.assert_outcomes(passed=4, skipped=3)
+    result.assert_outcomes(passed=4, skipped=4)
     result.stdout.fnmatch_lines(["*stack-gate[[]model.causal]*PASSED*"])
     result.stdout.fnmatch_lines(
         ["*SKIPPED*model.isolation was not run: the model takes no attention mask*"]
@@ -48,14 +48,14 @@ def test_each_gate_is_an_outcome_and_not_run_is_a_skip(pytester):
 
 def test_a_red_gate_fails_with_what_it_measured(pytester):
     result = outcome(pytester, "--stack-gates", causal=False)
-    result.assert_outcomes(passed=3, failed=1, skipped=3)
+    result.assert_outcomes(passed=3, failed=1, skipped=4)
     result.stdout.fnmatch_lines(["*model.causal: earlier logits see a later token*leak_rel = *"])
 
 
 def test_without_the_fixture_every_gate_fails_and_says_so(pytester):
     result = outcome(pytester, "--stack-gates", conftest="")
     result.stdout.fnmatch_lines(["*define the fixture stack_model*"])
-    assert result.parseoutcomes()["failed"] == 6
+    assert result.parseoutcomes()["failed"] == 7
 
 
 @pytest.fixture(autouse=True)

@@ -265,7 +265,8 @@ def slope(
     model = nn.Sequential(
         nn.Embedding(32, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32)
     ).to(dtype)
-    optimizer, movement = make(list(model.parameters())), MovementTracker(model)
+    optimizer = make(list(model.parameters()))
+    movement = MovementTracker(model, optimizer)
     peak, found = optimizer.param_groups[0]["lr"], []
     for step in range(at_zero + 1):
         rate = optimizer.param_groups[0]["lr"] = peak if step == at_zero else 0.0
@@ -274,13 +275,13 @@ def slope(
         nn.functional.cross_entropy(
             model(ids).flatten(0, 1).float(), ids.roll(-1, 1).flatten()
         ).backward()
-        movement.prepare(optimizer)
+        movement.prepare()
         for p in model.parameters():
             p.grad.mul_(sign)
         optimizer.step()
         for p in model.parameters():
             p.grad.mul_(sign)
-        found.append(movement.judge(step + 1, optimizer, (rate,)).uphill)
+        found.append(movement.judge(step + 1, (rate,)).uphill)
     assert found[:-1] == [None] * at_zero, "nothing has moved"
     return found[-1]
 
@@ -308,9 +309,9 @@ def moves(
     for step in range(1, updates + 1):
         optimizer.zero_grad()
         model(torch.ones(2, 4)).square().sum().backward()
-        movement.prepare(optimizer)
+        movement.prepare()
         optimizer.step()
-        found.append(movement.judge(step, optimizer, (optimizer.param_groups[0]["lr"],)).uphill)
+        found.append(movement.judge(step, (optimizer.param_groups[0]["lr"],)).uphill)
     return found
 
 
@@ -329,28 +330,29 @@ def test_the_direction_that_was_asked_for_is_the_right_one(maximize):
     for kind in (torch.optim.SGD, Adds):
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
-        found += moves(
-            kind(model.parameters(), lr=1e-3, maximize=maximize), MovementTracker(model), model, 1
-        )
+        optimizer = kind(model.parameters(), lr=1e-3, maximize=maximize)
+        found += moves(optimizer, MovementTracker(model, optimizer), model, 1)
     assert found == pytest.approx([-1.0, 1.0], abs=1e-3)
 
 
 def test_only_the_first_update_of_a_fresh_optimizer_is_asked():
     model = nn.Linear(4, 4)
     optimizer = Adds(model.parameters(), lr=1e-3)
-    found = moves(optimizer, MovementTracker(model), model, 2)
+    found = moves(optimizer, MovementTracker(model, optimizer), model, 2)
     assert found[0] > 0.5 and found[1] is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert moves(optimizer, MovementTracker(model), model, 1)[0] < -0.5
-    assert moves(optimizer, MovementTracker(model), model, 1) == [None], "an optimizer with a past"
-    filled_at_birth = MovementTracker(model)
-    filled_at_birth.prepare(torch.optim.Adagrad(model.parameters()))
-    assert filled_at_birth.judge(1, optimizer, (1e-3,)).uphill is None
+    assert moves(optimizer, MovementTracker(model, optimizer), model, 1)[0] < -0.5
+    past = MovementTracker(model, optimizer)
+    assert moves(optimizer, past, model, 1) == [None], "an optimizer with a past"
+    filled_at_birth = MovementTracker(model, torch.optim.Adagrad(model.parameters()))
+    filled_at_birth.prepare()
+    assert filled_at_birth.judge(1, (1e-3,)).uphill is None
 
 
 def test_weights_that_are_loaded_while_the_rate_is_0_are_no_step():
     model = nn.Linear(4, 4)
-    optimizer, movement = Adds(model.parameters(), lr=0.0), MovementTracker(model)
+    optimizer = Adds(model.parameters(), lr=0.0)
+    movement = MovementTracker(model, optimizer)
     assert moves(optimizer, movement, model, 1) == [None]
     with torch.no_grad():
         model.weight.neg_()

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from stackproof.spec.errors import GateFailed  # noqa: E402
 
 
-def tokenizer():
+def tokenizer(size: int = VOCAB):
     words = {
-        w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))])
+        w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, size))])
     }
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
