@@ -149,10 +149,12 @@ def _run_faults(loader: DataLoader, curriculum: Curriculum) -> int:
 
 
 def _wrong_tokens(batch: DrawnBatch, stream: TokenStream, seq_len: int) -> np.ndarray:
-    """Rows with other tokens or labels than their windows in the stream, bool (R,)."""
-    truth = stream.rows(np.array(batch.sample_ids), seq_len)
-    wrong = (batch.input_ids.numpy() != truth.input_ids).any(1)
-    return wrong | (batch.labels.numpy() != truth.labels).any(1) | _not_shifted(batch)
+    """Rows with other tokens or labels than their windows in the stream, bool (R,). The windows are
+    read in reverse order, where each has other neighbours than in the batch.
+    """
+    truth = stream.rows(np.array(batch.sample_ids)[::-1], seq_len)
+    wrong = (batch.input_ids.numpy() != truth.input_ids[::-1]).any(1)
+    return wrong | (batch.labels.numpy() != truth.labels[::-1]).any(1) | _not_shifted(batch)
 
 
 def _delivered(

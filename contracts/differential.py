@@ -151,14 +151,14 @@ def _error_at_end(
     attend: Callable, weights: Mapping[str, Tensor], a: Mapping[str, Any], layer: int
 ) -> float:
     """Worse of the errors of the last tokens of a row of full length: in one document, and in one
-    that begins after a short one.
+    that begins after a document of one token, so that its positions are almost as large.
     """
     own, length = below(weights, f"layers.{layer}.attention."), a["max_seq_len"]
     x_BTD, device = (
         3 * torch.randn(1, length, a["d_model"], generator=torch.Generator().manual_seed(19)),
         own["q.weight"].device,
     )
-    errors, first = [], length // 8
+    errors, first = [], 1
     for start, own_BT in ((0, None), (first, (torch.arange(length) >= first).long()[None])):
         last = min(ASKING_AT_END, length - start)
         got_TD = attend(x_BTD.to(device), None if own_BT is None else own_BT.to(device))[0, -last:]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.gate import Verdict, decide_all, decides, first_of
+from stackproof.contracts.model import table_error
 from stackproof.contracts.subject import OpenedCheckpoint, Subject, offered
 
 DTYPES = {
@@ -33,7 +34,8 @@ WEIGHTS = "model.safetensors"
 @decides("checkpoint.opened")
 def opened(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The model in memory holds every tensor of the named step folder, bit for bit, in evaluation
-    mode; of a run the folder is that of `latest`; the stated step is that of the folder.
+    mode; of a run the folder is that of `latest`; the stated step is that of the folder. Rotary tables,
+    which no file holds, are those of the definition.
     """
     found = subject.opened
     live = {name: t.detach().cpu() for name, t in found.model.state_dict().items()}
@@ -44,12 +46,15 @@ def opened(limits: SimpleNamespace, subject: Subject) -> Verdict:
             differing.append(name)
     differing += sorted(live.keys() - names)
     state = json.loads((found.folder / "state.json").read_bytes())
+    tables_off = table_error(found.rotary_tables, found.architecture)
     named, training = _named(found.asked), [n for n, m in found.model.named_modules() if m.training]
     return decide_all(
         [
             len(differing) > limits.differing_max
             and f"{len(differing)} tensors are not those of the files: {first_of(differing)}",
             not names and "no tensor was compared",
+            not tables_off <= limits.table_abs_error_max
+            and "rotary tables differ from the definition",
             bool(training) and f"{len(training)} modules are in training mode",
             named != found.folder.name
             and f"the checkpoint is {found.folder.name}, `latest` names {named}",
@@ -62,6 +67,7 @@ def opened(limits: SimpleNamespace, subject: Subject) -> Verdict:
         ],
         f"{found.folder}: ",
         differing=len(differing),
+        table_abs_error=tables_off,
         compared=len(names),
     )
 

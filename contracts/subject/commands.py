@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # commands that judge nothing answer without torch
     from torch import Tensor, nn
 
     from stackproof.contracts.subject.data import TextTokenizer
+    from stackproof.contracts.subject.declared import Architecture
 
 
 class OpenedCheckpoint:
@@ -35,6 +36,14 @@ class OpenedCheckpoint:
     @value
     def model(self) -> nn.Module:
         """The model that the command computes with."""
+
+    @value
+    def architecture(self) -> Architecture:
+        """What the configuration in the checkpoint promises of the model."""
+
+    @value
+    def rotary_tables(self) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine (T, J) of the model, as `Model.rotary_tables`; no checkpoint has them."""
 
     @value
     def tokenizer_sha256(self) -> str: ...

@@ -38,6 +38,7 @@ class OpenedModel:
             folder=self.folder,
             stated_step=stated_step,
             model=self.model,
+            architecture=self.cfg.model.model_dump(),
             tokenizer_sha256=self.tokenizer.sha256,
         )
 

@@ -16,6 +16,7 @@ from stackproof.contracts.drawn import DrawOptions, follow
 from stackproof.contracts.events import TextDrawn
 from stackproof.contracts.subject import (
     AnsweredSuite,
+    Architecture,
     NotOffered,
     OpenedCheckpoint,
     ScoredText,
@@ -59,8 +60,13 @@ class Opened(OpenedCheckpoint):
     asked: Path
     folder: Path
     stated_step: int
-    model: nn.Module
+    model: Transformer
+    architecture: Architecture
     tokenizer_sha256: str
+
+    @property
+    def rotary_tables(self) -> tuple[Tensor, Tensor] | None:
+        return self.model.positions.tables(0, self.model.cfg.max_seq_len)
 
     @property
     def assembled(self) -> Mapping[str, Tensor]:

@@ -155,6 +155,7 @@ def opened(spec, run_dir, model, step=6, *, asked=None, **changes):
         "folder": run_dir / f"checkpoints/step-{step:08d}",
         "stated_step": step,
         "model": model,
+        "architecture": model.cfg.model_dump(),
         "tokenizer_sha256": TOKENIZER.sha256,
     }
     part = Single(**settings | changes)
@@ -182,6 +183,12 @@ def test_a_changed_weight_step_mode_tokenizer_or_file_is_red(spec, run_dir, mode
         weight[0] = torch.nextafter(before, before + 1)
         assert "1 tensors are not those" in opened(spec, run_dir, model).message
         weight[0] = before
+        cos = model.positions.cos
+        kept = cos.clone()
+        cos[-1] += 2e-5
+        assert "rotary tables" in opened(spec, run_dir, model).message
+        cos.copy_(kept)
+        assert opened(spec, run_dir, model).passed
     file = run_dir / "checkpoints/step-00000006/manifest.json"
     file.write_text(file.read_text().replace('"sha256": "', '"sha256": "0'))
     assert "by its hash" in opened(spec, run_dir, model).message
