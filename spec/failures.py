@@ -48,7 +48,8 @@ class Failure(Frozen):
 
     `steps` is the allowed latency in steps, for the latency `within k steps`. It is covered by
     `plants` of the museum, by broken-repository tests of integrity `rules`, or by `tests`. Without
-    the capability `awaiting` it cannot occur here. Its gates are those of its plants.
+    the capability `awaiting` it cannot occur here. Its gates are those of its plants; one that has
+    no plant states why no gate of a run can see it.
     """
 
     id: str = Field(pattern=r"^SF-[A-Z]+\d+$")
@@ -70,6 +71,7 @@ class Failure(Frozen):
     rules: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     awaiting: str | None = None
+    no_gate: str | None = Field(None, min_length=20)
 
     @model_validator(mode="after")
     def _whole(self):
@@ -81,6 +83,8 @@ class Failure(Frozen):
             raise ValueError(
                 f"{self.id}: name a plant, a rule, a test, or the capability it awaits"
             )
+        if (self.no_gate is None) != bool(self.plants or self.awaiting):
+            raise ValueError(f"{self.id}: no_gate belongs to failures that no plant makes")
         return self
 
 

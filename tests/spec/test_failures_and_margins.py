@@ -41,6 +41,8 @@ def test_awaiting_ends_when_the_capability_is_there(tmp_path):
         ('awaiting = "tuning"', 'awaiting = "turning"', "which is not a capability"),
         ("steps = 3", "", "steps belongs"),
         ('plants = ["loss.wrong"]', "", "name a plant"),
+        ('plants = ["loss.wrong"]', 'tests = ["tests/a.py::b"]', "no_gate belongs"),
+        ("severity = 5", 'severity = 5\nno_gate = "No run reaches this."', "no_gate belongs"),
         ("[[capability]]", "[[ability]]", "unknown table ability"),
     ],
 )

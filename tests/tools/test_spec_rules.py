@@ -184,8 +184,16 @@ def test_a_plant_that_names_no_function_of_the_museum_is_found(repo):
     ("old", "new", "says"),
     [
         ('plants = ["loss.wrong"]', 'plants = ["loss.lost"]', "which is not in the museum"),
-        ('plants = ["loss.wrong"]', 'rules = ["NO-RULE"]', "names the rule NO-RULE"),
-        ('plants = ["loss.wrong"]', 'tests = ["tests/test_loss.py::test_gone"]', "names the test"),
+        (
+            'plants = ["loss.wrong"]',
+            'rules = ["NO-RULE"]\nno_gate = "No run reaches this."',
+            "names the rule NO-RULE",
+        ),
+        (
+            'plants = ["loss.wrong"]',
+            'tests = ["tests/test_loss.py::test_gone"]\nno_gate = "No run reaches this."',
+            "names the test",
+        ),
     ],
 )
 def test_a_failure_that_names_what_is_not_there_is_found(repo, old, new, says):

@@ -104,7 +104,10 @@ def failures_page(world: World) -> Page:
         "failures.md.j2",
         world=world,
         states=states,
-        counts=sorted(Counter(states.values()).items()),
+        counts=[
+            (state, n, sum(len(f.plants) for f in failures if states[f.id] == state))
+            for state, n in sorted(Counter(states.values()).items())
+        ],
         subsystems=list(dict.fromkeys(f.subsystem for f in failures)),
         answering={f.id: answering_gates(world.spec, f) for f in failures},
     )
