@@ -21,7 +21,7 @@ STACK_EVENTS = (
     events.ActivationsTraced,
     events.Evaluated,
     events.MemorizationMeasured,
-    events.BatchRescored,
+    events.LossRescored,
     events.Sampled,
     events.TextDrawn,
     events.StateCompared,

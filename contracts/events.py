@@ -435,14 +435,14 @@ class TextDrawn:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchRescored:
-    """One held-out batch was scored again after an evaluation, by the model as it is:
-    `reported_nats` is its mean in the evaluation, `own_nats` the new one. `half`: under autocast to
-    a type of two bytes.
+class LossRescored:
+    """A held-out batch was scored again after an evaluation, or a sample after it was drawn, by the
+    model as it is: `reported_nats` is the mean that was reported, `own_nats` the new one. `half`:
+    under autocast to a type of two bytes.
     """
 
     step: int
-    batch: int
+    what: str
     reported_nats: float
     own_nats: float
     half: bool
@@ -580,7 +580,7 @@ Event = (
     | ActivationsTraced
     | Evaluated
     | MemorizationMeasured
-    | BatchRescored
+    | LossRescored
     | Sampled
     | TextDrawn
     | LogsRead

@@ -1,14 +1,14 @@
-"""Gate of held-out losses: an evaluation is of the model as it is."""
+"""Gate of reported losses: they are those of the model as it is."""
 
-from stackproof.contracts.events import BatchRescored, Evaluated, Event
+from stackproof.contracts.events import Evaluated, Event, LossRescored
 from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides
 
 
 @decides("evaluation.rescored")
 class Rescored(RuntimeCheck):
-    """After each evaluation one of its batches, scored again, has the mean that was reported."""
+    """A batch of each evaluation, and each sample, scored again, has the mean that was reported."""
 
-    events = (Evaluated, BatchRescored)
+    events = (Evaluated, LossRescored)
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Evaluated):
@@ -17,7 +17,7 @@ class Rescored(RuntimeCheck):
         error = abs(event.own_nats - event.reported_nats) / max(1.0, abs(event.own_nats))
         return decide(
             error <= allowed,
-            f"step {event.step}: held-out batch {event.batch} was reported with "
+            f"step {event.step}: {event.what} was reported with "
             f"{event.reported_nats:.7g} nats, scored again it has {event.own_nats:.7g}",
             rel_error=error,
         )

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig, trackers
 from stackproof.contracts.drawn import DrawOptions
 from stackproof.contracts.events import (
     ActivationsTraced,
     BatchDrawn,
-    BatchRescored,
     Evaluated,
     Finished,
     HeldOutRows,
     LogsRead,
+    LossRescored,
     MemorizationMeasured,
     ModuleModes,
     RatesUsed,
@@ -35,6 +36,7 @@ from stackproof.contracts.events import (
     WeightsUpdated,
 )
 from stackproof.data.data_loader import Batch, batch_hash, model_inputs
+from stackproof.data.packing import IGNORE_INDEX
 from stackproof.data.prepare import Dataset
 from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import compressed_bits_per_byte, uniform_loss_nats
@@ -249,6 +251,7 @@ class GateEvents(Callback):
             )
         )
         trainer.keeper.observe(self._drawn(trainer, sample))
+        trainer.keeper.observe(sample_rescored(trainer, sample))
 
     def _drawn(self, trainer: Trainer, sample: Sample) -> TextDrawn:
         """The sample, compared with what the configuration declares."""
@@ -272,23 +275,44 @@ class GateEvents(Callback):
         trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
 
 
-def rescored(trainer: Trainer, val: Evaluation) -> BatchRescored:
+def rescored(trainer: Trainer, val: Evaluation) -> LossRescored:
     """One held-out batch of an evaluation, another each time, scored again by the model. All ranks
     call this.
     """
     state, started = trainer.state, time.perf_counter()
     at = state.step // trainer.cfg.eval.every % len(trainer.held_out)
-    batch, labels_BT = trainer.held_out[at], trainer.held_out[at].labels
+    batch = trainer.held_out[at]
+    own = _own_nats(trainer, batch.labels, *model_inputs(batch, state.device))
+    trainer.keeper.charge("evaluation.rescored", time.perf_counter() - started)
+    half = trainer.cfg.train.dtype != "float32"
+    return LossRescored(state.step, f"held-out batch {at}", val.batch_nats[at], own, half)
+
+
+def sample_rescored(trainer: Trainer, sample: Sample) -> LossRescored:
+    """A sample, as much of it as fits into the context, scored again by the model. All ranks call
+    this.
+    """
+    started, tokenizer, cfg = time.perf_counter(), trainer.dataset.tokenizer, trainer.cfg
+    prompt = [tokenizer.eos_id, *tokenizer.encode(sample.prompt).ids]
+    ids = torch.tensor([[*prompt, *sample.ids]])[:, -cfg.model.max_seq_len - 1 :]
+    labels_1T = ids[:, 1:].clone()
+    labels_1T[:, : -len(sample.ids)] = IGNORE_INDEX
+    own = _own_nats(trainer, labels_1T, ids[:, :-1].to(trainer.state.device))
+    trainer.keeper.charge("evaluation.rescored", time.perf_counter() - started)
+    half = cfg.train.dtype != "float32"
+    return LossRescored(sample.step, "the sample", sample.loss_nats, own, half)
+
+
+def _own_nats(trainer: Trainer, labels_BT: Tensor, *inputs: Any) -> float:
+    """Mean loss of the model over the labels that are not IGNORE_INDEX."""
+    state = trainer.state
     with evaluating(state.model), state.autocast():
-        logits_BTV = state.model(*model_inputs(batch, state.device))
+        logits_BTV = state.model(*inputs)
     nats = [
         -row.float().log_softmax(-1)[labels >= 0].gather(1, labels[labels >= 0, None]).double()
         for row, labels in zip(logits_BTV, labels_BT.to(state.device))
     ]
-    own = float(torch.cat(nats).mean())
-    trainer.keeper.charge("evaluation.rescored", time.perf_counter() - started)
-    half = trainer.cfg.train.dtype != "float32"
-    return BatchRescored(state.step, at, val.batch_nats[at], own, half)
+    return float(torch.cat(nats).mean())
 
 
 def logs_of(directory: RunDir, step: int) -> LogsRead:

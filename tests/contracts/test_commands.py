@@ -11,9 +11,9 @@ import torch
 
 from stackproof.contracts.drawn import DrawOptions, TextFollows
 from stackproof.contracts.events import (
-    BatchRescored,
     Evaluated,
     LogsRead,
+    LossRescored,
     Sampled,
     Started,
     StepTaken,
@@ -381,7 +381,7 @@ def test_logs_hold_what_happened(spec):
 )
 def test_a_batch_that_is_scored_again_has_the_reported_mean(spec, reported, own, half, ok):
     check = Rescored(limits_of(spec.gates["evaluation.rescored"]))
-    assert check.observe(BatchRescored(6, 1, reported, own, half)).passed == ok
+    assert check.observe(LossRescored(6, "the sample", reported, own, half)).passed == ok
 
 
 # --- commands -------------------------------------------------------------------------------------
