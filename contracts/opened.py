@@ -34,8 +34,8 @@ WEIGHTS = "model.safetensors"
 @decides("checkpoint.opened")
 def opened(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The model in memory holds every tensor of the named step folder, bit for bit, in evaluation
-    mode; of a run the folder is that of `latest`; the stated step is that of the folder. Rotary tables,
-    which no file holds, are those of the definition.
+    mode; of a run the folder is that of `latest`; the stated step is that of the folder. Rotary
+    tables, which no file holds, are those of the definition.
     """
     found = subject.opened
     live = {name: t.detach().cpu() for name, t in found.model.state_dict().items()}
