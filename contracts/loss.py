@@ -173,15 +173,15 @@ def _accumulated(
 
 @decides("loss.nan-visible")
 def nan_visible(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """A NaN in one feature of the last module's output, in one of two micro-batches, shows in the
-    step's loss or gradient norm and moves nothing.
+    """A NaN in one feature of the last module's output in one of two micro-batches, or in the
+    gradient at it alone, shows in the step's loss or gradient norm and moves nothing.
     """
     hidden = moved = 0
     batches = [random_rows(subject.model, 1, seed) for seed in (72, 73)]
-    for which in (0, 1):
+    for which, backward in ((0, False), (1, False), (0, True)):
         trainee = subject.training.trainee(TraineeOptions(exact=True))
         before = {n: t.clone() for n, t in trainee.model.state_dict().items()}
-        with _nan_in_pass(_last_module(trainee, batches[0]), which):
+        with _nan_in_pass(_last_module(trainee, batches[0]), which, backward=backward):
             report = trainee.step(batches)
         hidden += math.isfinite(report.loss_nats) and math.isfinite(report.grad_norm)
         after = trainee.model.state_dict()
@@ -189,7 +189,8 @@ def nan_visible(limits: SimpleNamespace, subject: Subject) -> Verdict:
     ok = hidden <= limits.hidden_max and moved <= limits.moved_max
     return decide(
         ok,
-        f"a NaN in one of two micro-batches: hidden {hidden} times, weights moved {moved} times",
+        f"a NaN in one of two micro-batches, or in a gradient: hidden {hidden} times, weights moved "
+        f"{moved} times",
         hidden=hidden,
         moved=moved,
     )
@@ -208,17 +209,25 @@ def _last_module(trainee: Trainee, batch: MicroBatch) -> nn.Module:
 
 
 @contextmanager
-def _nan_in_pass(module: nn.Module, which: int) -> Iterator[None]:
-    """One feature of a module's output is NaN in its `which`-th forward pass, counted from 0."""
+def _nan_in_pass(module: nn.Module, which: int, *, backward: bool) -> Iterator[None]:
+    """One feature of a module's output, or with `backward` of the gradient at it, is NaN in its
+    `which`-th forward pass, counted from 0.
+    """
     n_passes = 0
+
+    def with_nan(x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD.clone()
+        x_BTD[0, -1, 0] = torch.nan
+        return x_BTD
 
     def plant(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         nonlocal n_passes
         n_passes += 1
         if n_passes - 1 != which:
             return output
-        output = output.clone()
-        output[0, -1, 0] = torch.nan
+        if not backward:
+            return with_nan(output)
+        output.register_hook(with_nan)
         return output
 
     hook = module.register_forward_hook(plant)

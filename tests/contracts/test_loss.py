@@ -129,7 +129,10 @@ def test_nan_is_visible_on_the_stack(spec, subject):
     assert verdict.outcome == "pass" and verdict.measured == {"hidden": 0, "moved": 0}
 
 
-@pytest.mark.parametrize("plant_id", ["loss.nan-micro-batch-skipped", "loss.nan-made-zero"])
+@pytest.mark.parametrize(
+    "plant_id",
+    ["loss.nan-micro-batch-skipped", "loss.nan-made-zero", "loss.nan-gradient-made-zero"],
+)
 def test_nan_visible_is_red_on_its_plants(spec, subject, plant_id):
     with load_museum()[plant_id].apply():
         verdict = call_check(spec.gates["loss.nan-visible"], subject)
@@ -151,7 +154,7 @@ def test_nan_visible_is_red_on_an_update_that_is_reported_as_not_made(spec, subj
         return step
 
     verdict = call_check(spec.gates["loss.nan-visible"], with_trainees(subject, step=moving))
-    assert verdict.outcome == "fail" and verdict.measured == {"hidden": 0, "moved": 2}
+    assert verdict.outcome == "fail" and verdict.measured == {"hidden": 0, "moved": 3}
 
 
 def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, subject):
