@@ -271,17 +271,18 @@ def isolation(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 def _documents_apart(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Documents packed into a row have the logits they have alone, and neither logits nor gradients
-    pass between them; dropout is off. Logits where routers choose in float64, as in `causal`;
-    gradients in the precision of the run.
+    pass between them. Logits without dropout, where routers choose in float64, as in `causal`;
+    gradients in the mode and precision of the run.
     """
     model, found, bitwise = subject.model, [], _bitwise(subject)
     for length in sorted({min(n, model.max_length or n) for n in PACKED_LENGTHS}):
         packed = packing(length)
         ids = draw_ids((2, length), model.vocab_size, seed=length)
         ids[1, packed[1] == packed[1, -1]] = 0
-        with model.training(False):
-            with _wide_if_routed(subject):
-                error, leak, blind = _logits_between(model, ids, packed, relative=not bitwise)
+        with model.training(False), _wide_if_routed(subject):
+            error, leak, blind = _logits_between(model, ids, packed, relative=not bitwise)
+        # In training, where blocks may be computed again for the backward.
+        with _mode(subject, training=True):
             found.append((error, leak, blind, *_gradients_between(model, ids, packed)))
     rel_error, leak, deaf, gradient, unlearned = (
         torch.tensor(found, dtype=torch.float64).amax(0).tolist()

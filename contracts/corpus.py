@@ -323,6 +323,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             broken += int(((before != rows.input_ids[:, 0]) & follows).sum())
             end = rows.labels[-1:, -1]
             continue
+        broken += int(((rows.document_ids >= 0) != valid).sum())
         same = (rows.document_ids[:, 1:] == rows.document_ids[:, :-1]) & valid[:, 1:]
         broken += int((same & (rows.input_ids[:, 1:] != rows.labels[:, :-1])).sum())
         # Only the last label of a document may be an end of text; a label after it shows that two
@@ -343,7 +344,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             unaccounted != 0
             and f"{unaccounted} token(s) are in no row and not declared as dropped",
             crossed > 0 and f"{crossed} document border(s) are not kept",
-            broken > 0 and f"{broken} label(s) are not the next token",
+            broken > 0 and f"{broken} label(s) are not the next token, or stand at a place that is marked as padding",
             dropped > allowed
             and f"{dropped} token(s) are dropped, and the ends of the shards that fill no row hold "
             f"{allowed}",

@@ -391,6 +391,8 @@ class HeldOut(RuntimeCheck):
                 f"the rows that are scored reach over {self.rows.reach_frac:.0%} of the held-out "
                 "split"
             )
+        if self.rows.n_wrong > self.limits.wrong_rows_max:
+            return f"{self.rows.n_wrong} held-out rows are not those of the held-out split"
         if self.n_batches is not None and len(event.batch_nats) != self.n_batches:
             return f"{len(event.batch_nats)} batches were scored, {self.n_batches} were declared"
         step, loss = self.best or (None, math.inf)

@@ -347,14 +347,16 @@ class ActivationsTraced:
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
     """The rows that an evaluation scores: their number, the number of distinct ones, the share
-    (0-1) of their passages that occurs in the training split, and the share of the held-out split
-    between the first and the last of them.
+    (0-1) of their passages that occurs in the training split, the share of the held-out split
+    between the first and the last of them, and how many differ in a token, a label or a document
+    from that split.
     """
 
     n_rows: int
     n_distinct: int
     found_in_training_frac: float
     reach_frac: float = 1.0
+    n_wrong: int = 0
 
 
 @dataclass(frozen=True, slots=True)

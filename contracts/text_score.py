@@ -10,6 +10,7 @@ import torch
 
 from stackproof.contracts.gate import Verdict, decide_all, decides, worst
 from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject.data import Encoding
 
 JUDGED_WINDOWS = 8  # the first, the last, and between them evenly spread
 
@@ -39,7 +40,10 @@ def text_score(limits: SimpleNamespace, subject: Subject) -> Verdict:
             for mean in [_window_nats(found, ids, w, counts[w])]
             for nats in [score.window_nats[w]]
         ]
-    dropped = sum(e.dropped_chars for e in encodings)
+    dropped = sum(
+        _dropped(text, e, found.tokenizer.decode(list(e.ids)))
+        for text, e in zip(found.texts, encodings)
+    )
     n_bytes = sum(len(text.encode()) for text in found.texts)
     chars = sum(map(len, found.texts)) - dropped
     total = math.fsum(nats * n for nats, n in zip(score.window_nats, counts))
@@ -70,6 +74,15 @@ def text_score(limits: SimpleNamespace, subject: Subject) -> Verdict:
         sum_rel_error=worst(off.values()),
         windows=n_windows,
     )
+
+
+def _dropped(text: str, encoding: Encoding, decoded: str) -> int:
+    """Characters of a text that its ids lack. Where ids spell other text than a part of it, as a
+    tokenizer that normalises gives, the number that the tokenizer counts.
+    """
+    rest = iter(text)
+    is_part = all(character in rest for character in decoded)
+    return len(text) - len(decoded) if is_part else encoding.dropped_chars
 
 
 def _off(value: float | None, expected: float) -> float:

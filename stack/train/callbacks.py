@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +127,24 @@ class TrainingSplit:
         found = passages_found(few, self.dataset.train, 10 * MAX_SEARCHED_TOKENS)
         numbers = [n for batch in batches for n in batch.sample_ids]
         reach = (max(numbers) - min(numbers) + 1) / self.dataset.validation.n_windows(self.seq_len)
-        return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
+        wrong = sum(self._wrong_rows(batch) for batch in batches)
+        return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach, wrong)
+
+    def _wrong_rows(self, batch: Batch) -> int:
+        """Rows of a batch that are not those of the split, read in reverse order."""
+        numbers, split = np.array(batch.sample_ids)[::-1], self.dataset.validation
+        if max(numbers) >= split.n_windows(self.seq_len):
+            return len(numbers)
+        truth = split.rows(numbers, self.seq_len)
+        wrong = np.zeros(len(numbers), dtype=bool)
+        for got, wanted in (
+            (batch.input_ids, truth.input_ids),
+            (batch.labels, truth.labels),
+            (batch.document_ids, truth.document_ids),
+        ):
+            if got is not None and wanted is not None:
+                wrong |= (got.numpy() != wanted[::-1]).any(1)
+        return int(wrong.sum())
 
     def compressed(self, batches: Sequence[Batch]) -> float:
         decode, train = self.dataset.tokenizer.decode, self.dataset.train

@@ -213,6 +213,32 @@ def scored(spec, model, *, stride=8, declared=TEXT, n_bytes=None, **changed):
     return call_check(spec.gates["evaluation.text-score"], Subject(scored=part))
 
 
+class Uncounted(Bytes):
+    """Drops every z and does not count it."""
+
+    def encode(self, text):
+        return super().encode(text.replace("z", ""))
+
+
+def test_dropped_characters_are_counted(spec, model):
+    def judged(tokenizer):
+        score = evaluate_text(model, tokenizer, [TEXT], seq_len=32, stride=8)
+        part = Scored(
+            reader=model,
+            tokenizer=tokenizer,
+            texts=[TEXT],
+            declared_bytes=len(TEXT),
+            seq_len=32,
+            stride=8,
+            score=score,
+            metrics=dataclasses.asdict(score),
+        )
+        return call_check(spec.gates["evaluation.text-score"], Subject(scored=part))
+
+    assert judged(Bytes()).passed
+    assert "chars" in judged(Uncounted()).message
+
+
 def test_a_score_is_that_of_its_text(spec, model):
     green = scored(spec, model)
     assert green.passed, green.message

@@ -43,6 +43,7 @@ def test_an_honest_run_is_green(spec):
 WRONG = {
     "most of it is in training": look(1, 3.0, rows=HeldOutRows(16, 16, 0.51)),
     "only the head of the split": look(1, 3.0, rows=HeldOutRows(16, 16, 0.0, 0.49)),
+    "held-out rows are not those": look(1, 3.0, rows=HeldOutRows(16, 16, 0.0, 1.0, 1)),
     "rows repeat": look(1, 3.0, rows=HeldOutRows(16, 14, 0.0)),
     "does not name the rows": look(1, 3.0, rows=None),
     "a batch is missing": look(1, 3.0, n=3),
