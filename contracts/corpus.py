@@ -344,7 +344,8 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             unaccounted != 0
             and f"{unaccounted} token(s) are in no row and not declared as dropped",
             crossed > 0 and f"{crossed} document border(s) are not kept",
-            broken > 0 and f"{broken} label(s) are not the next token, or stand at a place that is marked as padding",
+            broken > 0
+            and f"{broken} label(s) are not the next token, or stand at a place that is marked as padding",
             dropped > allowed
             and f"{dropped} token(s) are dropped, and the ends of the shards that fill no row hold "
             f"{allowed}",

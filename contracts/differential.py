@@ -86,11 +86,9 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
     weakest = worst_at({kind: -effect for kind, effect in effects.items()})
     effect = effects[weakest]
     far = worst(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
-    half_far = 0.0
-    if subject.declared.dtype != "float32":
-        with subject.model.precision():
-            ends = [_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers)]
-        half_far = worst(ends)
+    with subject.model.precision():
+        ends = [_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers)]
+    half_far = worst(ends)
     tables_off = table_error(subject.model.rotary_tables, a)
     judged = least((own_judged, drawn_judged))
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
@@ -102,7 +100,7 @@ def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict
             not far <= most
             and f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does",
             not half_far <= limits.half_rel_error_max
-            and f"the last tokens of {a['max_seq_len']} do not attend in {subject.declared.dtype} "
+            and f"the last tokens of {a['max_seq_len']} do not attend in the precision of the run "
             "as the float64 oracle does",
             not worst((own_error, drawn_error)) <= most and "logits differ from the float64 oracle",
             not tables_off <= limits.table_abs_error_max

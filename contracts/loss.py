@@ -189,7 +189,7 @@ def nan_visible(limits: SimpleNamespace, subject: Subject) -> Verdict:
     ok = hidden <= limits.hidden_max and moved <= limits.moved_max
     return decide(
         ok,
-        f"a NaN in one of two micro-batches, or in a gradient: hidden {hidden} times, weights moved "
+        f"a NaN in one of two micro-batches or in a gradient: hidden {hidden} times, weights moved "
         f"{moved} times",
         hidden=hidden,
         moved=moved,
