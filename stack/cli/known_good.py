@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 from stackproof.spec.errors import (
-    EnvironmentUnfit,
     GateFailed,
     StackproofError,
     Stopped,
@@ -53,6 +52,7 @@ RUNS: tuple[Mapping[str, Any], ...] = (
         "checkpoint.async_save": True,
     },
 )
+BLAMING = (2, 3, 5, 7)  # exit codes that name the command, the data, a checkpoint or the machine
 Verb = Callable[[Sequence[str]], object]  # performs a command line; raises what it raises
 
 
@@ -65,8 +65,8 @@ def is_own_fault(error: StackproofError, verb: Verb) -> bool:
     """
     place = place_of(error.__traceback__)
     named = isinstance(error, (GateFailed, Stopped, StreamExhausted))
-    machine = isinstance(error, EnvironmentUnfit) and isinstance(error.__cause__, OSError)
-    if place is None or named or machine:
+    blames = error.exit_code in BLAMING and not isinstance(error.__cause__, OSError)
+    if place is None or named or not blames:
         return False
     package = Path(place[0]).relative_to(STACK).parts[0]
     return any(
@@ -124,7 +124,7 @@ def _perform(cfg: Any, root: Path, verb: Verb, package: str) -> None:
     train(start.fresh(cfg, (), run))
     train(start.resume(run, (), cfg, at=1))
     if package == "evaluate":
-        verb(["evaluate", str(run), "--json", "--run-dir", str(root / "evaluated")])
+        verb(["evaluate", str(run), "--run-dir", str(root / "evaluated")])
     if package == "export" and cfg.model.attention.kind == "softmax":
         out = ["--out", str(root / "exported"), "--run-dir", str(root / "export")]
         verb(["export", str(run), *out])
