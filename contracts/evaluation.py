@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.events import Evaluated, Event, Started, StateCompared
+from stackproof.contracts.events import SINCE_UPDATE, Evaluated, Event, Started, StateCompared
 from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
@@ -550,7 +550,9 @@ class LeavesNoTrace(RuntimeCheck):
 
     events = (StateCompared,)
 
-    def observe(self, event: Event) -> Verdict:
+    def observe(self, event: Event) -> Verdict | None:
+        if event.section == SINCE_UPDATE:
+            return None
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
             f"step {event.step}: the {event.section} changed {len(event.differing)} of "

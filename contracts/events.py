@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Phase = Literal["training", "evaluation"]
+SINCE_UPDATE = "time since the last update"  # a section of StateCompared
 
 
 # --- the course of a run --------------------------------------------------------------------------

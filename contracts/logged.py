@@ -60,6 +60,6 @@ class Logged(RuntimeCheck):
             ],
             f"step {step}: ",
             n_logged=len(steps),
-            n_evaluations=len(scores),
-            n_samples=len(texts),
+            n_evaluations=len(logs.bits_per_byte),
+            n_samples=len(logs.texts),
         )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks.between import BetweenUpdates
-from stackproof.contracts.callbacks.digest import checksums, gathered
+from stackproof.contracts.between_updates import BetweenUpdates
 from stackproof.contracts.callbacks.rounding import LostUpdates
+from stackproof.contracts.checksums import checksums, gathered
 from stackproof.contracts.events import WeightsUpdated
 
 VISIBLE_RATE = 1e-7

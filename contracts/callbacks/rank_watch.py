@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks.digest import checksums
 from stackproof.contracts.callbacks.reading import Reading
 from stackproof.contracts.callbacks.repeat import (
     MAX_RANKS,
@@ -23,6 +22,7 @@ from stackproof.contracts.callbacks.repeat import (
 )
 from stackproof.contracts.callbacks.session import Session
 from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
+from stackproof.contracts.checksums import checksums
 from stackproof.contracts.distributed import compare_parts
 from stackproof.contracts.events import RanksJoined, ReplicasCompared, RowsDealt, StepRepeated
 from stackproof.spec.canonical import sha256_file

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from stackproof.distributed.started import is_worker
 from stackproof.spec.errors import (
-    EnvironmentUnfit,
     GateFailed,
     StackproofError,
     Stopped,
@@ -53,6 +53,7 @@ RUNS: tuple[Mapping[str, Any], ...] = (
         "checkpoint.async_save": True,
     },
 )
+BLAMING = (2, 3, 5, 7)  # exit codes that name the command, the data, a checkpoint or the machine
 Verb = Callable[[Sequence[str]], object]  # performs a command line; raises what it raises
 
 
@@ -60,13 +61,14 @@ def is_own_fault(error: StackproofError, verb: Verb) -> bool:
     """Whether a small run that is known to be right, its resume, evaluation or export ends with an
     error of the same type, raised by the same function. Takes some seconds.
 
-    Only errors of code that reads text, models and checkpoints are tried. A gate and a signal name
-    their own cause, the end of a corpus is declared, and the machine is the same for all runs.
+    Only errors of code that reads text, models and checkpoints are tried, in a run of one process.
+    A gate and a signal name their own cause, the end of a corpus is declared, and the machine is
+    the same for all runs.
     """
     place = place_of(error.__traceback__)
     named = isinstance(error, (GateFailed, Stopped, StreamExhausted))
-    machine = isinstance(error, EnvironmentUnfit) and isinstance(error.__cause__, OSError)
-    if place is None or named or machine:
+    blames = error.exit_code in BLAMING and not isinstance(error.__cause__, OSError)
+    if place is None or named or not blames or is_worker():
         return False
     package = Path(place[0]).relative_to(STACK).parts[0]
     return any(
@@ -84,7 +86,7 @@ def place_of(trace: TracebackType | None) -> tuple[str, str] | None:
         code = trace.tb_frame.f_code
         path = Path(code.co_filename)
         if STACK in path.parents:
-            inside = path.relative_to(STACK).parts[0] in READERS
+            inside = path.relative_to(STACK).parts[0] in READERS and code.co_name != "<module>"
             place = (str(path), code.co_name) if inside else None
         trace = trace.tb_next
     return place
@@ -124,7 +126,7 @@ def _perform(cfg: Any, root: Path, verb: Verb, package: str) -> None:
     train(start.fresh(cfg, (), run))
     train(start.resume(run, (), cfg, at=1))
     if package == "evaluate":
-        verb(["evaluate", str(run), "--json", "--run-dir", str(root / "evaluated")])
+        verb(["evaluate", str(run), "--run-dir", str(root / "evaluated")])
     if package == "export" and cfg.model.attention.kind == "softmax":
         out = ["--out", str(root / "exported"), "--run-dir", str(root / "export")]
         verb(["export", str(run), *out])

@@ -5,7 +5,8 @@ the check for silent data corruption, and mirrors to experiment trackers.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from stackproof.config import MixtureOfExperts, RunConfig, TrainConfig, trackers
+from stackproof.contracts.between_updates import BetweenUpdates
+from stackproof.contracts.checksums import checksums
 from stackproof.contracts.drawn import DrawOptions
 from stackproof.contracts.events import (
     ActivationsTraced,
@@ -64,6 +67,7 @@ COMPRESSED_TOKENS = 100_000  # of the held-out rows, and of the training split b
 MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is searched
 TRACING_SHARE_MAX = 0.02  # of a run's time
 FIRST_STEP = "loss of the first step"
+MOVEMENT = "optim.movement"
 RECOMPUTED_STEP, STEP_TIME = "runtime.recomputed-step", "runtime.step-time"
 
 
@@ -483,6 +487,39 @@ class SdcCheck(Callback):
         trainer.keeper.observe(
             Recomputed(step=trainer.state.step, n_compared=len(found), differing=changed)
         )
+
+
+class StateBetweenUpdates(Callback):
+    """Compares weights and optimizer state before every update with those after the one before, in
+    a run of one process.
+    """
+
+    def __init__(self) -> None:
+        self.between: BetweenUpdates | None = None
+
+    def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
+        state = trainer.state
+        if state.ranks.sizes.world_size == 1:
+            self.between = BetweenUpdates(state.model, state.optimizer)
+            state.optimizer.register_step_post_hook(lambda *_: self._updated(trainer))
+
+    def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        if self.between is not None:
+            with charged(trainer, MOVEMENT):
+                found = self.between.compare(trainer.state.step, whole=False)
+            trainer.keeper.observe(found)
+
+    def _updated(self, trainer: Trainer) -> None:
+        with charged(trainer, MOVEMENT):
+            self.between.settle(checksums(trainer.state.model.parameters()), updated=True)
+
+
+@contextmanager
+def charged(trainer: Trainer, gate_id: str) -> Iterator[None]:
+    """Count the time of a block as the gate's."""
+    started = time.perf_counter()
+    yield
+    trainer.keeper.charge(gate_id, time.perf_counter() - started)
 
 
 def gradient_checksums(state: TrainState, batches: Sequence[Batch]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stackproof.config import optim as declared
 from stackproof.config.optim import Optim
@@ -231,6 +232,10 @@ class ChainedOptimizer:
         """Clear the gradients of every part."""
         for part in self.parts:
             part.zero_grad(set_to_none=set_to_none)
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call `hook` after every update of all parts."""
+        return self.parts[-1].register_step_post_hook(hook)
 
 
 Optimizer = torch.optim.Optimizer | ChainedOptimizer

@@ -81,14 +81,15 @@ def require_newest(directory: RunDir, loaded: checkpoint.Loaded) -> None:
 
 def _refuse_lost(directory: RunDir) -> None:
     """Raise CheckpointError if the run had checkpoints: something stands in their folder, such as
-    `latest`, or gates have judged a save.
+    `latest`, or gates have judged a save. Those of a child also judge the folder that it began at.
     """
     root = directory.checkpoints
     entries = root.iterdir() if root.exists() else ()
     left = sorted(p.name for p in entries if not p.name.startswith("."))
     on_saves = {g.id for g in load_spec().gates.values() if g.moment == "artifact"}
     lines = (x for x in directory.lines("gates.jsonl") if isinstance(x, dict))
-    if any(x.get("gate") in on_saves for x in lines):
+    began_here = not directory.read_run().get("parents")
+    if began_here and any(x.get("gate") in on_saves for x in lines):
         left.append("a verdict on a save")
     if left:
         raise CheckpointError(

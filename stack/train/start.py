@@ -42,7 +42,14 @@ from stackproof.spec.records import Artefact, Override, Record, read_record
 from stackproof.spec.renamed_keys import current_override
 from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint, checkpoint_folders, checkpoint_writer
-from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, SdcCheck, TrainingSplit
+from stackproof.train.callbacks import (
+    GateEvents,
+    PointTracing,
+    RunLog,
+    SdcCheck,
+    StateBetweenUpdates,
+    TrainingSplit,
+)
 from stackproof.train.device import (
     flops_per_step,
     kernels_of,
@@ -359,7 +366,7 @@ def setup(
     )
     # Logs first, then the caller's callbacks, then the gates, which may end the run.
     gate_events = GateEvents(TrainingSplit(dataset, cfg.model.max_seq_len))
-    watching_too = SdcCheck(), RankComparison(), RankTimes()
+    watching_too = SdcCheck(), StateBetweenUpdates(), RankComparison(), RankTimes()
     trainer = Trainer(
         state=build_state(cfg, dataset, device),
         dataset=dataset,

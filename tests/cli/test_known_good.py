@@ -5,7 +5,13 @@ import pytest
 from stackproof.cli import known_good
 from stackproof.cli.known_good import is_own_fault, place_of
 from stackproof.museum.edit import Edit, edited
-from stackproof.spec.errors import DataError, EnvironmentUnfit, GateFailed, StreamExhausted
+from stackproof.spec.errors import (
+    CheckpointError,
+    DataError,
+    GateFailed,
+    IntegrityError,
+    StreamExhausted,
+)
 
 ORDERED = "stackproof.data.shards:TokenStream.starts_in"
 OLD, NEW = "(bounds[1:] <= bounds[:-1]).any()", "(bounds[1:] >= bounds[:-1]).any()"
@@ -48,9 +54,10 @@ def test_only_errors_of_code_that_reads_are_tried(monkeypatch):
     assert place_of(raised(DataError("x")).__traceback__) is None
     assert not is_own_fault(raised(DataError("x")), print)
     monkeypatch.setattr(known_good, "place_of", lambda _: (known_good.__file__, "f"))
-    full = EnvironmentUnfit("the disk is full")
+    full = CheckpointError("the disk is full")
     full.__cause__ = OSError(28, "no space")
-    for error in (GateFailed("loss.first"), StreamExhausted("the end"), full):
+    own = IntegrityError("a table of the project")
+    for error in (GateFailed("loss.first"), StreamExhausted("the end"), full, own):
         assert not is_own_fault(raised(error), print)
 
 

@@ -2,6 +2,7 @@
 gives, red on each way to be wrong.
 """
 
+import copy
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -197,11 +198,11 @@ def test_a_changed_weight_step_mode_tokenizer_or_file_is_red(spec, run_dir, mode
 # --- scored texts ---------------------------------------------------------------------------------
 
 
-def scored(spec, model, *, stride=8, declared=TEXT, n_bytes=None, **changed):
+def scored(spec, model, *, stride=8, declared=TEXT, n_bytes=None, reader=None, **changed):
     score = evaluate_text(model, TOKENIZER, [TEXT], seq_len=32, stride=stride)
     metrics = dataclasses.asdict(score) | changed
     part = Scored(
-        reader=model,
+        reader=reader or model,
         tokenizer=TOKENIZER,
         texts=[declared],
         declared_bytes=len(declared.encode()) if n_bytes is None else n_bytes,
@@ -252,6 +253,26 @@ def test_a_score_is_that_of_its_text(spec, model):
         {"tokens": 7},
     ):
         assert not scored(spec, model, **wrong).passed, wrong
+
+
+def scaled(model, factor):
+    """A model whose logits are another one's, times a factor."""
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        made.final_norm.weight.mul_(factor)
+    return made
+
+
+def test_one_percent_of_a_score_and_of_the_logits_is_seen(spec, model):
+    """In the sum of all windows, and in the window that is computed again."""
+    bits = scored(spec, model).measured
+    green = evaluate_text(model, TOKENIZER, [TEXT], seq_len=32, stride=8)
+    for factor in (1.01, 0.99, -1.0):
+        name = {"bits_per_byte": factor * green.bits_per_byte}
+        assert not scored(spec, model, **name).passed
+        read = scored(spec, model, reader=scaled(model, factor))
+        assert read.measured["window_rel_error"] > 1e-4 > bits["window_rel_error"]
+        assert not read.passed
 
 
 # --- suites ---------------------------------------------------------------------------------------
@@ -357,6 +378,10 @@ def test_a_trace_is_of_the_untraced_forward(spec, model):
     assert "changes the logits" in traced(spec, model, traced_logits=other)[0].message
     assert "other tokens" in traced(spec, model, declared_ids=[0, 5])[0].message
     assert "no point" in traced(spec, model, points={})[0].message
+    for factor in (1.01, 0.99, -1.0):
+        rms, absmax = points["layers.1.attention_norm"]
+        wrong = points | {"layers.1.attention_norm": (factor * rms, factor * absmax)}
+        assert "layers.1.attention_norm" in traced(spec, model, points=wrong)[0].message
 
 
 # --- logs -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stackproof.config import ModelConfig
+from stackproof.contracts import expert_choices
 from stackproof.contracts.events import Started
 from stackproof.contracts.expert_choices import DroppedChoices, RouterCollapse
 from stackproof.contracts.gate import call_check, limits_of
@@ -413,6 +414,35 @@ def test_run_choices_counts_padding_that_a_router_reads(spec, small_cfg, dataset
     rows = len(subject.training.trainee().draw()[0].input_ids)
     assert verdict.measured["strangers"] == 2 * 10 * rows  # in both layers
     assert "experts read" in verdict.message
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.99, -1.0])
+def test_run_choices_sees_one_percent(spec, small_cfg, dataset, monkeypatch, factor):
+    """Of the reported shares and drops, and of the balance term of a padded row."""
+    subject = of_the_run(small_cfg, dataset, AUXILIARY | {"capacity_factor": 0.75})
+
+    class Louder(type(subject.training.trainee())):
+        def step(self, batches):
+            report = super().step(batches)
+            return replace(report, **{self.name: scaled(getattr(report, self.name))})
+
+    def scaled(values):
+        return tuple(scaled(v) if isinstance(v, tuple) else factor * v for v in values)
+
+    for Louder.name in ("expert_shares", "dropped_choice_fracs"):
+        trainee = {"trainee": lambda: Louder(subject.training.build())}
+        verdict = call_check(spec.gates["moe.run-choices"], changed(subject, training=trainee))
+        assert verdict.outcome == "fail", Louder.name
+    gradients = expert_choices.router_gradients
+
+    def of_padding(subject, weight, batches):
+        weights, found = gradients(subject, weight, batches)
+        padded = batches[0].document_ids is not None and (batches[0].document_ids < 0).any()
+        return weights, {n: factor * g if padded else g for n, g in found.items()}
+
+    monkeypatch.setattr(expert_choices, "router_gradients", of_padding)
+    verdict = call_check(spec.gates["moe.run-choices"], subject)
+    assert verdict.outcome == "fail" and "padding" in verdict.message
 
 
 def drops(spec, factor=1.0) -> DroppedChoices:

@@ -193,6 +193,10 @@ CASES = {
     ("evaluation.invariance", "batch_rel_error_max"): partial(scored_batches, 2),
     ("evaluation.invariance", "own_rel_error_max"): partial(scored_batches, 1),
 }
+OF_SCORES = (
+    "tests/contracts/test_commands.py::test_one_percent_of_a_score_and_of_the_logits_is_seen"
+)
+OF_CHOICES = "tests/contracts/test_moe.py::test_run_choices_sees_one_percent"
 ELSEWHERE = {
     (
         "kernel.compiled-graph",
@@ -210,6 +214,18 @@ ELSEWHERE = {
         "moe.dispatch-parity",
         "rel_error_max",
     ): "tests/contracts/test_moe.py::test_dispatch_sees_one_percent",
+    ("evaluation.text-score", "window_rel_error_max"): OF_SCORES,
+    ("evaluation.text-score", "sum_rel_error_max"): OF_SCORES,
+    (
+        "evaluation.rescored",
+        "rel_error_max",
+    ): "tests/contracts/test_commands.py::test_a_batch_that_is_scored_again_has_the_reported_mean",
+    (
+        "model.traced",
+        "statistic_rel_error_max",
+    ): "tests/contracts/test_commands.py::test_a_trace_is_of_the_untraced_forward",
+    ("moe.run-choices", "share_abs_error_max"): OF_CHOICES,
+    ("moe.run-choices", "padding_rel_error_max"): OF_CHOICES,
     (
         "moe.balance",
         "formula_rel_error_max",
@@ -365,6 +381,13 @@ NOT_SO = {
     "evaluation.held-out": LEVEL,
     ("evaluation.byte-conservation", "lost_bytes_max"): COUNTS,
     ("evaluation.invariance", "repeat_abs_max"): BITWISE,
+    "evaluation.answers": COUNTS,
+    ("evaluation.rescored", "half_rel_error_max"): HALF,
+    "evaluation.plausible": LEVEL,
+    ("model.traced", "logit_abs_max"): BITWISE,
+    "moe.dropped-choices": LEVEL,
+    "precision.whole-step": HALF,
+    "sampling.drawn": COUNTS,
     "evaluation.stop-rule": LEVEL,
     "evaluation.divergence": LEVEL,
     "evaluation.same-batches": COUNTS,

@@ -373,7 +373,7 @@ def answers(folder: Path) -> Target:
     path = folder / "audits.jsonl"
     line = {"step": 1, "domain": "d", "prompt": "p", "text": "t", "passed": True, "grade": 0.5}
     valid = canonical_json(line) + b"\n" + canonical_json(line | {"grade": None}) + b"\n"
-    answer = Answer(1, "d", "p", "asked", "t", True, (), 0, 0)
+    answer = Answer(1, "d", "p", "asked", (7,), "t", True, (), 0, 0)
     return Target(path, valid, of_lines, lambda data: graded([answer], path))
 
 

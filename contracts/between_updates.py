@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks.digest import checksums
-from stackproof.contracts.events import StateCompared
+from stackproof.contracts.checksums import checksums
+from stackproof.contracts.events import SINCE_UPDATE, StateCompared
 
 # Tensors are compared whole in the first updates, then one section of this many at each.
 SECTIONS = 16
@@ -68,9 +68,8 @@ class BetweenUpdates:
         names = tuple(map(self._name, sorted(set(gone + changed)))) + self._reset()
         if whole or self._updates < SECTIONS:
             names += self._replaced()
-        section = "time since the last update"
         n = len(looked) + len(unsummed) + len(self._settings)
-        return StateCompared(step, section, n, names)
+        return StateCompared(step, SINCE_UPDATE, n, names)
 
     def _replaced(self) -> tuple[str, ...]:
         """Parameters of the model that were not there when it was first seen."""
