@@ -345,7 +345,8 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             and f"{unaccounted} token(s) are in no row and not declared as dropped",
             crossed > 0 and f"{crossed} document border(s) are not kept",
             broken > 0
-            and f"{broken} label(s) are not the next token, or stand at a place that is marked as padding",
+            and f"{broken} place(s) have another label than the next token, or have a label or a "
+            "document id without the other",
             dropped > allowed
             and f"{dropped} token(s) are dropped, and the ends of the shards that fill no row hold "
             f"{allowed}",
