@@ -234,10 +234,10 @@ class Trainer:
 
     @contextmanager
     def read_only(self, section: str) -> Iterator[None]:
-        """A section that must leave the training state unchanged;
-        the first of each kind in a process is verified.
+        """A section that must leave the training state unchanged; the first of each kind in a
+        process is verified, and those of the last step, which no update follows.
         """
-        if section in self.verified:
+        if section in self.verified and self.state.step < self.cfg.train.max_steps:
             yield
             return
         self.verified.add(section)
