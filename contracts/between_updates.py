@@ -39,16 +39,20 @@ class BetweenUpdates:
         self._scheduled: set[str] = set()
         self.settle(checksums(self._parameters))
 
-    def settle(self, weight_sums: Tensor, *, updated: bool = False) -> None:
-        """Accept the state as it is, as after an update; `weight_sums` are those of the weights."""
+    def settle(self, weight_sums: Tensor | None = None, *, updated: bool = False) -> None:
+        """Accept the state as it is, as after an update; `weight_sums` are those of all weights.
+        Without them only the tensors that are due are summed.
+        """
         self._updates += updated
         found = dict(self._tensors())
         self._marks = {key: _mark(t) for key, t in found.items()}
-        state = [key for key in found if key[1] and self._is_due(key)]
-        sums = checksums(found[key] for key in state).tolist() if state else []
+        due = [k for k in found if (k[1] or weight_sums is None) and self._is_due(k)]
+        sums = checksums(found[key] for key in due).tolist() if due else []
         self._settings = self._group_settings()
-        weights = [key for key in found if not key[1]]
-        self._sums = dict(zip(weights, weight_sums.tolist())) | dict(zip(state, sums))
+        self._sums = dict(zip(due, sums))
+        if weight_sums is not None:
+            weights = [key for key in found if not key[1]]
+            self._sums |= dict(zip(weights, weight_sums.tolist()))
 
     def compare(self, step: int, *, whole: bool) -> StateCompared:
         """The parts that have changed since `settle`; with `whole`, all weights are looked at."""
