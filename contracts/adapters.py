@@ -98,6 +98,7 @@ ADAPTERS = (
     Adapter("evaluate", "stack evaluate", "evaluate"),
     Adapter("sample", "stack sample", "sample", (events.Sampled, events.TextDrawn)),
     Adapter("trace", "stack trace", "trace"),
+    Adapter("compare", "stack trace compare", "compare"),
     Adapter(
         "plain",
         "with gated(model, optimizer): …",

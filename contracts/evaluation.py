@@ -425,27 +425,28 @@ class Plausible(RuntimeCheck):
     """
 
     events = (Started, Evaluated)
-    kept = ("floor",)
+    kept = ("floor", "text")
 
     def __init__(self, limits: SimpleNamespace):
         super().__init__(limits)
         self.declared: float | None = None
         self.floor: float | None = None
+        self.text: dict[str, float] = {}
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
             self.declared = event.plan.get("bits_per_byte_min")
             return None
-        found = event.bits_per_byte
         if self.declared is not None:
             return self._judged(event, self.declared)
-        if found >= self.limits.compared_below:
-            return passed("", bits_per_byte=found, least_bits_per_byte=0.0)
+        if event.bits_per_byte >= self.limits.compared_below:
+            return passed("", bits_per_byte=event.bits_per_byte, least_bits_per_byte=0.0)
         if self.floor is None:
             if event.compressed is None or event.rows is None:
                 return not_run("the scored text is not known")
-            new = 1 - event.rows().found_in_training_frac
-            self.floor = self.limits.over_compressed_min * new * event.compressed()
+            found, bits = event.rows().found_in_training_frac, event.compressed()
+            self.text = {"found_in_training_frac": found, "compressed_bits_per_byte": bits}
+            self.floor = self.limits.over_compressed_min * (1 - found) * bits
         return self._judged(event, self.floor)
 
     def _judged(self, event: Evaluated, floor: float) -> Verdict:
@@ -455,6 +456,7 @@ class Plausible(RuntimeCheck):
             f"below what this text permits, {floor:.3g}",
             bits_per_byte=event.bits_per_byte,
             least_bits_per_byte=floor,
+            **self.text,
         )
 
 

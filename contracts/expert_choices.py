@@ -36,14 +36,22 @@ IGNORE, PADDING = -100, -1  # label and document id of padding
 def run_choices(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """In one step of the run, experts read every token and no padding; the step reports the choices
     of its routers, and as dropped those for which their expert has no room. Padding changes no
-    gradient of a router.
+    gradient of a router; where blocks pass tokens by, this alone is judged.
     """
     architecture = subject.declared.architecture
     if reason := no_experts(architecture):
         return not_run(reason)
+    ffn, has_term = architecture["ffn"], architecture["ffn"]["balance"]["kind"] == "auxiliary-loss"
+    padding_error = _padding_error(subject) if has_term else 0.0
+    padding = not padding_error <= limits.padding_rel_error_max and (
+        "padding behind a row changes the gradients of its routers"
+    )
     if hard_capacity(architecture):
-        return not_run("model.depth passes tokens by, so that the rows of a router are not known")
-    ffn, trainee = architecture["ffn"], subject.training.trainee()
+        # Blocks pass tokens by, so that the rows of a router are not known.
+        if not has_term:
+            return not_run("model.depth passes tokens by, and there is no balance term")
+        return decide_all([padding], judged="padding", padding_rel_error=padding_error)
+    trainee = subject.training.trainee()
     batches, route = trainee.draw(), subject.experts.functions.route
     biases = {n: b.clone() for n, b in trainee.model.named_buffers() if b.ndim == 1}
     with _router_logits(trainee.model) as calls:
@@ -69,7 +77,6 @@ def run_choices(limits: SimpleNamespace, subject: Subject) -> Verdict:
         share_error = worst((share_error, float((got_E - chosen_E / chosen_E.sum()).abs().max())))
         wanted = float(sum(over) / chosen_E.sum())
         dropped_error = worst((dropped_error, abs(dropped_frac - wanted)))
-    padding_error = _padding_error(subject) if ffn["balance"]["kind"] == "auxiliary-loss" else 0.0
     return decide_all(
         [
             strangers > 0 and f"experts read {strangers} tokens too many or too few of a step",
@@ -77,8 +84,7 @@ def run_choices(limits: SimpleNamespace, subject: Subject) -> Verdict:
             and "the step reports other choices than those of its routers",
             not dropped_error <= limits.share_abs_error_max
             and "the step drops other choices than those for which an expert has no room",
-            not padding_error <= limits.padding_rel_error_max
-            and "padding behind a row changes the gradients of its routers",
+            padding,
             len(calls) != len(report.expert_shares) and "the step reports other layers",
         ],
         strangers=strangers,

@@ -31,7 +31,8 @@ DOCUMENT, TENSORS, TOKENIZER, CHECKPOINT, POINTS = (
     "points.jsonl",
 )
 MAX_THREADS, MAX_VOCAB = 1024, 2**31 - 1  # of the largest machines, and of the ids of int32 rows
-FROM_CORPUS = ("found_frac", "found_in_training_frac")  # measurements that a replay takes over
+# Measurements that a replay takes over.
+FROM_CORPUS = ("found_frac", "found_in_training_frac", "compressed_bits_per_byte")
 COPY_AGAIN = "copy the whole folder again"
 
 Integer = Annotated[int, Field(ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)]

@@ -69,12 +69,13 @@ class RecordedRows:
 
 @dataclass(frozen=True)
 class RecordedText:
-    """Results of searching the training split, as the bundle recorded them:
-    a bundle holds no corpus.
+    """Results of reading the training split, as the bundle recorded them: a bundle holds no
+    corpus.
     """
 
     found: float
     found_in_training: float
+    compressed_bits: float
 
     def found_frac(self, ids: Sequence[int]) -> float:
         return self.found
@@ -82,6 +83,9 @@ class RecordedText:
     def held_out_rows(self, batches: Sequence[Batch]) -> HeldOutRows:
         rows = [tuple(row) for batch in batches for row in batch.input_ids.tolist()]
         return HeldOutRows(len(rows), len(set(rows)), self.found_in_training)
+
+    def compressed(self, batches: Sequence[Batch]) -> float:
+        return self.compressed_bits
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def _refuse_lost(directory: RunDir) -> None:
     left = sorted(p.name for p in entries if not p.name.startswith("."))
     on_saves = {g.id for g in load_spec().gates.values() if g.moment == "artifact"}
     lines = (x for x in directory.lines("gates.jsonl") if isinstance(x, dict))
-    began_here = not directory.read_run().get("parents")
-    if began_here and any(x.get("gate") in on_saves for x in lines):
+    judged = any(x.get("gate") in on_saves for x in lines)
+    if judged and not directory.read_run().get("parents"):
         left.append("a verdict on a save")
     if left:
         raise CheckpointError(

@@ -368,7 +368,7 @@ def test_an_adapter_that_stops_emitting_an_event_is_found(
     stack_fresh(tmp_path, museum_folder, only=("loss.first",))
     missing = unwatched(BY_NAME["train"], emitted)
     assert missing["sampling.coherence"] == {"Sampled"}
-    assert set().union(*missing.values()) == {"Sampled"}
+    assert set().union(*missing.values()) == {"Sampled", "TextDrawn"}
     emitted.clear()
     monkeypatch.setattr(script, "make_tokenizer", lambda: None)
     plain(tmp_path, museum_folder, only=())

@@ -365,7 +365,10 @@ def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, subject, r
         row_stream,
         lambda rows, at: replaced(rows, "labels", (at, 2), rows.labels[at, 2] ^ 1),
     )
-    assert verdict.outcome == "fail" and "1 label(s) are not the next token" in verdict.message
+    assert (
+        verdict.outcome == "fail"
+        and "1 place(s) have another label than the next token" in verdict.message
+    )
 
 
 def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, subject, row_stream):
@@ -419,6 +422,6 @@ def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, subject, 
     verdict = packing(spec, subject, With(stream, rows=rows))
     assert (
         verdict.outcome == "fail"
-        and "2 label(s) are not the next token" in verdict.message
+        and "2 place(s) have another label than the next token" in verdict.message
         and verdict.measured["unaccounted"] == 0
     )

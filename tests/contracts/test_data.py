@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from stackproof.config import Concatenated
 from stackproof.contracts.gate import call_check
 from stackproof.data import permutation
 from stackproof.data.prepare import prepare
@@ -44,7 +45,12 @@ def planted_verdict(spec, cfg, plant, cache):
 
 @pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate in PREFLIGHT])
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
-    assert planted_verdict(spec, small_cfg, load_museum()[plant_id], tmp_path).outcome == "fail"
+    plant, cfg = load_museum()[plant_id], small_cfg
+    if plant.museum.get("data.packing.kind") == "concatenated":
+        cfg = cfg.model_copy(
+            update={"data": cfg.data.model_copy(update={"packing": Concatenated()})}
+        )
+    assert planted_verdict(spec, cfg, plant, tmp_path).outcome == "fail"
 
 
 class Proxy:

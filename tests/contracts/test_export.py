@@ -154,6 +154,7 @@ def test_without_the_other_library_nothing_is_called_a_pass(spec, tmp_path, monk
     )
     found = {g.id: g for g in gates.results()}
     assert {gate_id: result.verdict for gate_id, result in found.items()} == {
+        "checkpoint.opened": "not_run",
         "export.logit-parity": "not_run",
         "export.folder": "not_run",
     }

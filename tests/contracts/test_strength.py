@@ -387,6 +387,7 @@ NOT_SO = {
     ("model.traced", "logit_abs_max"): BITWISE,
     "moe.dropped-choices": LEVEL,
     "precision.whole-step": HALF,
+    ("model.reference-differential", "half_rel_error_max"): HALF,
     "sampling.drawn": COUNTS,
     "evaluation.stop-rule": LEVEL,
     "evaluation.divergence": LEVEL,

@@ -83,15 +83,14 @@ def test_every_plant_shows_its_diff_or_its_generator(bare):
 def test_the_state_of_a_failure_is_that_of_all_its_plants(bare):
     catalogue = load_catalogue(ROOT)
     failure = catalogue.failures["SF-M05"]
-    first, second = (kill(bare, "model.isolation", p) for p in failure.plants)
+    first, *rest, second = (kill(bare, "model.isolation", p) for p in failure.plants)
     state = lambda *kills: proof.failure_state(  # noqa: E731
         catalogue, failure, proof.newest_kills(proven(bare, *kills))
     )
-    assert state(first, second) == "killed" and state(first) == "planted"
-    assert state(first, second.model_copy(update={"fingerprint": "0" * 64})) == "planted", (
-        "an older fingerprint is no kill"
-    )
-    assert state(first, second.model_copy(update={"control": "fail"})) == "planted"
+    assert state(first, *rest, second) == "killed" and state(first, *rest) == "planted"
+    older = second.model_copy(update={"fingerprint": "0" * 64})
+    assert state(first, *rest, older) == "planted", "an older fingerprint is no kill"
+    assert state(first, *rest, second.model_copy(update={"control": "fail"})) == "planted"
     assert proof.failure_state(catalogue, catalogue.failures["SF-PT4"], {}) == "awaiting"
     assert (
         proof.failure_state(catalogue, catalogue.failures["SF-R05"], {})

@@ -29,6 +29,7 @@ from tests.trace.museum_sides import (
 )
 
 BIASED = {"ffn": MixtureOfExperts(n_experts=4, balance=BiasBalance(rate=1e-3))}
+ROOMY = {"ffn": MixtureOfExperts(n_experts=4, capacity_factor=1.5)}
 LONG = {"max_seq_len": 300}
 DROPOUT = {"train": True, "dropout": 0.1, "around": ways.seeded}
 ENDS = ("embedding", "final_norm", "logits")
@@ -87,6 +88,7 @@ def both(*slots: str) -> tuple[str, ...]:
 
 IN_THE_LOSS = "it is in the loss, which comes after the logits"
 IN_THE_UPDATE = "it is in the update of weights, and a forward only reads them"
+EXACT_BELOW_256 = "positions below 256 are exact in bfloat16"
 IN_THE_BACKWARD = "it is in the derivative, and the values of the forward are right"
 EVERYTHING_ELSE = (
     *"k v q_rotated k_rotated scores entropy attention_mixed attention_out resid_mid".split(),
@@ -186,6 +188,12 @@ EXHIBITS: dict[str, Found | Unseen] = {
         False,
         partial(updated, **BIASED),
     ),
+    "moe.drops-undeclared": Found(partial(running, **EXPERTS), "ffn.out"),
+    "moe.room-of-a-quarter": Found(partial(running, train=True, **ROOMY), "ffn.out"),
+    "moe.padding-routed": Unseen(
+        partial(running, inputs=ways.documents, **EXPERTS), "these rows hold no padding", True
+    ),
+    "moe.padding-in-the-mean": Unseen(running, IN_THE_LOSS),
     # ---- precision
     "precision.norm-in-half": Found(
         partial(running, around=ways.autocast),
@@ -198,6 +206,29 @@ EXHIBITS: dict[str, Found | Unseen] = {
         "q",
         EVERYTHING_ELSE,
         bisected=("layers.0.q", "logits"),  # norms are taken in float32
+    ),
+    "precision.rotation-lost-in-half": Found(partial(running, around=ways.autocast), **TURNED),
+    "precision.labels-shifted-in-half": Unseen(partial(running, around=ways.autocast), IN_THE_LOSS),
+    "precision.evaluation-in-half": Unseen(
+        partial(running, around=ways.autocast), "it is in the evaluation, behind the logits"
+    ),
+    "model.future-in-half": Found(
+        partial(running, around=ways.autocast), **MIXED, way="each query sees all keys"
+    ),
+    "model.documents-mixed-in-half": Found(
+        partial(running, inputs=ways.documents, around=ways.autocast),
+        "q_rotated",
+        ("k_rotated", "scores", "entropy", "attention_mixed"),
+        bisected=both("q_rotated", "attention_mixed"),
+    ),
+    "model.packed-positions-in-half": Unseen(
+        partial(running, inputs=ways.documents), EXACT_BELOW_256, True
+    ),
+    "model.positions-in-half-under-autocast": Unseen(
+        partial(running, inputs=ways.documents, around=ways.autocast), EXACT_BELOW_256, True
+    ),
+    "model.documents-mixed-again": Unseen(
+        partial(running, inputs=ways.documents), "it is in the forward of a backward pass", True
     ),
     "precision.loss-in-half": Unseen(partial(running, around=ways.autocast), IN_THE_LOSS),
     "precision.unscale-left-out": Unseen(
@@ -232,6 +263,15 @@ EXHIBITS: dict[str, Found | Unseen] = {
     "model.labels-of-the-past": Unseen(running, IN_THE_LOSS, False, updated),
     "model.shared-gradient-clobbered": Unseen(running, IN_THE_BACKWARD, True, updated),
     # ---- other rooms that show the same failures
+    "sampling.rotation-rounded": Found(
+        partial(running, inputs=ways.prompt),
+        "q_rotated",
+        # the cache holds keys that were turned wrongly, so that later layers mix other ones
+        ("k_rotated", "layers.1.attention_mixed", "layers.2.attention_mixed"),
+        bisected=both("q_rotated", "attention_mixed"),
+    ),
+    "checkpoint.tables-not-computed": Unseen(running, "it is in the command that opens a run"),
+    "loss.nan-gradient-made-zero": Unseen(running, IN_THE_UPDATE),
     "export.import-pairs-interleaved": Found(
         partial(imported, name="smollm2"), "q", ("k",), (0, 1), ("layers.0.q", "layers.1.k")
     ),

@@ -203,6 +203,7 @@ def learn(state, n=2):
         SimpleNamespace(
             input_ids=x[:, :-1],
             labels=x[:, 1:].contiguous(),
+            n_tokens=x[:, 1:].numel(),
             sample_ids=(0, 1),
             epoch=0,
             sources=(0, 0),

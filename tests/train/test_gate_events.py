@@ -39,6 +39,6 @@ def test_a_model_that_is_scored_in_training_mode_halts_the_run(cfg, tmp_path, mo
 
 
 def test_the_first_update_and_each_read_only_section_are_judged_as_movement(cfg, tmp_path):
-    """Eight updates, and one section of each kind: evaluation, sample and save."""
+    """Eight updates, the time before each, and the first and last evaluation, sample and save."""
     (result,) = train(fresh(cfg, (), tmp_path / "run", only=("optim.movement",))).gates
-    assert (result.verdict, result.checks) == ("pass", 11)
+    assert (result.verdict, result.checks) == ("pass", 22)
