@@ -148,7 +148,7 @@ def _perform(job: Job, folder: Path) -> None:
 
 @contextmanager
 def without_gates() -> Iterator[None]:
-    """Every command installs no gate and asks for none, until the context ends."""
+    """No command installs a gate or requires a verdict, until the context ends."""
     init, unjudged = Gatekeeper.__init__, Gatekeeper.unjudged
 
     def bare(self: Gatekeeper, *args: Any, **options: Any) -> None:

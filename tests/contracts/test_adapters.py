@@ -249,6 +249,10 @@ CASES = {
         commanded("trace", "--prompt", "a text"),
         config={"trace": {"command": "stats"}},
     ),
+    "stack trace compare": Case(
+        BY_NAME["compare"],
+        commanded("trace", "--against", "self@float64", "--prompt", "a text"),
+    ),
     "plain": Case(BY_NAME["plain"], plain, {}, PADDED | {"tokenizer.identity": "model"}),
     "Hugging Face": Case(
         BY_NAME["huggingface"],
