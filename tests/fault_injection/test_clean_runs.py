@@ -23,7 +23,7 @@ from tests.fault_injection.scale import SEED, STRESS, chance, scaled
 
 N_RUNS, BUSY_PROCESSES = scaled(3, 100), 8
 VALUES = {
-    "train.dtype": ("float32", "float32", "bfloat16", "float16"),
+    "train.dtype": ("float32", "float32", "bfloat16"),  # not every CPU has units for float16
     "train.activation_checkpointing": ("none", "blocks"),
     "train.micro_batch_size": (1, 2, 4),
     "train.tokens_per_step": (2 * 288, 4 * 288),
