@@ -94,25 +94,30 @@ def place_of(trace: TracebackType | None) -> tuple[str, str] | None:
 
 def _ends(verb: Verb, package: str) -> Iterator[Exception]:
     """The errors of what is known to be right, as far as it runs a package; none where all ends as
-    it should.
+    it should. One of them may be that nothing can be run here, as on a full disk.
     """
+    for values in RUNS:
+        try:
+            _perform(values, verb, package)
+        except Exception as e:
+            yield e
+
+
+def _perform(values: Mapping[str, Any], verb: Verb, package: str) -> None:
+    """Perform a run with these values, without output and gates, in a folder of its own."""
     from stackproof.config import load_config
     from stackproof.museum.collection import museum_config
     from stackproof.museum.prove import use_cache, workshop
     from stackproof.mutation.trial import without_gates
 
-    for values in RUNS:
-        fixed = {key: (value, "a run that is known to be right") for key, value in values.items()}
-        with workshop() as root, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            use_cache(root / "cache")
-            try:
-                with without_gates():
-                    _perform(load_config(museum_config(root), fixed=fixed)[0], root, verb, package)
-            except Exception as e:
-                yield e
+    fixed = {key: (value, "a run that is known to be right") for key, value in values.items()}
+    silent = redirect_stdout(StringIO()), redirect_stderr(StringIO())
+    with workshop() as root, silent[0], silent[1], without_gates():
+        use_cache(root / "cache")
+        _commands(load_config(museum_config(root), fixed=fixed)[0], root, verb, package)
 
 
-def _perform(cfg: Any, root: Path, verb: Verb, package: str) -> None:
+def _commands(cfg: Any, root: Path, verb: Verb, package: str) -> None:
     """Read the data, or train and resume; then evaluate or export."""
     from stackproof.data.prepare import prepare
     from stackproof.train import start

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -43,19 +43,20 @@ class RunEvaluation(RunParts, Evaluation):
     def score_batches(
         self, model: nn.Module, batches: Sequence[MicroBatch]
     ) -> bits_per_byte.Evaluation:
-        token_bytes = self.dataset.tokenizer.token_bytes
-        return bits_per_byte.evaluate_batches(model, batches, token_bytes, device=self.device)
+        return self._score(model, batches, nullcontext)
 
     def score_in_precision(
         self, model: nn.Module, batches: Sequence[MicroBatch]
     ) -> bits_per_byte.Evaluation:
-        token_bytes, autocast = self.dataset.tokenizer.token_bytes, self._autocast
+        return self._score(model, batches, partial(declared_autocast, self.cfg, self.device))
+
+    def _score(
+        self, model: nn.Module, batches: Sequence[MicroBatch], autocast: bits_per_byte.Autocast
+    ) -> bits_per_byte.Evaluation:
+        token_bytes = self.dataset.tokenizer.token_bytes
         return bits_per_byte.evaluate_batches(
             model, batches, token_bytes, device=self.device, autocast=autocast
         )
-
-    def _autocast(self) -> AbstractContextManager:
-        return declared_autocast(self.cfg, self.device)
 
     def held_out_batches(self, n_rows: int, n_max: int) -> list[Batch]:
         split, seq_len = self.dataset.validation, self.cfg.model.max_seq_len

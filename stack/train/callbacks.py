@@ -222,9 +222,8 @@ class GateEvents(Callback):
         slowed the first probe.
         """
         if trainer.flops_per_step > trainer.peak_flops * report.wall_s:
-            started = time.perf_counter()
-            trainer.peak_flops = max(trainer.peak_flops, probe_peak_flops(trainer.state.device))
-            trainer.keeper.charge(STEP_TIME, time.perf_counter() - started)
+            with charged(trainer, STEP_TIME):
+                trainer.peak_flops = max(trainer.peak_flops, probe_peak_flops(trainer.state.device))
         return trainer.peak_flops
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
@@ -278,11 +277,10 @@ class GateEvents(Callback):
         """The sample, compared with what the configuration declares."""
         cfg, tokenizer, step = trainer.cfg.sample, trainer.dataset.tokenizer, trainer.state.step
         declared = DrawOptions(cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k)
-        chance, started = generator(trainer.cfg.seed, "sample", step), time.perf_counter()
-        model, text = trainer.state.model, sample.text
-        found = drawn(model, tokenizer, cfg.prompt, sample.ids, text, declared, chance, step)
-        trainer.keeper.charge("sampling.drawn", time.perf_counter() - started)
-        return found
+        chance, model = generator(trainer.cfg.seed, "sample", step), trainer.state.model
+        given = tokenizer, cfg.prompt, sample.ids, sample.text, declared, chance, step
+        with charged(trainer, "sampling.drawn"):
+            return drawn(model, *given)
 
     def on_save(self, trainer: Trainer, folder: Path) -> None:
         trainer.keeper.observe(Saved(step=trainer.state.step, path=str(folder)))
@@ -300,11 +298,10 @@ def rescored(trainer: Trainer, val: Evaluation) -> LossRescored:
     """One held-out batch of an evaluation, another each time, scored again by the model. All ranks
     call this.
     """
-    state, started = trainer.state, time.perf_counter()
+    state = trainer.state
     at = state.step // trainer.cfg.eval.every % len(trainer.held_out)
     batch = trainer.held_out[at]
     own = _own_nats(trainer, batch.labels, *model_inputs(batch, state.device))
-    trainer.keeper.charge("evaluation.rescored", time.perf_counter() - started)
     half = trainer.cfg.train.dtype != "float32"
     return LossRescored(state.step, f"held-out batch {at}", val.batch_nats[at], own, half)
 
@@ -313,13 +310,12 @@ def sample_rescored(trainer: Trainer, sample: Sample) -> LossRescored:
     """A sample, as much of it as fits into the context, scored again by the model. All ranks call
     this.
     """
-    started, tokenizer, cfg = time.perf_counter(), trainer.dataset.tokenizer, trainer.cfg
+    tokenizer, cfg = trainer.dataset.tokenizer, trainer.cfg
     prompt = [tokenizer.eos_id, *tokenizer.encode(sample.prompt).ids]
     ids = torch.tensor([[*prompt, *sample.ids]])[:, -cfg.model.max_seq_len - 1 :]
     labels_1T = ids[:, 1:].clone()
     labels_1T[:, : -len(sample.ids)] = IGNORE_INDEX
     own = _own_nats(trainer, labels_1T, ids[:, :-1].to(trainer.state.device))
-    trainer.keeper.charge("evaluation.rescored", time.perf_counter() - started)
     half = cfg.train.dtype != "float32"
     return LossRescored(sample.step, "the sample", sample.loss_nats, own, half)
 
@@ -327,26 +323,25 @@ def sample_rescored(trainer: Trainer, sample: Sample) -> LossRescored:
 def _own_nats(trainer: Trainer, labels_BT: Tensor, *inputs: Any) -> float:
     """Mean loss of the model over the labels that are not IGNORE_INDEX."""
     state = trainer.state
-    with evaluating(state.model), state.autocast():
-        logits_BTV = state.model(*inputs)
-    nats = [
-        -row.float().log_softmax(-1)[labels >= 0].gather(1, labels[labels >= 0, None]).double()
-        for row, labels in zip(logits_BTV, labels_BT.to(state.device))
-    ]
-    return float(torch.cat(nats).mean())
+    with charged(trainer, "evaluation.rescored"):
+        with evaluating(state.model), state.autocast():
+            logits_BTV = state.model(*inputs)
+        nats = [
+            -row.float().log_softmax(-1)[labels >= 0].gather(1, labels[labels >= 0, None]).double()
+            for row, labels in zip(logits_BTV, labels_BT.to(state.device))
+        ]
+        return float(torch.cat(nats).mean())
 
 
 def logs_of(directory: RunDir, step: int) -> LogsRead:
-    """The logs of a run after a step, read back."""
-    lines = list(directory.lines("metrics.jsonl"))
-    scores = {line["step"]: line for line in lines if "val_bits_per_byte" in line}
-    return LogsRead(
-        step,
-        steps=tuple(line["step"] for line in lines),
-        last=lines[-1] if lines else {},
-        bits_per_byte={step: line["val_bits_per_byte"] for step, line in scores.items()},
-        texts={line["step"]: line["text"] for line in directory.lines("samples.jsonl")},
-    )
+    """The logs of a run after a step, read back line by line: that of a long run is large."""
+    steps, bits, line = [], {}, {}
+    for line in directory.lines("metrics.jsonl"):
+        steps.append(line["step"])
+        if "val_bits_per_byte" in line:
+            bits[line["step"]] = line["val_bits_per_byte"]
+    texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
+    return LogsRead(step, steps=tuple(steps), last=line, bits_per_byte=bits, texts=texts)
 
 
 def shared(report: StepReport, event: type) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """A refusal blames its input only if what is known to be right is not refused at the same place."""
 
+from contextlib import contextmanager
+
 import pytest
 
 from stackproof.cli import known_good
 from stackproof.cli.known_good import is_own_fault, place_of
+from stackproof.museum import prove
 from stackproof.museum.edit import Edit, edited
 from stackproof.spec.errors import (
     CheckpointError,
@@ -59,6 +62,18 @@ def test_only_errors_of_code_that_reads_are_tried(monkeypatch):
     own = IntegrityError("a table of the project")
     for error in (GateFailed("loss.first"), StreamExhausted("the end"), full, own):
         assert not is_own_fault(raised(error), print)
+
+
+def test_a_machine_on_which_nothing_can_be_tried_keeps_the_refusal(monkeypatch):
+    @contextmanager
+    def full():
+        raise OSError(28, "no space left")
+        yield
+
+    tried = []
+    monkeypatch.setattr(prove, "workshop", lambda: tried.append(1) or full())
+    monkeypatch.setattr(known_good, "place_of", lambda _: (known_good.__file__, "f"))
+    assert not is_own_fault(raised(DataError("x")), print) and len(tried) == len(known_good.RUNS)
 
 
 def test_an_error_at_another_place_or_of_another_type_is_not_the_same(monkeypatch):
