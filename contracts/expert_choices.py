@@ -3,12 +3,12 @@
 B rows, R tokens, E experts, k top_k, L layers with experts, T tokens of a row
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackproof.contracts.declared import hard_capacity
 from stackproof.contracts.events import Event, Started, StepTaken
@@ -22,11 +22,17 @@ from stackproof.contracts.gate import (
     not_run,
     worst,
 )
-from stackproof.contracts.moe import no_experts, random_rows, router_gradients
+from stackproof.contracts.loss import IGNORE
+from stackproof.contracts.moe import (
+    no_experts,
+    random_rows,
+    router_gradients,
+    watching_routers,
+)
 from stackproof.contracts.oracle import room
 from stackproof.contracts.subject import MicroBatch, Subject
 
-IGNORE, PADDING = -100, -1  # label and document id of padding
+PADDING = -1  # document id of padding
 
 
 # --- the rows of a run ----------------------------------------------------------------------------
@@ -54,7 +60,8 @@ def run_choices(limits: SimpleNamespace, subject: Subject) -> Verdict:
     trainee = subject.training.trainee()
     batches, route = trainee.draw(), subject.experts.functions.route
     biases = {n: b.clone() for n, b in trainee.model.named_buffers() if b.ndim == 1}
-    with _router_logits(trainee.model) as calls:
+    calls: dict[str, list[Tensor]] = defaultdict(list)
+    with watching_routers(trainee.model, lambda name, logits_RE: calls[name].append(logits_RE)):
         report = trainee.step(batches)
     strangers, reported = 0, zip(calls, report.expert_shares, report.dropped_choice_fracs)
     share_error = dropped_error = 0.0
@@ -92,26 +99,6 @@ def run_choices(limits: SimpleNamespace, subject: Subject) -> Verdict:
         dropped_abs_error=dropped_error,
         padding_rel_error=padding_error,
     )
-
-
-@contextmanager
-def _router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """The outputs (R, E) of every router until the block ends, by the name of its layer."""
-    calls: dict[str, list[Tensor]] = {}
-    hooks = [
-        router.register_forward_hook(
-            lambda _, __, logits_RE, name=name: calls.setdefault(
-                name.removesuffix(".router"), []
-            ).append(logits_RE.detach())
-        )
-        for name, router in model.named_modules()
-        if name.endswith("ffn.router")
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _token_rows(batch: MicroBatch) -> Tensor:

@@ -352,21 +352,34 @@ def _update(subject: Subject, batches: Sequence[MicroBatch]) -> tuple[Tensor, Te
 
 @contextmanager
 def _counted(model: nn.Module, route: Callable, top_k: int) -> Iterator[dict[str, Tensor]]:
-    """How often each expert is chosen (E,) until the block ends, by the name of its router."""
+    """How often each expert is chosen (E,) until the block ends, by the name of its layer."""
     loads: dict[str, Tensor] = {}
 
     def count(name: str, logits_RE: Tensor) -> None:
-        bias_E = model.get_buffer(f"{name.removesuffix('.router')}.selection_bias")
-        chosen = route(logits_RE.detach(), top_k, bias_E)[0].flatten()
+        bias_E = model.get_buffer(f"{name}.selection_bias")
+        chosen = route(logits_RE, top_k, bias_E)[0].flatten()
         loads[name] = loads.get(name, 0) + torch.bincount(chosen, minlength=len(bias_E))
 
+    with watching_routers(model, count):
+        yield loads
+
+
+@contextmanager
+def watching_routers(model: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `note` with the name of the layer and the logits (R, E) at each forward of a router,
+    until the block ends.
+    """
     hooks = [
-        router.register_forward_hook(lambda _, __, logits_RE, name=name: count(name, logits_RE))
+        router.register_forward_hook(
+            lambda _, __, logits_RE, layer=name.removesuffix(".router"): note(
+                layer, logits_RE.detach()
+            )
+        )
         for name, router in model.named_modules()
         if name.endswith("ffn.router")
     ]
     try:
-        yield loads
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MUON_NORM_MIN = 1e-7  # as in torch.optim.Muon: a matrix without a gradient is not turned into noise
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -32,8 +34,8 @@ def adamw(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: 
 
 
 def muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: int) -> Tensor:
-    """x − lr·decay·x − lr·factor·U·p(S)·Vᵀ of the running mean U·S·Vᵀ: the Newton-Schulz quintic
-    acts on each singular value alone.
+    """x − lr·decay·x − lr·factor·U·p(S)·Vᵀ of the running mean U·S·Vᵀ, divided by its norm or by
+    MUON_NORM_MIN: the Newton-Schulz quintic acts on each singular value alone.
 
     Sources: Keller Jordan's post on Muon, 2024; the factor of update size arXiv:2502.16982, sec.
     2.2.
@@ -43,7 +45,7 @@ def muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: i
     if not bool(ahead.isfinite().all()):
         return torch.full_like(x, math.nan)  # as the quintic would; the decomposition raises
     u, s, v = torch.linalg.svd(ahead, full_matrices=False)
-    s = s / s.square().sum().sqrt()
+    s = s / s.square().sum().sqrt().clamp(min=MUON_NORM_MIN)
     for _ in range(law["ns_steps"]):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     rows, columns = x.shape
