@@ -307,7 +307,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
     if not n_rows:
         return not_run(f"there is no row of {seq_len} tokens")
     judged = min(n_rows, max(1, int(limits.labels_judged_max) // seq_len))
-    n_labels = crossed = broken = 0
+    n_labels = crossed = broken = half_empty = 0
     end, begins_shard = np.zeros(0, np.int64), np.cumsum(row_stream.shard_windows(seq_len))
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for first in range(0, judged, 64):
@@ -324,6 +324,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             end = rows.labels[-1:, -1]
             continue
         broken += int(((rows.document_ids >= 0) != valid).sum())
+        half_empty += int((2 * valid.sum(1) <= seq_len).sum())
         same = (rows.document_ids[:, 1:] == rows.document_ids[:, :-1]) & valid[:, 1:]
         broken += int((same & (rows.input_ids[:, 1:] != rows.labels[:, :-1])).sum())
         # Only the last label of a document may be an end of text; a label after it shows that two
@@ -347,6 +348,9 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             broken > 0
             and f"{broken} place(s) have another label than the next token, or have a label or a "
             "document id without the other",
+            half_empty > limits.half_empty_rows_per_shard_max * leading
+            and f"{half_empty} rows are filled to a half or less, in {leading} shard(s): two of "
+            "them would fit into one",
             dropped > allowed
             and f"{dropped} token(s) are dropped, and the ends of the shards that fill no row hold "
             f"{allowed}",
@@ -357,4 +361,5 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
         padding_frac=row_stream.padding(seq_len) / (n_rows * seq_len),
         unaccounted=unaccounted,
         crossed_borders=crossed,
+        half_empty_rows=half_empty,
     )

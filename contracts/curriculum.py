@@ -215,6 +215,29 @@ def _play(
     return focus
 
 
+def _other_choices(bandit) -> int:
+    """Turns of random losses after which the focus is not the declared choice: a source never
+    tried, in order, else the one of the highest mean + exploration · √(log(1 + Σ pulls) / pulls).
+
+    Source: Garivier and Moulines, arXiv:0805.3415.
+    """
+    losses, wrong = np.random.default_rng(3), 0
+    for _ in range(TURNS):
+        bandit.reward({s.name: float(losses.normal(5, 0.1)) for s in bandit.sources})
+        state = bandit.state_dict()
+        arms = state["arms"]
+        untried = [name for name, arm in arms.items() if not arm["pulls"]]
+        spread = math.log(1 + sum(arm["pulls"] for arm in arms.values()))
+        bounds = {
+            name: arm["rewards"] / arm["pulls"]
+            + bandit.cfg.exploration * math.sqrt(spread / arm["pulls"])
+            for name, arm in arms.items()
+            if arm["pulls"]
+        }
+        wrong += state["focus"] != (untried[0] if untried else max(bounds, key=bounds.get))
+    return wrong
+
+
 def _share_error(bandit) -> float:
     """Worst number of rows by which a source misses its share of a turn: its weight's before the
     first turn, then what the focus leaves.
@@ -260,6 +283,12 @@ def reward(limits: SimpleNamespace, subject: Subject) -> Verdict:
             f"the rows of a turn do not follow its focus: a source is {off:.1f} of {TURN_ROWS} "
             "rows off its share",
             off_rows=off,
+        )
+    if wrong := _other_choices(make_bandit()):
+        return failed(
+            f"in {wrong} of {TURNS} turns the focus is not the source with the highest upper "
+            "confidence bound, or one that was never tried",
+            other_choices=wrong,
         )
     later = _play(make_bandit(), 0.0, used_up=TURNS // 2)[TURNS // 2 :]
     worlds = (plain, _play(make_bandit(), 0.0, trend=TREND))

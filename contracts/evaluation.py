@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.events import SINCE_UPDATE, Evaluated, Event, Started, StateCompared
+from stackproof.contracts.events import (
+    SINCE_UPDATE,
+    Evaluated,
+    Event,
+    Finished,
+    Sampled,
+    Saved,
+    Started,
+    StateCompared,
+)
 from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
@@ -544,17 +553,38 @@ def _rise_z(first: list[float], last: list[float]) -> float:
     return rise / error if error else math.copysign(math.inf, rise) if rise else 0.0
 
 
+# the section of a StateCompared that is due with an event
+SECTIONS = {Evaluated: "evaluation", Sampled: "sample", Saved: "save"}
+
+
 @decides("evaluation.leaves-no-trace")
 class LeavesNoTrace(RuntimeCheck):
     """An evaluation, a sample and a save leave weights, moments, random state, rows to come and
-    modes as they found them.
+    modes as they found them. Those of the last step were compared.
     """
 
-    events = (StateCompared,)
+    events = (StateCompared, Evaluated, Sampled, Saved, Finished)
+
+    def __init__(self, limits: SimpleNamespace):
+        super().__init__(limits)
+        self.seen: dict[str, int] = {}
+        self.compared: dict[str, int] = {}
 
     def observe(self, event: Event) -> Verdict | None:
-        if event.section == SINCE_UPDATE:
-            return None
+        match event:
+            case StateCompared(section=section) if section != SINCE_UPDATE:
+                self.compared[section] = event.step
+                return self._judge(event)
+            case Evaluated() | Sampled() | Saved():
+                self.seen[SECTIONS[type(event)]] = event.step
+            case Finished(step=step):
+                last = {section for section, at in self.seen.items() if at == step}
+                unlooked = sorted(s for s in last if self.compared.get(s) != step)
+                text = f"step {step}: what the {first_of(unlooked)} leaves was not compared"
+                return decide(not unlooked, text, uncompared=len(unlooked))
+        return None
+
+    def _judge(self, event: StateCompared) -> Verdict:
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
             f"step {event.step}: the {event.section} changed {len(event.differing)} of "

@@ -77,6 +77,10 @@ class StopRule:
         """Whether the latest evaluation ended the run."""
         return self.wait >= self.patience and self.rounds >= self.min_evaluations
 
+    def may_end(self) -> bool:
+        """Whether the latest evaluation ended the run, or the next one can."""
+        return self.wait + 1 >= self.patience and self.rounds + 1 >= self.min_evaluations
+
     def _compare(self, batch_nats: Sequence[float]) -> tuple[float, bool]:
         """Standard error of the paired difference, and whether the gain exceeds it `z`
         times and `min_delta_nats`.
@@ -112,11 +116,10 @@ class NeverStopRule(StopRule):
     def __init__(self) -> None:
         super().__init__(patience=1, min_evaluations=1, z=0.0, min_delta_nats=0.0)
 
-    def compares(self, n_batches: int) -> bool:
-        """Whether an evaluation of so many batches compares with those before."""
-        return self.rounds == 0 or n_batches == len(self.best_batch_nats)
-
     def is_over(self) -> bool:
+        return False
+
+    def may_end(self) -> bool:
         return False
 
 

@@ -56,7 +56,6 @@ from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import LossOfFirstStep
 from stackproof.train.rng import generator
-from stackproof.train.run_dir import RunDir
 from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
@@ -290,7 +289,7 @@ class GateEvents(Callback):
             f"{name}_step": checkpoint_folders.pointed_step(trainer.output.dir.checkpoints, name)
             for name in ("latest", "best")
         }
-        trainer.keeper.observe(logs_of(trainer.output.dir, trainer.state.step))
+        trainer.keeper.observe(logs_of(trainer))
         trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
 
 
@@ -333,15 +332,17 @@ def _own_nats(trainer: Trainer, labels_BT: Tensor, *inputs: Any) -> float:
         return float(torch.cat(nats).mean())
 
 
-def logs_of(directory: RunDir, step: int) -> LogsRead:
-    """The logs of a run after a step, read back line by line: that of a long run is large."""
+def logs_of(trainer: Trainer) -> LogsRead:
+    """The logs of a run, read back line by line: that of a long run is large."""
+    directory, step, every = trainer.output.dir, trainer.state.step, trainer.cfg.train.log_every
+    began, wrong = directory.began(), directory.mismarked()
     steps, bits, line = [], {}, {}
     for line in directory.lines("metrics.jsonl"):
         steps.append(line["step"])
         if "val_bits_per_byte" in line:
             bits[line["step"]] = line["val_bits_per_byte"]
     texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
-    return LogsRead(step, steps=tuple(steps), last=line, bits_per_byte=bits, texts=texts)
+    return LogsRead(step, began, every, wrong, tuple(steps), line, bits, texts)
 
 
 def shared(report: StepReport, event: type) -> dict[str, Any]:

@@ -60,6 +60,7 @@ SERIES = (
     EVENTS,
 )
 MANIFEST = "manifest.json"
+CONTINUATION = "continuation.json"  # what a run takes over from its parent
 STEPPED = SERIES[:6]  # cut back when a run continues from an earlier step
 MAX_SERIES_BYTES = 2**32
 FOLDERS = ("repro", "archive", "tensorboard", RANKS)
@@ -248,6 +249,22 @@ class RunDir:
         """Length and sha256 of each series, by name."""
         with self._writing:
             return {name: self._log(name).mark() for name in SERIES if (self.path / name).is_file()}
+
+    def mismarked(self) -> tuple[str, ...]:
+        """Series whose file has another length or sha256 than its mark."""
+        with self._writing:
+            wrong = []
+            for name, known in self._logs.items():
+                found = Log()
+                with suppress(FileNotFoundError):
+                    _read_into(found, self.path / name)
+                wrong += [name] if found.mark() != known.mark() else []
+            return tuple(wrong)
+
+    def began(self) -> int:
+        """The step that the run continues from: that of a parent's checkpoint, else 0."""
+        path = self.path / CONTINUATION
+        return parse_strict(read_bytes(path), origin=str(path))["step"] if path.is_file() else 0
 
     def sync_logs(self) -> None:
         """Wait until all lines are on the disk, so that a checkpoint never outlives its logs."""

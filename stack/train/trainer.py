@@ -235,9 +235,10 @@ class Trainer:
     @contextmanager
     def read_only(self, section: str) -> Iterator[None]:
         """A section that must leave the training state unchanged; the first of each kind in a
-        process is verified, and those of the last step, which no update follows.
+        process is verified, and those of a step that may be the last, which no update follows.
         """
-        if section in self.verified and self.state.step < self.cfg.train.max_steps:
+        may_be_last = self.state.step == self.cfg.train.max_steps or self.state.stopper.may_end()
+        if section in self.verified and not may_be_last:
             yield
             return
         self.verified.add(section)

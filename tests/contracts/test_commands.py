@@ -387,7 +387,16 @@ def test_a_trace_is_of_the_untraced_forward(spec, model):
 # --- logs -----------------------------------------------------------------------------------------
 
 LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_seen": 64}
-LOGS = LogsRead(2, steps=(1, 2), last=LAST, bits_per_byte={2: 3.0}, texts={1: "a", 2: "b"})
+LOGS = LogsRead(
+    2,
+    began=0,
+    log_every=1,
+    mismarked=(),
+    steps=(1, 2),
+    last=LAST,
+    bits_per_byte={2: 3.0},
+    texts={1: "a", 2: "b"},
+)
 
 
 def logged(spec, **changes):
@@ -415,8 +424,18 @@ def test_logs_hold_what_happened(spec):
         {"bits_per_byte": {}},
         {"bits_per_byte": {2: 3.1}},
         {"texts": {1: "a"}},
+        {"steps": (2,)},
+        {"steps": (1, 2), "log_every": 2},
+        {"mismarked": ("samples.jsonl",)},
     ):
         assert not logged(spec, **wrong).passed, wrong
+    for right in (
+        {"steps": (2,), "log_every": 2},
+        {"steps": (2,), "log_every": 100},
+        {"steps": (2,), "began": 1},
+        {"steps": (1, 2), "began": 1, "log_every": 100},
+    ):
+        assert logged(spec, **right).passed, right
 
 
 @pytest.mark.parametrize(

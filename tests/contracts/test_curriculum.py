@@ -217,10 +217,10 @@ def test_order_is_red_on_one_row_of_the_warm_up(spec, subject):
 
 class Fixed:
     """A bandit whose focus goes round, whatever it is told; every
-    source has a third of the rows.
+    source has a third of the rows. Its state is one under which that focus has the highest bound.
     """
 
-    cfg = SimpleNamespace(focus_share=0.0)
+    cfg = SimpleNamespace(focus_share=0.0, exploration=0.0)
 
     sources = (
         Source("useful", 0, 9, 1, 1, 0),
@@ -240,6 +240,11 @@ class Fixed:
     def reward(self, losses):
         self.focus = next(self._turns)
 
+    def state_dict(self):
+        names = [s.name for s in self.sources]
+        arms = {n: {"pulls": 1.0, "rewards": float(n == names[self.focus])} for n in names}
+        return {"focus": names[self.focus], "arms": arms}
+
 
 def test_reward_is_red_on_a_bandit_that_never_learns(spec, subject):
     in_turn = lambda caps: Fixed(n % 3 for n in range(91))  # noqa: E731
@@ -255,6 +260,21 @@ def test_reward_is_red_where_a_source_is_never_tried(spec, subject):
     two_of_three = lambda caps: Fixed(n % 2 for n in range(91))  # noqa: E731
     verdict = judge("curriculum.reward", spec, subject, bandit=two_of_three)
     assert verdict.outcome == "fail" and "1 source(s) none" in verdict.message
+
+
+@pytest.mark.parametrize("arm", ["useful", "list", "other"])
+def test_reward_is_red_where_the_focus_is_not_the_highest_bound(spec, subject, arm):
+    class Stubborn(type(subject.curriculum.bandit(CAPS))):
+        def _choose(self):
+            return [s.name for s in self.sources].index(arm)
+
+    def bandit(caps):
+        made = subject.curriculum.bandit(caps)
+        made.__class__ = Stubborn
+        return made
+
+    verdict = judge("curriculum.reward", spec, subject, bandit=bandit)
+    assert verdict.outcome == "fail" and verdict.measured["other_choices"] > 10
 
 
 def test_state_is_red_on_a_revived_arm(spec, subject):

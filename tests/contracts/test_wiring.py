@@ -6,7 +6,14 @@ import pytest
 
 from stackproof.contracts.checkpoint import Pointers
 from stackproof.contracts.evaluation import LeavesNoTrace
-from stackproof.contracts.events import Evaluated, Finished, Started, StateCompared
+from stackproof.contracts.events import (
+    Evaluated,
+    Finished,
+    Sampled,
+    Saved,
+    Started,
+    StateCompared,
+)
 from stackproof.contracts.gate import limits_of
 
 
@@ -50,3 +57,21 @@ def test_what_an_evaluation_changes_is_named(spec):
     red = check.observe(StateCompared(5, "sample", 9, ("optim.embed.weight.exp_avg",)))
     assert not red.passed and "sample changed 1 of 9" in red.message and "exp_avg" in red.message
     assert not check.observe(StateCompared(5, "sample", 0, ())).passed, "nothing was compared"
+
+
+@pytest.mark.parametrize("compared_at", [None, 5, 9])
+@pytest.mark.parametrize(
+    ("section", "event"),
+    [
+        ("evaluation", Evaluated(9, 2.0, 3.0, (2.0,), "h", None, 5.0)),
+        ("sample", Sampled(9, "b")),
+        ("save", Saved(step=9, path="step-9")),
+    ],
+)
+def test_what_looks_at_the_last_step_was_compared(spec, section, event, compared_at):
+    check = LeavesNoTrace(limits_of(spec.gates["evaluation.leaves-no-trace"]))
+    if compared_at:
+        check.observe(StateCompared(compared_at, section, 9, ()))
+    check.observe(event)
+    verdict = check.observe(Finished(9, "completed", 9, 9))
+    assert verdict.passed == (compared_at == 9) and (verdict.passed or section in verdict.message)

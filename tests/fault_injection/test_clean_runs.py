@@ -42,6 +42,7 @@ VALUES = {
     "model.depth.kind": ("full", "full", "mixture-of-depths"),
     "optim.kind": ("adamw", "muon"),
     "schedule.kind": ("cosine", "wsd"),
+    "schedule.warmup_steps": (1, 8),
     "checkpoint.async_save": (False, True),
     "eval.every": (3, 7),
     "sample.every": (4, 9),

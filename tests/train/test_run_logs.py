@@ -29,6 +29,12 @@ def last_loss(directory, step=9):
     return trainer._last_loss(SimpleNamespace(report=None, state=state, output=output))
 
 
+def trainer_of(directory):
+    cfg = SimpleNamespace(train=SimpleNamespace(log_every=1))
+    output = SimpleNamespace(dir=directory)
+    return SimpleNamespace(cfg=cfg, output=output, state=SimpleNamespace(step=8))
+
+
 def peak(read) -> int:
     tracemalloc.start()
     try:
@@ -45,7 +51,7 @@ def peak(read) -> int:
         lambda d: restart._refuse_lost(d),
         lambda d: last_loss(d),
         lambda d: sum(1 for _ in d.lines("gates.jsonl")),
-        lambda d: callbacks.logs_of(d, 8),
+        lambda d: callbacks.logs_of(trainer_of(d)),
     ],
     ids=["red verdicts", "lost checkpoints", "last loss", "lines", "logs at the end"],
 )
@@ -74,3 +80,18 @@ def test_a_log_above_the_limit_is_refused(directory, monkeypatch):
     monkeypatch.setattr(run_dir, "MAX_SERIES_BYTES", 1000)
     with pytest.raises(FileRefused, match="holds more than the 1000 bytes"):
         list(directory.lines("gates.jsonl"))
+
+
+def test_a_series_that_is_not_what_was_logged_is_named(tmp_path):
+    """Whether a line was lost, changed, added, or counted twice."""
+    own = RunDir(tmp_path)
+    for step in (1, 2):
+        own.log("metrics.jsonl", step=step)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    assert own.mismarked() == ()
+    for wrong in (whole[:-1], whole.replace(b"2", b"3"), whole + b"{}\n", b""):
+        (tmp_path / "metrics.jsonl").write_bytes(wrong)
+        assert own.mismarked() == ("metrics.jsonl",)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert own.mismarked() == ("metrics.jsonl",)
+    assert RunDir(tmp_path).mismarked() == (), "a process judges what it has logged"
