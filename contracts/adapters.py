@@ -27,6 +27,7 @@ STACK_EVENTS = (
     events.StateCompared,
     events.Saved,
     events.LogsRead,
+    events.Recorded,
     events.Finished,
 )
 RANK_EVENTS = (

@@ -71,6 +71,21 @@ class LogsRead:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """The record of a run is ready to be written: its metrics and their sample counts by name, and
+    the sha256 of its inputs by path. `read` are the files that describe the run's data set, hashed
+    again; `held_out_bytes` is the size of its held-out split.
+    """
+
+    step: int
+    metrics: Mapping[str, float | str]
+    counts: Mapping[str, int | None]
+    inputs: Mapping[str, str]
+    read: Mapping[str, str]
+    held_out_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The training loop has ended; the last event of a run. `latest_step` and `best_step` are
     those of the folders that the checkpoint pointers name.
@@ -592,6 +607,7 @@ Event = (
     | Sampled
     | TextDrawn
     | LogsRead
+    | Recorded
     | StateCompared
     | RanksJoined
     | StateDivided

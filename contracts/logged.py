@@ -1,4 +1,4 @@
-"""Gate of the logs of a run: what was logged is what happened."""
+"""Gates of the logs and the record of a run: what they state is what happened."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ from stackproof.contracts.events import (
     Evaluated,
     Event,
     LogsRead,
+    Recorded,
     Sampled,
     Started,
     StepTaken,
@@ -71,4 +72,55 @@ class Logged(RuntimeCheck):
             n_logged=len(steps),
             n_evaluations=len(logs.bits_per_byte),
             n_samples=len(logs.texts),
+        )
+
+
+@decides("runtime.recorded")
+class RecordStates(RuntimeCheck):
+    """The record that is about to be written has the numbers of the last step, of the last
+    evaluation and of the best one, and names the files of the data that were read.
+    """
+
+    events = (StepTaken, Evaluated, Recorded)
+
+    def __init__(self, limits: SimpleNamespace):
+        super().__init__(limits)
+        self.happened: dict[str, float | None] = {}
+
+    def observe(self, event: Event) -> Verdict | None:
+        match event:
+            case StepTaken():
+                self.happened |= {
+                    "train_loss_nats": event.loss_nats,
+                    "tokens_seen": event.tokens_seen,
+                }
+            case Evaluated():
+                self.happened |= {
+                    "val_loss_nats": event.loss_nats,
+                    "val_bits_per_byte": event.bits_per_byte,
+                    "best_val_loss_nats": event.best_loss_nats,
+                    "best_step": event.best_step,
+                }
+            case Recorded():
+                return self._judge(event)
+        return None
+
+    def _judge(self, record: Recorded) -> Verdict:
+        truth = {**self.happened, "steps": record.step}
+        wrong = [name for name, value in truth.items() if record.metrics.get(name) != value]
+        baselines = [name for name in record.metrics if name.startswith("baseline_")]
+        wrong += [n for n in baselines if record.counts[n] != record.held_out_bytes]
+        missing = [f for f, sha256 in record.read.items() if record.inputs.get(f) != sha256]
+        return decide_all(
+            [
+                len(wrong) > self.limits.wrong_max
+                and f"the record states another {first_of(wrong)} than the run had",
+                not baselines and "the record states no baseline",
+                len(missing) > self.limits.missing_max
+                and f"{first_of(missing)} was read and is not an input of the record as it is",
+            ],
+            f"step {record.step}: ",
+            wrong=len(wrong),
+            judged=len(truth) + len(baselines),
+            missing=len(missing),
         )

@@ -31,6 +31,7 @@ from stackproof.contracts.events import (
     ModuleModes,
     RatesUsed,
     Recomputed,
+    Recorded,
     Sampled,
     Saved,
     Started,
@@ -45,7 +46,7 @@ from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import compressed_bits_per_byte, uniform_loss_nats
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluating
 from stackproof.evaluate.stopping import Decision
-from stackproof.spec.canonical import sha256_json
+from stackproof.spec.canonical import sha256_file, sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.records import Record
 from stackproof.subject.commands import drawn
@@ -290,6 +291,7 @@ class GateEvents(Callback):
             for name in ("latest", "best")
         }
         trainer.keeper.observe(logs_of(trainer))
+        trainer.keeper.observe(record_of(trainer))
         trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
 
 
@@ -343,6 +345,20 @@ def logs_of(trainer: Trainer) -> LogsRead:
             bits[line["step"]] = line["val_bits_per_byte"]
     texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
     return LogsRead(step, began, every, wrong, tuple(steps), line, bits, texts)
+
+
+def record_of(trainer: Trainer) -> Recorded:
+    """What the record of a run is about to state."""
+    record, dataset = trainer.output.record, trainer.dataset
+    described = ("manifest.json", "tokenizer.json")
+    return Recorded(
+        trainer.state.step,
+        metrics={name: metric.value for name, metric in record.metrics.items()},
+        counts={name: metric.n for name, metric in record.metrics.items()},
+        inputs={file.path: file.sha256 for file in record.inputs},
+        read={name: sha256_file(dataset.directory / name) for name in described},
+        held_out_bytes=dataset.validation.n_bytes,
+    )
 
 
 def shared(report: StepReport, event: type) -> dict[str, Any]:

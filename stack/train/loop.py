@@ -24,7 +24,14 @@ from stackproof.train.rng import generator
 from stackproof.train.sharded_checkpoint import ShardedSnapshot
 from stackproof.train.signals import STATUS_OF_SIGNAL, Requests, StoppedAtOnce, listening
 from stackproof.train.state import live_crc32
-from stackproof.train.trainer import RestartPoint, Sample, Trainer, close
+from stackproof.train.trainer import (
+    RestartPoint,
+    Sample,
+    Trainer,
+    close,
+    record_baselines,
+    record_metrics,
+)
 
 AGAIN = "stack train --resume DIR, or the same command again if DIR has no run.json"
 
@@ -85,6 +92,9 @@ def train(opened: AbstractContextManager[Trainer]) -> Record | None:
         if state.step < cfg.train.max_steps:
             status = "early_stopped"
             reason = f"no significant gain for {state.stopper.wait} evaluations"
+        if trainer.output.ranks.is_main:
+            record_metrics(trainer)
+            record_baselines(trainer)
         trainer.callbacks.on_train_end(trainer, status)
         return close(trainer, status, reason, 0) if trainer.output.ranks.is_main else None
 

@@ -356,7 +356,7 @@ def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
 def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     """State the metrics and write the record; also for a run that failed."""
     output, root = trainer.output, trainer.output.dir.path
-    _record_metrics(trainer, with_baselines=exit_code == 0)
+    record_metrics(trainer)
     output.record.device_s = max(0.0, trainer.state.wall_s - output.inherited_s)
     ending = {"status": status, "end_reason": reason, "exit_code": exit_code}
     try:
@@ -386,8 +386,8 @@ def _written_files(output: RunOutput) -> list[Artefact]:
     return of_run + output.carried + of_bundles
 
 
-def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
-    """Every metric of a train record; baselines only for a run that completed."""
+def record_metrics(trainer: Trainer) -> None:
+    """Every metric of a train record but for the baselines."""
     state, dataset, metric = trainer.state, trainer.dataset, trainer.output.record.metric
     vocab_size = dataset.tokenizer.vocab_size
     n_params = parameter_count(trainer.cfg.model.model_dump(), vocab_size)
@@ -428,11 +428,14 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
         if best := state.best:  # empty if no evaluation was called and the gate for that is waived
             metric("best_val_loss_nats", best["val_loss_nats"], "nats per token", better="lower")
             metric("best_step", best["step"], "steps")
-    if with_baselines:
-        parts = dataset.train, dataset.validation, dataset.tokenizer
-        for name, bits_of in BASELINES.items():
-            n = dataset.validation.n_bytes
-            metric(name, bits_of(*parts), "bits per byte", n=n, better="lower")
+
+
+def record_baselines(trainer: Trainer) -> None:
+    """The bits per byte of counting baselines, for the record of a run that has completed."""
+    dataset, metric = trainer.dataset, trainer.output.record.metric
+    parts, n = (dataset.train, dataset.validation, dataset.tokenizer), dataset.validation.n_bytes
+    for name, bits_of in BASELINES.items():
+        metric(name, bits_of(*parts), "bits per byte", n=n, better="lower")
 
 
 def _record_ranks(trainer: Trainer) -> None:

@@ -15,13 +15,14 @@ from stackproof.contracts.events import (
     Evaluated,
     LogsRead,
     LossRescored,
+    Recorded,
     Sampled,
     Started,
     StepTaken,
 )
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.contracts.logged import Logged
+from stackproof.contracts.logged import Logged, RecordStates
 from stackproof.contracts.rescored import Rescored
 from stackproof.contracts.subject import NotOffered, Subject
 from stackproof.contracts.traced import module_of
@@ -436,6 +437,55 @@ def test_logs_hold_what_happened(spec):
         {"steps": (1, 2), "began": 1, "log_every": 100},
     ):
         assert logged(spec, **right).passed, right
+
+
+METRICS = {
+    "steps": 2,
+    "tokens_seen": 64,
+    "train_loss_nats": 2.0,
+    "val_loss_nats": 2.5,
+    "val_bits_per_byte": 3.0,
+    "best_val_loss_nats": 2.25,
+    "best_step": 1,
+    "baseline_unigram_bits_per_byte": 4.0,
+}
+COUNTS = dict.fromkeys(METRICS) | {"baseline_unigram_bits_per_byte": 100}
+READ = {"manifest.json": 64 * "a", "tokenizer.json": 64 * "b"}
+
+
+def recorded(spec, *, looked=True, **changes):
+    check = RecordStates(limits_of(spec.gates["runtime.recorded"]))
+    if looked:
+        rest = dict.fromkeys(
+            "clipped_grad_norm max_grad_norm n_valid_tokens n_expected_tokens wall_s flops "
+            "peak_flops".split(),
+            1,
+        )
+        check.observe(StepTaken(step=2, **LAST, **rest))
+        best = {"best_step": 1, "best_loss_nats": 2.25}
+        check.observe(Evaluated(2, 2.5, 3.0, (2.5,), "h", None, 5.0, **best))
+    event = Recorded(2, METRICS, COUNTS, READ | {"other": 64 * "c"}, READ, 100)
+    return check.observe(dataclasses.replace(event, **changes))
+
+
+def test_a_record_states_what_happened(spec):
+    """A process that was resumed at the last step has only the number of the step to judge."""
+    assert recorded(spec).passed and recorded(spec).measured["judged"] == 8
+    assert recorded(spec, looked=False).measured["judged"] == 2
+    for name, value in METRICS.items():
+        if not name.startswith("baseline"):
+            verdict = recorded(spec, metrics=METRICS | {name: value + 1e-9})
+            assert not verdict.passed and name in verdict.message
+            rest = {k: v for k, v in METRICS.items() if k != name}
+            assert not recorded(spec, metrics=rest).passed, name
+    for wrong in (
+        {"counts": COUNTS | {"baseline_unigram_bits_per_byte": 99}},
+        {"counts": COUNTS | {"baseline_unigram_bits_per_byte": None}},
+        {"metrics": {k: v for k, v in METRICS.items() if not k.startswith("baseline")}},
+        {"inputs": {}},
+        {"inputs": READ | {"manifest.json": 64 * "b"}},
+    ):
+        assert not recorded(spec, **wrong).passed, wrong
 
 
 @pytest.mark.parametrize(
