@@ -337,13 +337,16 @@ def _own_nats(trainer: Trainer, labels_BT: Tensor, *inputs: Any) -> float:
 def logs_of(trainer: Trainer) -> LogsRead:
     """The logs of a run, read back line by line: that of a long run is large."""
     directory, step, every = trainer.output.dir, trainer.state.step, trainer.cfg.train.log_every
-    began, wrong = directory.began(), directory.mismarked()
     steps, bits, line = [], {}, {}
     for line in directory.lines("metrics.jsonl"):
         steps.append(line["step"])
         if "val_bits_per_byte" in line:
             bits[line["step"]] = line["val_bits_per_byte"]
     texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
+    began = directory.continued_at()
+    if trainer.output.record.parents and not began and steps:
+        began = steps[0] - 1  # no file states at which step a fork begins
+    wrong = directory.mismarked()
     return LogsRead(step, began, every, wrong, tuple(steps), line, bits, texts)
 
 
@@ -415,8 +418,8 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
 
 
 class PointTracing(Callback):
-    """Every `trace.every` steps, logs statistics of all activations on the next batch.
-    Not part of a step's time.
+    """Every `trace.every` steps, logs statistics of all activations on the next batch; at the last
+    step of a run that ends before. Not part of a step's time.
     """
 
     def __init__(self) -> None:
@@ -424,9 +427,16 @@ class PointTracing(Callback):
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         step, every = trainer.state.step + 1, trainer.cfg.trace.every
-        if every == 0 or step % every:
-            return
-        started = time.perf_counter()
+        last = trainer.cfg.train.max_steps
+        if every and (step % every == 0 or step == last < every):
+            self._record(trainer, step, batches)
+
+    def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
+        if decision.stop and report.step < trainer.cfg.trace.every:
+            self._record(trainer, report.step, trainer.batches)
+
+    def _record(self, trainer: Trainer, step: int, batches: Sequence[Batch]) -> None:
+        started, every = time.perf_counter(), trainer.cfg.trace.every
         with trainer.timer.paused():
             with trainer.read_only("trace"):
                 lines = points_lines(trainer.state, batches[0])

@@ -261,8 +261,8 @@ class RunDir:
                 wrong += [name] if found.mark() != known.mark() else []
             return tuple(wrong)
 
-    def began(self) -> int:
-        """The step that the run continues from: that of a parent's checkpoint, else 0."""
+    def continued_at(self) -> int:
+        """The last step of the lines that were taken over from a parent run, else 0."""
         path = self.path / CONTINUATION
         return parse_strict(read_bytes(path), origin=str(path))["step"] if path.is_file() else 0
 

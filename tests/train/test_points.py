@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from stackproof.config import NeverStop
+from stackproof.config import NeverStop, Patience
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, Stopped
@@ -198,6 +198,19 @@ def test_the_record_names_the_series_and_what_it_cost(plain, recorded):
         "points.jsonl" not in [s.path for s in other.series]
         and "trace_overhead_frac" not in other.metrics
     )
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_run_that_ends_before_the_first_recording_records_its_last_step(cfg, tmp_path, early):
+    """At the last step, and at one that turns out to be the last."""
+    stop = Patience(patience=2, min_evaluations=2, min_delta_nats=100.0)
+    changes = {"stop": stop, "eval": cfg.eval.model_copy(update={"every": 1})} if early else {}
+    cfg = traced(cfg, 50).model_copy(update=changes)
+    record = train(fresh(cfg, (), tmp_path / "run", only=("model.attention-logits",)))
+    last = record.metrics["steps"].value
+    assert steps_of(tmp_path / "run") == [last]
+    assert (last < cfg.train.max_steps) == early
+    assert [g.verdict for g in record.gates] == ["pass"]
 
 
 def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, monkeypatch):
