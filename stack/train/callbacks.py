@@ -25,13 +25,11 @@ from stackproof.contracts.events import (
     Evaluated,
     Finished,
     HeldOutRows,
-    LogsRead,
     LossRescored,
     MemorizationMeasured,
     ModuleModes,
     RatesUsed,
     Recomputed,
-    Recorded,
     Sampled,
     Saved,
     Started,
@@ -46,7 +44,7 @@ from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import compressed_bits_per_byte, uniform_loss_nats
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluating
 from stackproof.evaluate.stopping import Decision
-from stackproof.spec.canonical import sha256_file, sha256_json
+from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.records import Record
 from stackproof.subject.commands import drawn
@@ -56,6 +54,7 @@ from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import LossOfFirstStep
+from stackproof.train.read_back import logs_of, record_of
 from stackproof.train.rng import generator
 from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport
@@ -332,36 +331,6 @@ def _own_nats(trainer: Trainer, labels_BT: Tensor, *inputs: Any) -> float:
             for row, labels in zip(logits_BTV, labels_BT.to(state.device))
         ]
         return float(torch.cat(nats).mean())
-
-
-def logs_of(trainer: Trainer) -> LogsRead:
-    """The logs of a run, read back line by line: that of a long run is large."""
-    directory, step, every = trainer.output.dir, trainer.state.step, trainer.cfg.train.log_every
-    steps, bits, line = [], {}, {}
-    for line in directory.lines("metrics.jsonl"):
-        steps.append(line["step"])
-        if "val_bits_per_byte" in line:
-            bits[line["step"]] = line["val_bits_per_byte"]
-    texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
-    began = directory.continued_at()
-    if trainer.output.record.parents and not began and steps:
-        began = steps[0] - 1  # no file states at which step a fork begins
-    wrong = directory.mismarked()
-    return LogsRead(step, began, every, wrong, tuple(steps), line, bits, texts)
-
-
-def record_of(trainer: Trainer) -> Recorded:
-    """What the record of a run is about to state."""
-    record, dataset = trainer.output.record, trainer.dataset
-    described = ("manifest.json", "tokenizer.json")
-    return Recorded(
-        trainer.state.step,
-        metrics={name: metric.value for name, metric in record.metrics.items()},
-        counts={name: metric.n for name, metric in record.metrics.items()},
-        inputs={file.path: file.sha256 for file in record.inputs},
-        read={name: sha256_file(dataset.directory / name) for name in described},
-        held_out_bytes=dataset.validation.n_bytes,
-    )
 
 
 def shared(report: StepReport, event: type) -> dict[str, Any]:

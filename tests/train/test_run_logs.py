@@ -8,7 +8,7 @@ import pytest
 from stackproof.spec.canonical import canonical_lines
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import FileRefused
-from stackproof.train import callbacks, restart, run_dir, trainer
+from stackproof.train import read_back, restart, run_dir, trainer
 from stackproof.train.run_dir import RunDir
 
 MAX_BYTES = 2**20  # of the lines in memory; all of them together take ten times as much
@@ -51,7 +51,7 @@ def peak(read) -> int:
         lambda d: restart._refuse_lost(d),
         lambda d: last_loss(d),
         lambda d: sum(1 for _ in d.lines("gates.jsonl")),
-        lambda d: callbacks.logs_of(trainer_of(d)),
+        lambda d: read_back.logs_of(trainer_of(d)),
     ],
     ids=["red verdicts", "lost checkpoints", "last loss", "lines", "logs at the end"],
 )

@@ -1,0 +1,35 @@
+"""What a run has logged and is about to record, read back for its gates."""
+
+from stackproof.contracts.events import LogsRead, Recorded
+from stackproof.spec.canonical import sha256_file
+from stackproof.train.trainer import Trainer
+
+
+def logs_of(trainer: Trainer) -> LogsRead:
+    """The logs of a run, read back line by line: that of a long run is large."""
+    directory, step, every = trainer.output.dir, trainer.state.step, trainer.cfg.train.log_every
+    steps, bits, line = [], {}, {}
+    for line in directory.lines("metrics.jsonl"):
+        steps.append(line["step"])
+        if "val_bits_per_byte" in line:
+            bits[line["step"]] = line["val_bits_per_byte"]
+    texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
+    began = directory.continued_at()
+    if trainer.output.record.parents and not began and steps:
+        began = steps[0] - 1  # no file states at which step a fork begins
+    wrong = directory.mismarked()
+    return LogsRead(step, began, every, wrong, tuple(steps), line, bits, texts)
+
+
+def record_of(trainer: Trainer) -> Recorded:
+    """What the record of a run is about to state."""
+    record, dataset = trainer.output.record, trainer.dataset
+    described = ("manifest.json", "tokenizer.json")
+    return Recorded(
+        trainer.state.step,
+        metrics={name: metric.value for name, metric in record.metrics.items()},
+        counts={name: metric.n for name, metric in record.metrics.items()},
+        inputs={file.path: file.sha256 for file in record.inputs},
+        read={name: sha256_file(dataset.directory / name) for name in described},
+        held_out_bytes=dataset.validation.n_bytes,
+    )
