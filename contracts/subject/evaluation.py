@@ -53,6 +53,14 @@ class BatchScore(Protocol):
     stderr_nats: float
 
 
+class TokenRange(Protocol):
+    """A split of a data set, as ids in order."""
+
+    n_tokens: int
+
+    def token_range(self, first: int, stop: int) -> Sequence[int]: ...
+
+
 class Evaluation:
     """How held-out text is scored."""
 
@@ -69,6 +77,14 @@ class Evaluation:
     @capability
     def score_in_precision(self, model: nn.Module, batches: Sequence[MicroBatch]) -> BatchScore:
         """As `score_batches`, in the run's own compute precision."""
+
+    @capability
+    def baselines(
+        self, train: TokenRange, validation: TokenRange, tokenizer
+    ) -> Mapping[str, float]:
+        """Held-out bits per byte of each baseline, fitted on training tokens, by metric. Of the
+        tokenizer `vocab_size` and `token_bytes` are read.
+        """
 
     @capability
     def held_out_batches(self, n_rows: int, n_max: int) -> Sequence[MicroBatch]:

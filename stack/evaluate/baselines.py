@@ -83,6 +83,12 @@ def bigram_bits_per_byte(train: Any, validation: Any, tokenizer: Any) -> float:
     return _bits_per_byte(model.probs(ids[:-1], ids[1:]), ids[1:], tokenizer)
 
 
+BASELINES = {  # by the metric of a record
+    "baseline_unigram_bits_per_byte": unigram_bits_per_byte,
+    "baseline_bigram_bits_per_byte": bigram_bits_per_byte,
+}
+
+
 def compressed_bits_per_byte(text: str, *, after: str) -> float:
     """Bits per byte by which a text makes the LZMA2 stream of another one longer; inf for no
     text.

@@ -21,6 +21,7 @@ from stackproof.contracts.subject import (
 from stackproof.data.data_loader import Batch, eval_batches
 from stackproof.data.prepare import Dataset
 from stackproof.evaluate import bits_per_byte, stopping
+from stackproof.evaluate.baselines import BASELINES
 from stackproof.spec.errors import DataError
 from stackproof.subject.run import RunParts
 from stackproof.train.state import declared_autocast
@@ -57,6 +58,9 @@ class RunEvaluation(RunParts, Evaluation):
         return bits_per_byte.evaluate_batches(
             model, batches, token_bytes, device=self.device, autocast=autocast
         )
+
+    def baselines(self, train: Any, validation: Any, tokenizer: Any) -> dict[str, float]:
+        return {name: bits(train, validation, tokenizer) for name, bits in BASELINES.items()}
 
     def held_out_batches(self, n_rows: int, n_max: int) -> list[Batch]:
         split, seq_len = self.dataset.validation, self.cfg.model.max_seq_len

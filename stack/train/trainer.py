@@ -18,11 +18,7 @@ from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
 from stackproof.distributed.ranks import ONE_PROCESS, Ranks
 from stackproof.distributed.started import next_command
-from stackproof.evaluate.baselines import (
-    bigram_bits_per_byte,
-    uniform_loss_nats,
-    unigram_bits_per_byte,
-)
+from stackproof.evaluate.baselines import BASELINES, uniform_loss_nats
 from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec import rank_log
@@ -39,11 +35,6 @@ from stackproof.train.run_dir import SERIES, RunDir
 from stackproof.train.signals import StoppedAtOnce, uninterrupted
 from stackproof.train.state import TrainState, differing, state_checksums
 from stackproof.train.step import StepReport, nonfinite_parts
-
-BASELINES = {
-    "baseline_unigram_bits_per_byte": unigram_bits_per_byte,
-    "baseline_bigram_bits_per_byte": bigram_bits_per_byte,
-}
 
 
 @dataclass(frozen=True)
