@@ -55,12 +55,13 @@ def of_the_training_split(train, validation, tokenizer):
         {UNIGRAM: of_all_tokens},
         {UNIGRAM: BASELINES[BIGRAM]},
         {UNIGRAM: lambda *parts: BASELINES[UNIGRAM](*parts) * (1 + 1e-8)},
+        {UNIGRAM: lambda *parts: -BASELINES[UNIGRAM](*parts)},
         {UNIGRAM: lambda *parts: float("nan")},
         {BIGRAM: backwards},
         {BIGRAM: of_the_training_split},
         {BIGRAM: None},
     ],
-    ids="unsmoothed all-tokens swapped slightly-off nan backwards training missing".split(),
+    ids="unsmoothed all-tokens swapped slightly-off negated nan backwards training missing".split(),
 )
 def test_each_wrong_baseline_is_red(spec, changes):
     green = verdict(spec)

@@ -216,6 +216,9 @@ ELSEWHERE = {
     ): "tests/contracts/test_moe.py::test_dispatch_sees_one_percent",
     ("evaluation.text-score", "window_rel_error_max"): OF_SCORES,
     ("evaluation.text-score", "sum_rel_error_max"): OF_SCORES,
+    ("evaluation.baselines", "baseline_rel_error_max"): (
+        "tests/contracts/test_baselines.py::test_each_wrong_baseline_is_red"
+    ),
     (
         "evaluation.rescored",
         "rel_error_max",
