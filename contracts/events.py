@@ -55,13 +55,12 @@ class Saved:
 @dataclass(frozen=True, slots=True)
 class LogsRead:
     """The logs of a run were read back at its end: every logged step, the last line, and by step
-    the held-out bits per byte and the sampled text. The lines of steps up to `began` are those of a
-    parent run; after it every `log_every`-th step is logged. The files in `mismarked` have another
-    length or hash than the marks that checkpoints keep of them.
+    the held-out bits per byte and the sampled text. This process logs every `log_every`-th step.
+    The files in `mismarked` have another length or hash than the marks that checkpoints keep of
+    them.
     """
 
     step: int
-    began: int
     log_every: int
     mismarked: tuple[str, ...]
     steps: tuple[int, ...]

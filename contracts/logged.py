@@ -19,8 +19,8 @@ OF_STEP = ("loss_nats", "grad_norm", "lr", "tokens_seen")
 @decides("runtime.logged")
 class Logged(RuntimeCheck):
     """At the end of a run, read back from the disk: the last logged step is the last one taken,
-    with its numbers; each step that is declared to be logged stands there once, and no other; every
-    evaluation and sample of this process is there; the files are those that the marks in a
+    with its numbers; each step of this process that is declared to be logged stands there once, and
+    no other; every evaluation and sample of this process is there; the files are those that the marks in a
     checkpoint describe.
     """
 
@@ -51,8 +51,8 @@ class Logged(RuntimeCheck):
         scores = {s: bits for s, bits in logs.bits_per_byte.items() if s > self.began}
         texts = {s: text for s, text in logs.texts.items() if s > self.began}
         every = range(logs.log_every, step + 1, logs.log_every)
-        due = {s for s in {*every, *logs.bits_per_byte, step} if s > logs.began}
-        own = {s for s in steps if s > logs.began}
+        due = {s for s in {*every, *logs.bits_per_byte, step} if s > self.began}
+        own = {s for s in steps if s > self.began}
         return decide_all(
             [
                 (steps[-1:] or [None]) != [step]

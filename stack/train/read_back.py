@@ -14,11 +14,7 @@ def logs_of(trainer: Trainer) -> LogsRead:
         if "val_bits_per_byte" in line:
             bits[line["step"]] = line["val_bits_per_byte"]
     texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
-    began = directory.continued_at()
-    if trainer.output.record.parents and not began and steps:
-        began = steps[0] - 1  # no file states at which step a fork begins
-    wrong = directory.mismarked()
-    return LogsRead(step, began, every, wrong, tuple(steps), line, bits, texts)
+    return LogsRead(step, every, directory.mismarked(), tuple(steps), line, bits, texts)
 
 
 def record_of(trainer: Trainer) -> Recorded:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stackproof.contracts.conditions import ensure
 from stackproof.distributed.output import OUTPUT, RANKS, rank_folder
 from stackproof.distributed.started import next_command
 from stackproof.evidence.file_lock import LOCK
@@ -60,7 +61,6 @@ SERIES = (
     EVENTS,
 )
 MANIFEST = "manifest.json"
-CONTINUATION = "continuation.json"  # what a run takes over from its parent
 STEPPED = SERIES[:6]  # cut back when a run continues from an earlier step
 MAX_SERIES_BYTES = 2**32
 FOLDERS = ("repro", "archive", "tensorboard", RANKS)
@@ -261,11 +261,6 @@ class RunDir:
                 wrong += [name] if found.mark() != known.mark() else []
             return tuple(wrong)
 
-    def continued_at(self) -> int:
-        """The last step of the lines that were taken over from a parent run, else 0."""
-        path = self.path / CONTINUATION
-        return parse_strict(read_bytes(path), origin=str(path))["step"] if path.is_file() else 0
-
     def sync_logs(self) -> None:
         """Wait until all lines are on the disk, so that a checkpoint never outlives its logs."""
         for name in SERIES:
@@ -299,6 +294,9 @@ class RunDir:
                     ),
                 )
 
+    @ensure(
+        lambda self, marks: self._ends_at(marks), "each series ends where the checkpoint states"
+    )
     def restore_logs(self, marks: Mapping[str, Mapping[str, Any]]) -> int:
         """Cut every series back to the lines that belong to a checkpoint, so that replayed steps
         are not logged twice. Returns the bytes cut.
@@ -315,6 +313,10 @@ class RunDir:
         self._logs.clear()
         self.sync_logs()
         return cut
+
+    def _ends_at(self, marks: Mapping[str, Mapping[str, Any]]) -> bool:
+        sizes = {p.name: p.stat().st_size for p in self.path.iterdir() if p.name in STEPPED}
+        return sizes == {n: m["bytes"] for n, m in marks.items() if n in STEPPED and m["bytes"]}
 
     def rewind(self, step: int) -> int:
         """Cut every series back to lines of at most `step`, for a checkpoint of a former version,

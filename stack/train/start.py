@@ -74,7 +74,7 @@ from stackproof.train.restart import (
     require_trained,
     state_processes,
 )
-from stackproof.train.run_dir import CONTINUATION, RunDir, parent_run
+from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.signals import uninterrupted
 from stackproof.train.state import AUTOCAST, build_state
 from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
@@ -548,10 +548,10 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
         **changes,
         "archived": {p.name: sha256_file(p) for p in sorted(archive.iterdir())},
     }
-    write_atomically(directory.path / CONTINUATION, canonical_json(document))
+    write_atomically(directory.path / "continuation.json", canonical_json(document))
     return [
         artefact(p, root=directory.path)
-        for p in (directory.path / CONTINUATION, *sorted(archive.iterdir()))
+        for p in (directory.path / "continuation.json", *sorted(archive.iterdir()))
     ]
 
 

@@ -390,7 +390,6 @@ def test_a_trace_is_of_the_untraced_forward(spec, model):
 LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_seen": 64}
 LOGS = LogsRead(
     2,
-    began=0,
     log_every=1,
     mismarked=(),
     steps=(1, 2),
@@ -425,18 +424,39 @@ def test_logs_hold_what_happened(spec):
         {"bits_per_byte": {}},
         {"bits_per_byte": {2: 3.1}},
         {"texts": {1: "a"}},
-        {"steps": (2,)},
-        {"steps": (1, 2), "log_every": 2},
+        {"steps": (1, 2, 3)},
         {"mismarked": ("samples.jsonl",)},
     ):
         assert not logged(spec, **wrong).passed, wrong
     for right in (
-        {"steps": (2,), "log_every": 2},
-        {"steps": (2,), "log_every": 100},
-        {"steps": (2,), "began": 1},
-        {"steps": (1, 2), "began": 1, "log_every": 100},
+        {"steps": (2,)},
+        {"steps": (1, 2), "log_every": 100},
     ):
         assert logged(spec, **right).passed, right
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every", "ok"),
+    [
+        ((1, 2, 3, 4, 5, 6), 1, True),
+        ((1, 3, 4, 5, 6), 1, True),  # a process before this one logs by another interval
+        ((1, 2, 4, 5, 6), 1, False),
+        ((1, 2, 4, 5, 6), 2, False),
+        ((1, 2, 4, 6), 2, True),
+        ((1, 2, 3, 5, 6), 5, True),
+        ((1, 2, 6), 5, False),
+        ((1, 2, 3, 6), 100, True),
+    ],
+)
+def test_the_lines_of_a_process_are_those_that_are_due(spec, steps, log_every, ok):
+    """It began after step 2 and has evaluated at step 3, unless the line of that is missing."""
+    check = Logged(limits_of(spec.gates["runtime.logged"]))
+    check.observe(Started(2, {}))
+    bits = {3: 3.0} if 3 in steps else {}
+    for step in bits:
+        check.observe(Evaluated(step, 2.0, 3.0, (2.0,), "h", None, 5.0))
+    found = LogsRead(6, log_every, (), steps, {}, bits, {})
+    assert check.observe(found).passed == ok
 
 
 METRICS = {

@@ -31,7 +31,7 @@ def last_loss(directory, step=9):
 
 def trainer_of(directory):
     cfg = SimpleNamespace(train=SimpleNamespace(log_every=1))
-    output = SimpleNamespace(dir=directory, record=SimpleNamespace(parents=()))
+    output = SimpleNamespace(dir=directory)
     return SimpleNamespace(cfg=cfg, output=output, state=SimpleNamespace(step=8))
 
 
