@@ -20,8 +20,8 @@ OF_STEP = ("loss_nats", "grad_norm", "lr", "tokens_seen")
 class Logged(RuntimeCheck):
     """At the end of a run, read back from the disk: the last logged step is the last one taken,
     with its numbers; each step of this process that is declared to be logged stands there once, and
-    no other; every evaluation and sample of this process is there; the files are those that the marks in a
-    checkpoint describe.
+    no other; every evaluation and sample of this process is there; the files are those that the
+    marks in a checkpoint describe.
     """
 
     events = (Started, StepTaken, Evaluated, Sampled, LogsRead)
