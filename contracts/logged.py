@@ -82,6 +82,7 @@ class RecordStates(RuntimeCheck):
     """
 
     events = (StepTaken, Evaluated, Recorded)
+    kept = ("happened",)  # a kill may come between the last checkpoint and the record
 
     def __init__(self, limits: SimpleNamespace):
         super().__init__(limits)
