@@ -388,6 +388,17 @@ def test_a_trace_is_of_the_untraced_forward(spec, model):
 # --- logs -----------------------------------------------------------------------------------------
 
 LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_seen": 64}
+TAKEN = StepTaken(
+    step=2,
+    **LAST,
+    clipped_grad_norm=1,
+    max_grad_norm=1,
+    n_valid_tokens=1,
+    n_expected_tokens=1,
+    wall_s=1,
+    flops=1,
+    peak_flops=1,
+)
 LOGS = LogsRead(
     2,
     log_every=1,
@@ -402,12 +413,7 @@ LOGS = LogsRead(
 def logged(spec, **changes):
     check = Logged(limits_of(spec.gates["runtime.logged"]))
     check.observe(Started(1, {}))
-    rest = dict.fromkeys(
-        "clipped_grad_norm max_grad_norm n_valid_tokens n_expected_tokens wall_s flops "
-        "peak_flops".split(),
-        1,
-    )
-    check.observe(StepTaken(step=2, **LAST, **rest))
+    check.observe(TAKEN)
     check.observe(Evaluated(2, 2.0, 3.0, (2.0,), "h", None, 5.0))
     check.observe(Sampled(2, "b"))
     return check.observe(dataclasses.replace(LOGS, **changes))
@@ -475,13 +481,10 @@ READ = {"manifest.json": 64 * "a", "tokenizer.json": 64 * "b"}
 
 def recorded(spec, *, looked=True, **changes):
     check = RecordStates(limits_of(spec.gates["runtime.recorded"]))
+    if resumed := changes.pop("resumed", None):
+        check.load_state_dict(json.loads(json.dumps(resumed)))
     if looked:
-        rest = dict.fromkeys(
-            "clipped_grad_norm max_grad_norm n_valid_tokens n_expected_tokens wall_s flops "
-            "peak_flops".split(),
-            1,
-        )
-        check.observe(StepTaken(step=2, **LAST, **rest))
+        check.observe(TAKEN)
         best = {"best_step": 1, "best_loss_nats": 2.25}
         check.observe(Evaluated(2, 2.5, 3.0, (2.5,), "h", None, 5.0, **best))
     event = Recorded(2, METRICS, COUNTS, READ | {"other": 64 * "c"}, READ, 100)
@@ -489,9 +492,13 @@ def recorded(spec, *, looked=True, **changes):
 
 
 def test_a_record_states_what_happened(spec):
-    """A process that was resumed at the last step has only the number of the step to judge."""
+    """What was never observed is not judged. A resumed check knows what was observed before."""
     assert recorded(spec).passed and recorded(spec).measured["judged"] == 8
     assert recorded(spec, looked=False).measured["judged"] == 2
+    before = {"happened": {"val_loss_nats": 2.5}}
+    assert recorded(spec, looked=False, resumed=before).measured["judged"] == 3
+    before = {"happened": {"val_loss_nats": 2.4}}
+    assert not recorded(spec, looked=False, resumed=before).passed
     for name, value in METRICS.items():
         if not name.startswith("baseline"):
             verdict = recorded(spec, metrics=METRICS | {name: value + 1e-9})

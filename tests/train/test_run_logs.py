@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from stackproof.contracts.conditions import ContractError
 from stackproof.spec.canonical import canonical_lines
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import FileRefused
@@ -95,3 +96,16 @@ def test_a_series_that_is_not_what_was_logged_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     assert own.mismarked() == ("metrics.jsonl",)
     assert RunDir(tmp_path).mismarked() == (), "a process judges what it has logged"
+
+
+def test_a_log_that_is_cut_elsewhere_than_its_mark_is_a_bug(tmp_path, monkeypatch):
+    own = RunDir(tmp_path)
+    own.log("metrics.jsonl", step=1)
+    marks = own.marks()
+    own.log("metrics.jsonl", step=2)
+    cut = own.restore_logs(marks)
+    assert cut == len(b'{"step":2}\n') and own.marks() == marks
+    own.log("metrics.jsonl", step=2)
+    monkeypatch.setattr(run_dir.os, "truncate", lambda path, n_bytes: None)
+    with pytest.raises(ContractError, match="each series ends where the checkpoint states"):
+        own.restore_logs(marks)
