@@ -492,7 +492,7 @@ def recorded(spec, *, looked=True, **changes):
 
 
 def test_a_record_states_what_happened(spec):
-    """What was never observed is not judged. A resumed check knows what was observed before."""
+    """What was never observed is not judged. A resumed check continues with the earlier values."""
     assert recorded(spec).passed and recorded(spec).measured["judged"] == 8
     assert recorded(spec, looked=False).measured["judged"] == 2
     before = {"happened": {"val_loss_nats": 2.5}}
