@@ -3,6 +3,7 @@ draw every time. B batch, T tokens, D features.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, worst
-from stackproof.contracts.subject import ResidualBlock, Subject, Training
+from stackproof.contracts.subject import MicroBatch, ResidualBlock, Subject, Trainee
 
 STEPS, ROWS, TOKENS = 2, 1, 256  # of each micro-batch the first rows and tokens are compared
 Draw = tuple[tuple[int, str], Tensor, Tensor]
@@ -21,7 +22,8 @@ def law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Every branch of every block drops the declared share, scales the rest to keep the mean, and
     no two masks are the same. With dropout 0 nothing may be dropped.
     """
-    a, draws = subject.declared.architecture, branch_draws(subject.training)
+    a, trainee = subject.declared.architecture, subject.training.trainee()
+    draws = branch_draws(trainee, *(trainee.draw() for _ in range(STEPS)))
     dropout, n_layers = a["dropout"], a["n_layers"]
     branches = {where for where, _, _ in draws}
     if len(branches) < 2 * n_layers:
@@ -61,15 +63,15 @@ def law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     )
 
 
-def branch_draws(training: Training) -> list[Draw]:
-    """Of real steps, in order: ((layer, attention or ffn), what the branch gave, what was added to
-    the residual stream), both (T, D) float32.
+def branch_draws(trainee: Trainee, *steps: Sequence[MicroBatch]) -> list[Draw]:
+    """Of train steps on these micro-batches, in order: ((layer, attention or ffn), what the branch
+    gave, what was added to the residual stream), both (T, D) float32.
     """
-    trainee, draws = training.trainee(), []
+    draws: list[Draw] = []
     for layer, block in enumerate(trainee.residual_blocks()):
         _Watch(layer, draws).attach(block)
-    for _ in range(STEPS):
-        trainee.step(trainee.draw())
+    for batches in steps:
+        trainee.step(batches)
     return draws
 
 

@@ -74,14 +74,25 @@ class Recorded:
     """The record of a run is ready to be written: its metrics and their sample counts by name, and
     the sha256 of its inputs by path. `read` are the files that describe the run's data set, hashed
     again; `held_out_bytes` is the size of its held-out split.
+
+    `status` is how the run ends and `max_steps` the declared number of updates. `environment` is
+    what the record states of the machine, `machine` what is read of it now. `outputs` are the
+    bytes of the files that the record names by path, `saved` those of the latest checkpoint on the
+    disk.
     """
 
     step: int
+    status: str
+    max_steps: int
     metrics: Mapping[str, float | str]
     counts: Mapping[str, int | None]
     inputs: Mapping[str, str]
     read: Mapping[str, str]
     held_out_bytes: int
+    environment: Mapping[str, object]
+    machine: Mapping[str, object]
+    outputs: Mapping[str, int]
+    saved: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

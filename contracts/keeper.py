@@ -190,6 +190,7 @@ class Gatekeeper:
         self.spec, self.on_verdict = spec, on_verdict
         self.event: Event | None = None
         self._resumed_at: int | None = None  # None as soon as a step follows
+        self.finished_at: int | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             spec.gate(gate_id)
@@ -296,8 +297,10 @@ class Gatekeeper:
                     red.append(state)
         if red:
             raise self._failure(red)
-        if isinstance(event, Finished) and event.step != self._resumed_at:
-            self._require_heartbeats()
+        if isinstance(event, Finished):
+            self.finished_at = event.step
+            if event.step != self._resumed_at:
+                self._require_heartbeats()
 
     def _is_repeated(self, state: GateState, verdict: Verdict) -> bool:
         """Whether a resumed run judges its declared plan again. It was counted when the run began;

@@ -78,7 +78,8 @@ class Logged(RuntimeCheck):
 @decides("runtime.recorded")
 class RecordStates(RuntimeCheck):
     """The record that is about to be written has the numbers of the last step, of the last
-    evaluation and of the best one, and names the files of the data that were read.
+    evaluation and of the best one. It names the files of the data that were read, those of the
+    latest checkpoint, and the machine, and its status follows from the steps.
     """
 
     events = (StepTaken, Evaluated, Recorded)
@@ -112,6 +113,10 @@ class RecordStates(RuntimeCheck):
         baselines = [name for name in record.metrics if name.startswith("baseline_")]
         wrong += [n for n in baselines if record.counts[n] != record.held_out_bytes]
         missing = [f for f, sha256 in record.read.items() if record.inputs.get(f) != sha256]
+        unsaid = [f for f, n_bytes in record.saved.items() if record.outputs.get(f) != n_bytes]
+        machine, stated = record.machine, record.environment
+        facts = [k for k, v in machine.items() if k not in stated or stated[k] != v]
+        ended = "completed" if record.step == record.max_steps else "early_stopped"
         return decide_all(
             [
                 len(wrong) > self.limits.wrong_max
@@ -119,9 +124,18 @@ class RecordStates(RuntimeCheck):
                 not baselines and "the record states no baseline",
                 len(missing) > self.limits.missing_max
                 and f"{first_of(missing)} was read and is not an input of the record as it is",
+                len(unsaid) > self.limits.missing_max
+                and f"{first_of(unsaid)} is in the latest checkpoint and not an output of the "
+                "record as it is",
+                not record.saved and "no checkpoint is left that the record could name",
+                len(facts) > self.limits.wrong_max
+                and f"the environment lacks {first_of(facts)}, or states it otherwise",
+                record.status != ended
+                and f"the status is {record.status} after {record.step} of {record.max_steps} "
+                f"steps, it is to be {ended}",
             ],
             f"step {record.step}: ",
-            wrong=len(wrong),
-            judged=len(truth) + len(baselines),
-            missing=len(missing),
+            wrong=len(wrong) + len(facts),
+            judged=len(truth) + len(baselines) + len(machine),
+            missing=len(missing) + len(unsaid),
         )

@@ -67,6 +67,10 @@ class Declared:
     """What the configuration of a run promises."""
 
     @value
+    def seed(self) -> int:
+        """The seed of the run."""
+
+    @value
     def architecture(self) -> Architecture:
         """The model's configuration. Such a model is attention, whose masked scores weigh exactly
         0, and maps of single tokens: logits of one shape do not depend on what they may not read,

@@ -18,6 +18,10 @@ class RunDeclared(Declared):
     vocab_size: int
 
     @property
+    def seed(self) -> int:
+        return self.cfg.seed
+
+    @property
     def architecture(self) -> Architecture:
         return self.cfg.model.model_dump()
 

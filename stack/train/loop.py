@@ -29,8 +29,7 @@ from stackproof.train.trainer import (
     Sample,
     Trainer,
     close,
-    record_baselines,
-    record_metrics,
+    record_results,
 )
 
 AGAIN = "stack train --resume DIR, or the same command again if DIR has no run.json"
@@ -93,8 +92,7 @@ def train(opened: AbstractContextManager[Trainer]) -> Record | None:
             status = "early_stopped"
             reason = f"no significant gain for {state.stopper.wait} evaluations"
         if trainer.output.ranks.is_main:
-            record_metrics(trainer)
-            record_baselines(trainer)
+            record_results(trainer)
         trainer.callbacks.on_train_end(trainer, status)
         return close(trainer, status, reason, 0) if trainer.output.ranks.is_main else None
 

@@ -2,6 +2,8 @@
 
 from stackproof.contracts.events import LogsRead, Recorded
 from stackproof.spec.canonical import sha256_file
+from stackproof.spec.provenance import environment
+from stackproof.train import checkpoint_folders
 from stackproof.train.trainer import Trainer
 
 
@@ -17,15 +19,25 @@ def logs_of(trainer: Trainer) -> LogsRead:
     return LogsRead(step, every, directory.mismarked(), tuple(steps), line, bits, texts)
 
 
-def record_of(trainer: Trainer) -> Recorded:
-    """What the record of a run is about to state."""
-    record, dataset = trainer.output.record, trainer.dataset
+def record_of(trainer: Trainer, status: str) -> Recorded:
+    """What the record of a run that has completed is about to state."""
+    record, dataset, root = trainer.output.record, trainer.dataset, trainer.output.dir.path
     described = ("manifest.json", "tokenizer.json")
+    latest = checkpoint_folders.pointed(trainer.output.dir.checkpoints, "latest")
+    saved = sorted(latest.iterdir()) if latest else ()
     return Recorded(
         trainer.state.step,
+        status,
+        trainer.cfg.train.max_steps,
         metrics={name: metric.value for name, metric in record.metrics.items()},
         counts={name: metric.n for name, metric in record.metrics.items()},
         inputs={file.path: file.sha256 for file in record.inputs},
         read={name: sha256_file(dataset.directory / name) for name in described},
         held_out_bytes=dataset.validation.n_bytes,
+        environment=dict(record.environment),
+        machine=environment(
+            str(trainer.state.device), world_size=trainer.state.ranks.sizes.world_size
+        ),
+        outputs={file.path: file.bytes for file in record.outputs},
+        saved={p.relative_to(root).as_posix(): p.stat().st_size for p in saved},
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from stackproof.config import RunConfig
 from stackproof.contracts.coherence import Coherence
+from stackproof.contracts.conditions import require
 from stackproof.contracts.events import StateCompared
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
@@ -344,6 +345,10 @@ def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
     return "failed", f"{type(error).__name__}: {error}", 1
 
 
+@require(
+    lambda trainer, exit_code: exit_code or trainer.keeper.finished_at == trainer.state.step,
+    "the gates of a run that completes have judged its end",
+)
 def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     """State the metrics and write the record; also for a run that failed."""
     output, root = trainer.output, trainer.output.dir.path
@@ -375,6 +380,13 @@ def _written_files(output: RunOutput) -> list[Artefact]:
     bundles = sorted(root.glob("repro/*/repro.json"))
     of_run, of_bundles = ([artefact(p, root=root) for p in ps] for ps in (files, bundles))
     return of_run + output.carried + of_bundles
+
+
+def record_results(trainer: Trainer) -> None:
+    """All that the record of a run which has completed states, before it is judged."""
+    record_metrics(trainer)
+    record_baselines(trainer)
+    trainer.output.record.outputs = _written_files(trainer.output)
 
 
 def record_metrics(trainer: Trainer) -> None:

@@ -477,6 +477,8 @@ METRICS = {
 }
 COUNTS = dict.fromkeys(METRICS) | {"baseline_unigram_bits_per_byte": 100}
 READ = {"manifest.json": 64 * "a", "tokenizer.json": 64 * "b"}
+MACHINE = {"python": "3.11", "cuda": None}
+SAVED = {"checkpoints/step-00000002/model.safetensors": 100}
 
 
 def recorded(spec, *, looked=True, **changes):
@@ -487,16 +489,19 @@ def recorded(spec, *, looked=True, **changes):
         check.observe(TAKEN)
         best = {"best_step": 1, "best_loss_nats": 2.25}
         check.observe(Evaluated(2, 2.5, 3.0, (2.5,), "h", None, 5.0, **best))
-    event = Recorded(2, METRICS, COUNTS, READ | {"other": 64 * "c"}, READ, 100)
+    inputs = READ | {"other": 64 * "c"}
+    stated = MACHINE | {"allocator": "malloc"}, MACHINE, SAVED | {"tokenizer.json": 9}, SAVED
+    event = Recorded(2, "completed", 2, METRICS, COUNTS, inputs, READ, 100, *stated)
     return check.observe(dataclasses.replace(event, **changes))
 
 
 def test_a_record_states_what_happened(spec):
     """What was never observed is not judged. A resumed check continues with the earlier values."""
-    assert recorded(spec).passed and recorded(spec).measured["judged"] == 8
-    assert recorded(spec, looked=False).measured["judged"] == 2
+    assert recorded(spec).passed and recorded(spec).measured["judged"] == 10
+    assert recorded(spec, looked=False).measured["judged"] == 4
     before = {"happened": {"val_loss_nats": 2.5}}
-    assert recorded(spec, looked=False, resumed=before).measured["judged"] == 3
+    assert recorded(spec, looked=False, resumed=before).measured["judged"] == 5
+    assert recorded(spec, max_steps=3, status="early_stopped").passed
     before = {"happened": {"val_loss_nats": 2.4}}
     assert not recorded(spec, looked=False, resumed=before).passed
     for name, value in METRICS.items():
@@ -511,6 +516,14 @@ def test_a_record_states_what_happened(spec):
         {"metrics": {k: v for k, v in METRICS.items() if not k.startswith("baseline")}},
         {"inputs": {}},
         {"inputs": READ | {"manifest.json": 64 * "b"}},
+        {"environment": {}},
+        {"environment": {"python": "3.11"}},
+        {"environment": MACHINE | {"python": "3.12"}},
+        {"outputs": {}},
+        {"outputs": {name: n + 1 for name, n in SAVED.items()}},
+        {"saved": {}},
+        {"status": "early_stopped"},
+        {"max_steps": 3},
     ):
         assert not recorded(spec, **wrong).passed, wrong
 
