@@ -31,8 +31,20 @@ STATEMENTS = (
     "points.jsonl",
     "SHA256SUMS",
     "README.md",
+    "plan.json",
     OUTPUT,
 )
+# Places that only state or show, in files that hold results too: the state of gates and the marks
+# of their logs in a checkpoint, and what a manifest tells of its build.
+STATED = (
+    ("state.json", ".gates."),
+    *(
+        ("state.json", f".run.logs.{log}.")
+        for log in ("events.jsonl", "gates.jsonl", "points.jsonl")
+    ),
+    ("manifest.json", ".tokenizer.encoder"),
+)
+EXAMPLE = ".example"  # in a receipt: where the first document that was dropped begins
 SCORES, SAMPLES = ".metrics.", ".samples"  # in a record; in a document that was printed
 TRAINING = "run/"  # its record sums up what the logs hold; a record of another command has scores
 
@@ -180,13 +192,14 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def is_statement(key: str) -> bool:
-    """Whether a value only states what was computed; in a checkpoint, the state of gates."""
+    """Whether a value only states what was computed."""
     name, place = _split(key)
     if name == "metadata.json" and place.startswith(SCORES):
         return key.startswith(TRAINING)
     if name == OUTPUT and place.startswith("document"):
         return SAMPLES not in place
-    return name in STATEMENTS or (name == "state.json" and place.startswith(".gates."))
+    told = any(name == file and place.startswith(own) for file, own in STATED)
+    return told or name in STATEMENTS or (name == "manifest.json" and place.endswith(EXAMPLE))
 
 
 def is_time(key: str) -> bool:
