@@ -59,13 +59,22 @@ def answers(limits: SimpleNamespace, subject: Subject) -> Verdict:
             found.max_length,
         )
         gaps += drawn.distances
-        prompt_ids = [found.tokenizer.eos_id, *found.tokenizer.encode(asked).ids]
+        encoding = found.tokenizer.encode(asked)
+        prompt_ids = [found.tokenizer.eos_id, *encoding.ids]
+        cut = len(prompt_ids) > found.max_length
+        lost = len(prompt_ids) - max(1, found.max_length // 2) if cut else 0
         ended = len(answer.ids) < options.max_new_tokens
         rows += _rows_read(prompt_ids, answer.ids, ended, found.max_length)
         faults = list(found.faults(question.prompt, answer.text))
         if why := [
             *problems(drawn, limits),
             *(["the model was not given template and question"] if answer.asked != asked else []),
+            *(
+                ["the tokens and characters that the prompt lost are others"]
+                if (answer.lost_prompt_tokens, answer.dropped_prompt_chars)
+                != (lost, encoding.dropped_chars)
+                else []
+            ),
             *(["the text is not the answer"] if answer.text != _cut(decoded, suite) else []),
             *(
                 ["the verdict is not that of its text"]

@@ -308,6 +308,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
         return not_run(f"there is no row of {seq_len} tokens")
     judged = min(n_rows, max(1, int(limits.labels_judged_max) // seq_len))
     n_labels = crossed = broken = half_empty = 0
+    padding = row_stream.padding(seq_len)
     end, begins_shard = np.zeros(0, np.int64), np.cumsum(row_stream.shard_windows(seq_len))
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for first in range(0, judged, 64):
@@ -348,6 +349,10 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             broken > 0
             and f"{broken} place(s) have another label than the next token, or have a label or a "
             "document id without the other",
+            judged == n_rows
+            and n_labels + padding != n_rows * seq_len
+            and f"{padding} positions are declared as padding, the rows have "
+            f"{n_rows * seq_len - n_labels}",
             half_empty > limits.half_empty_rows_per_shard_max * leading
             and f"{half_empty} rows are filled to a half or less, in {leading} shard(s): two of "
             "them would fit into one",
@@ -358,7 +363,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
         rows=judged,
         labels=n_labels,
         dropped_tokens=dropped,
-        padding_frac=row_stream.padding(seq_len) / (n_rows * seq_len),
+        padding_frac=padding / (n_rows * seq_len),
         unaccounted=unaccounted,
         crossed_borders=crossed,
         half_empty_rows=half_empty,

@@ -421,8 +421,9 @@ class MemorizationMeasured:
     """The model continued the first `prefix_tokens` of training passages greedily.
 
     `n_recited` of `n_windows` passages were continued word for word to their end; `matched_tokens`
-    is the mean length of the match. `held_out()` counts the same over `n_held_out` held-out
-    passages; it is called only where the first count is suspicious.
+    is the mean length of the match, `own_matched_tokens` the same by full forwards of the gate;
+    None: it has none. `held_out()` counts recited passages among `n_held_out` held-out ones; it is
+    called only where the first count is suspicious. `half`: the model computes in half precision.
     """
 
     step: int
@@ -432,6 +433,8 @@ class MemorizationMeasured:
     matched_tokens: float
     n_held_out: int
     held_out: Callable[[], int]
+    own_matched_tokens: float | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)

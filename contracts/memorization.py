@@ -12,6 +12,7 @@ from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
     decide,
+    decide_all,
     decides,
     not_run,
 )
@@ -21,7 +22,8 @@ from stackproof.contracts.gate import (
 class Recitation(RuntimeCheck):
     """A model continues training passages word for word no more often than held-out passages.
 
-    Held-out passages are continued only where the count of training passages alone could be red.
+    The mean number of repeated tokens is that of full forwards. Held-out passages are continued
+    only where the count of training passages alone could be red.
     Rows without a passage within one document are not judged. Source: arXiv:2012.07805.
     """
 
@@ -34,16 +36,25 @@ class Recitation(RuntimeCheck):
         if chance_of(event.n_recited, event.n_windows, 0, m) < self.limits.p_value_min:
             held_out = event.held_out()
         p = chance_of(event.n_recited, event.n_windows, held_out, m)
-        return decide(
-            p >= self.limits.p_value_min,
-            f"step {event.step}: {event.n_recited} of {event.n_windows} training passages are "
-            f"continued word for word after {event.prefix_tokens} tokens, and {held_out} of {m} "
-            "held-out passages",
+        own = event.matched_tokens if event.own_matched_tokens is None else event.own_matched_tokens
+        allowed = self.limits.half_matched_error_max if event.half else 0.0
+        return decide_all(
+            [
+                not p >= self.limits.p_value_min
+                and f"{event.n_recited} of {event.n_windows} training passages are continued word "
+                f"for word after {event.prefix_tokens} tokens, and {held_out} of {m} held-out "
+                "passages",
+                not abs(own - event.matched_tokens) <= allowed
+                and f"{event.matched_tokens:g} tokens of a passage are reported as repeated on "
+                f"average, {own:g} are",
+            ],
+            f"step {event.step}: ",
             recited_frac=event.n_recited / event.n_windows,
             held_out_frac=held_out / max(1, m),
             windows=event.n_windows,
             matched_tokens=event.matched_tokens,
             p_value=p,
+            matched_error=abs(own - event.matched_tokens),
         )
 
 

@@ -96,7 +96,8 @@ class ScoredText:
 
 class SuiteAnswer(Protocol):
     """An answer to a question of a suite: the prompt that was given, the drawn tokens, their text
-    as it was judged, and the verdict.
+    as it was judged, and the verdict. Of the prompt it counts the tokens that are outside of the
+    context at first, and the characters that the tokenizer dropped.
     """
 
     step: int
@@ -107,6 +108,8 @@ class SuiteAnswer(Protocol):
     text: str
     passed: bool
     faults: Sequence[str]
+    lost_prompt_tokens: int
+    dropped_prompt_chars: int
 
 
 class AnsweredSuite:

@@ -231,3 +231,7 @@ class Exported:
 
     @value
     def vocab_size(self) -> int: ...
+
+    @value
+    def eos_id(self) -> int:
+        """Id of the token that ends a text, of the tokenizer that the folder was written with."""

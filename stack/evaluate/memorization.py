@@ -65,13 +65,14 @@ def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Memorization:
-    """Number of passages that a model continues word for word from their first `prefix_tokens`
-    tokens.
+    """Number of passages (N, W) that a model continues word for word from their first
+    `prefix_tokens` tokens.
 
     `matched_tokens` is the mean number of repeated tokens. `held_out()` counts the same over
     `n_held_out` passages outside of the training data.
     """
 
+    passages: Tensor
     n_passages: int
     n_recited: int
     prefix_tokens: int
@@ -91,6 +92,7 @@ def memorization(
     asked = read_NW.shape[1] - prefix
     tokens = matched(model, read_NW, **options)
     return Memorization(
+        passages=read_NW,
         n_passages=len(tokens),
         n_recited=tokens.count(asked),
         prefix_tokens=prefix,

@@ -3,12 +3,24 @@
 from collections.abc import Sequence
 
 from stackproof.config import ModelConfig
+from stackproof.contracts.conditions import ensure
 from stackproof.export.huggingface import Exported
 from stackproof.model.foreign import for_inference
 from stackproof.spec.records import Record
 from stackproof.spec.visible import without_markup
 
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
 
+
+def _states_all(result: str, cfg: ModelConfig, step: int, run: Record | None) -> bool:
+    """Whether a card has the sizes of its model, and the metrics of a run that ended there."""
+    stated = [f"| {name} | {getattr(cfg, name)} |" for name in SIZES]
+    if run is not None and "steps" in run.metrics and run.metrics["steps"].value == step:
+        stated += [f"| {name} |" for name in run.metrics]
+    return all(cell in result for cell in stated)
+
+
+@ensure(_states_all, "a card states the sizes of its model and the metrics of its run")
 def card(
     made: Exported,
     cfg: ModelConfig,
@@ -54,10 +66,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _facts(
     made: Exported, cfg: ModelConfig, dtype: str, parent: str, export: str
 ) -> list[tuple[str, object]]:
-    sizes = [
-        (k, getattr(cfg, k))
-        for k in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
-    ]
+    sizes = [(k, getattr(cfg, k)) for k in SIZES]
     rounding = [(k, f"{v:.3g}") for k, v in made.rounding.items()]
     left = (
         [("used in training only, not in the file", ", ".join(aside))]

@@ -69,7 +69,7 @@ def export(
             rounding = round_weights(model, dtype)
             write_documents(temporary, kind, model, tokenizer, dtype)
             write_weights(temporary, kind, model, dtype, max_shard_bytes)
-            judge(temporary, model, keeper, dtype)
+            judge(temporary, model, tokenizer, keeper, dtype)
             made = Exported(
                 kind,
                 tuple(sorted({p.name for p in temporary.iterdir()} | {"README.md"})),
@@ -178,11 +178,13 @@ def _shards(
     yield shard
 
 
-def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> None:
+def judge(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, keeper: Gatekeeper, dtype: str
+) -> None:
     """Check every gate of exports; without the other library the comparison stays `not_run`.
     Raises GateFailed.
     """
-    written = parity.Written(model, folder, DTYPES[dtype][1])
+    written = parity.Written(model, folder, DTYPES[dtype][1], tokenizer.eos_id)
     keeper.artifact(Subject(exported=written))
 
 

@@ -178,11 +178,13 @@ class Compared(Exported):
 
 
 class Written(Compared):
-    """A folder that was written from a model, its weights in `dtype` as safetensors names it."""
+    """A folder that was written from a model, its weights in `dtype` as safetensors names it, and
+    from a tokenizer with this id for the end of a text.
+    """
 
-    def __init__(self, model: Transformer, folder: Path, dtype: str):
+    def __init__(self, model: Transformer, folder: Path, dtype: str, eos_id: int):
         super().__init__(model, folder)
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.eos_id = folder, dtype, eos_id
         self.live_shapes = [tuple(t.shape) for t in model.state_dict().values()]
 
 

@@ -35,7 +35,7 @@ STATEMENTS = (
     OUTPUT,
 )
 # Places that only state or show, in files that hold results too: the state of gates and the marks
-# of their logs in a checkpoint, and what a manifest tells of its build.
+# of their logs in a checkpoint, and the encoder of a data set.
 STATED = (
     ("state.json", ".gates."),
     *(
@@ -198,8 +198,8 @@ def is_statement(key: str) -> bool:
         return key.startswith(TRAINING)
     if name == OUTPUT and place.startswith("document"):
         return SAMPLES not in place
-    told = any(name == file and place.startswith(own) for file, own in STATED)
-    return told or name in STATEMENTS or (name == "manifest.json" and place.endswith(EXAMPLE))
+    stated = any(name == file and place.startswith(own) for file, own in STATED)
+    return stated or name in STATEMENTS or (name == "manifest.json" and place.endswith(EXAMPLE))
 
 
 def is_time(key: str) -> bool:

@@ -313,6 +313,8 @@ def test_an_answer_is_that_to_its_question(spec, model):
         (replace_first(asked="Name a bird."), "template and question"),
         (replace_first(text="a dodo", faults=(), passed=True), "the text is not the answer"),
         (replace_first(passed=True), "the verdict"),
+        (replace_first(lost_prompt_tokens=1), "the prompt lost"),
+        (replace_first(dropped_prompt_chars=1), "the prompt lost"),
         (replace_first(ids=(5, 6, 7)), "do not follow"),
         (lambda answers, rows, metrics, rounds: answers.pop(), "23 answers are not those"),
         (lambda answers, rows, metrics, rounds: answers.reverse(), "are not those"),

@@ -387,6 +387,15 @@ def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, subject, row_
         assert ("fill no row" in verdict.message) == bool(n_cut)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_packing_is_red_on_another_padding_than_the_rows_have(spec, subject, row_stream, more):
+    padding = row_stream.padding(288)
+    other = With(row_stream, padding=lambda seq_len: padding + more)
+    verdict = packing(spec, subject, other)
+    assert verdict.outcome == "fail"
+    assert f"{padding + more} positions are declared as padding" in verdict.message
+
+
 def test_packing_is_red_on_two_documents_under_one_id(spec, subject, dataset):
     stream, eos = dataset.train, dataset.tokenizer.eos_id
     labels = stream.rows(np.arange(stream.n_windows(288)), 288).labels

@@ -47,13 +47,17 @@ def folder(spec, tmp_path):
 def written(folder, monkeypatch):
     """The folder where the other library is not installed."""
     monkeypatch.setattr(parity, "available", lambda: False)
-    return Subject(exported=parity.Written(models.ours("plain", 257), folder, "F32"))
+    return Subject(
+        exported=parity.Written(models.ours("plain", 257), folder, "F32", Bytes().eos_id)
+    )
 
 
 @pytest.fixture
 def compared(folder):
     pytest.importorskip("transformers", reason="the witness: pip install 'stackproof[hf]'")
-    return Subject(exported=parity.Written(models.ours("plain", 257), folder, "F32"))
+    return Subject(
+        exported=parity.Written(models.ours("plain", 257), folder, "F32", Bytes().eos_id)
+    )
 
 
 def test_folder_is_green_on_a_real_export_and_not_run_without_a_comparison(spec, written):
@@ -63,6 +67,37 @@ def test_folder_is_green_on_a_real_export_and_not_run_without_a_comparison(spec,
     verdict = call_check(gate, changed(written, exported={"compared_sha256": read}))
     assert verdict.outcome == "pass", verdict.message
     assert verdict.measured["shards"] > 2 and verdict.measured["compared"]
+
+
+SETTINGS = [
+    ("config.json", "bos_token_id", 255),
+    ("config.json", "eos_token_id", 255),
+    ("config.json", "vocab_size", 258),
+    ("config.json", "torch_dtype", "bfloat16"),
+    ("config.json", "max_position_embeddings", 1),
+    ("generation_config.json", "bos_token_id", 255),
+    ("generation_config.json", "eos_token_id", [256, 255]),
+    ("generation_config.json", "max_length", 1),
+    ("tokenizer_config.json", "model_max_length", 1),
+    ("tokenizer_config.json", "bos_token", "a"),
+    ("tokenizer_config.json", "eos_token", None),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "other"), SETTINGS)
+def test_folder_is_red_on_each_setting_of_another_model(spec, folder, compared, name, key, other):
+    gate, document = spec.gates["export.folder"], json.loads((folder / name).read_text())
+    assert call_check(gate, compared).passed
+    for changed_document in (
+        document | {key: other},
+        {k: document[k] for k in document if k != key},
+    ):
+        (folder / name).write_text(json.dumps(changed_document))
+        verdict = call_check(gate, compared)
+        absent = key == "max_position_embeddings" and key not in changed_document
+        assert verdict.passed == absent, changed_document
+        assert absent or name in verdict.message
+        assert absent or verdict.measured["wrong_settings"] == 1
 
 
 def test_folder_is_red_on_a_stranger_and_on_another_type(spec, written, folder):

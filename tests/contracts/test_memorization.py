@@ -42,6 +42,27 @@ def test_recitation_needs_more_than_chance(spec):
 
 
 @pytest.mark.parametrize(
+    ("own", "half", "ok"),
+    [
+        (3.0, False, True),
+        (None, False, True),
+        (3.03125, False, False),
+        (2.96875, False, False),
+        (5.0, True, True),
+        (1.0, True, True),
+        (5.03125, True, False),
+        (0.96875, True, False),
+        (math.nan, True, False),
+    ],
+)
+def test_the_mean_match_is_that_of_full_forwards(spec, own, half, ok):
+    counts = {"n_windows": 32, "n_recited": 0, "prefix_tokens": 32, "matched_tokens": 3.0}
+    rest = {"n_held_out": 32, "held_out": lambda: 0, "own_matched_tokens": own, "half": half}
+    check = Recitation(limits_of(spec.gates["sampling.recitation"]))
+    assert check.observe(MemorizationMeasured(1, **counts, **rest)).passed == ok
+
+
+@pytest.mark.parametrize(
     ("a", "n", "b", "m"), [(11, 32, 0, 32), (5, 8, 2, 32), (3, 3, 1, 9), (0, 4, 0, 4)]
 )
 def test_chance_is_the_share_of_all_ways_to_hand_out_the_recited_ones(a, n, b, m):

@@ -74,13 +74,13 @@ def test_statements_and_results():
     assert is_statement("run/metadata.json::.claim")
     assert is_statement("run/metadata.json::.metrics.best_step.value"), "logs hold the losses"
     assert not is_statement("evaluated/metadata.json::.metrics.bits_per_byte.value")
-    for told in (
+    for statement in (
         "run/checkpoints/step-6/state.json::.run.logs.gates.jsonl.sha256",
         "cache/data/1a/plan.json::.files[1][0]",
         "cache/data/1a/manifest.json::.tokenizer.encoder",
         "cache/data/1a/manifest.json::.sources[a].receipt.dropped.repetition.example",
     ):
-        assert is_statement(told), told
+        assert is_statement(statement), statement
     for result in (
         "run/checkpoints/step-6/state.json::.run.logs.samples.jsonl.sha256",
         "cache/data/1a/manifest.json::.tokenizer.vocab_size",

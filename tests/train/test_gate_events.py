@@ -1,14 +1,17 @@
 """What our trainer shows to its runtime gates."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from stackproof.config import NeverStop
+from stackproof.contracts.conditions import ContractError
 from stackproof.evaluate import bits_per_byte
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed
+from stackproof.train.callbacks import GateEvents
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 
@@ -42,3 +45,11 @@ def test_the_first_update_and_each_read_only_section_are_judged_as_movement(cfg,
     """Eight updates, the time before each, and the first and last evaluation, sample and save."""
     (result,) = train(fresh(cfg, (), tmp_path / "run", only=("optim.movement",))).gates
     assert (result.verdict, result.checks) == ("pass", 22)
+
+
+def test_a_run_whose_end_no_gate_has_judged_ends_as_a_bug(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(GateEvents, "on_train_end", lambda self, trainer, status: None)
+    with pytest.raises(ContractError, match="have judged its end"):
+        train(fresh(cfg, (), tmp_path / "run", only=("checkpoint.pointers",)))
+    record = json.loads((tmp_path / "run/metadata.json").read_text())
+    assert record["status"] == "failed" and record["exit_code"] == 1
