@@ -293,7 +293,8 @@ class GateEvents(Callback):
             for name in ("latest", "best")
         }
         trainer.keeper.observe(logs_of(trainer))
-        trainer.keeper.observe(record_of(trainer, status))
+        if trainer.output.ranks.is_main:
+            trainer.keeper.observe(record_of(trainer, status))
         trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
 
 
