@@ -55,9 +55,10 @@ class Saved:
 @dataclass(frozen=True, slots=True)
 class LogsRead:
     """The logs of a run were read back at its end: every logged step, the last line, and by step
-    the held-out bits per byte and the sampled text. This process logs every `log_every`-th step.
-    The files in `mismarked` have another length or hash than the marks that checkpoints keep of
-    them.
+    what is logged of evaluations and samples. `rows(step)` counts the rows of each source that are
+    logged after a step; `sources` are the names, in the order of their numbers. This process logs
+    every `log_every`-th step. The files in `mismarked` have another length or hash than the marks
+    that checkpoints keep of them.
     """
 
     step: int
@@ -65,8 +66,10 @@ class LogsRead:
     mismarked: tuple[str, ...]
     steps: tuple[int, ...]
     last: Mapping[str, object]
-    bits_per_byte: Mapping[int, float]
-    texts: Mapping[int, str]
+    evaluations: Mapping[int, Mapping[str, float]]
+    samples: Mapping[int, Mapping[str, object]]
+    sources: tuple[str, ...]
+    rows: Callable[[int], Mapping[str, int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,17 @@
 """Gates of the logs and the record of a run: what they state is what happened."""
 
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 from stackproof.contracts.events import (
+    BatchDrawn,
     Evaluated,
     Event,
     LogsRead,
+    MemorizationMeasured,
     Recorded,
     Sampled,
     Started,
@@ -13,46 +19,66 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import RuntimeCheck, Verdict, decide_all, decides, first_of
 
-OF_STEP = ("loss_nats", "grad_norm", "lr", "tokens_seen")
+OF_STEP = ("loss_nats", "grad_norm", "clipped_grad_norm", "lr", "tokens_seen")
+DECAY = 0.98  # of the running mean of the training loss
 
 
 @decides("runtime.logged")
 class Logged(RuntimeCheck):
     """At the end of a run, read back from the disk: the last logged step is the last one taken,
-    with its numbers; each step of this process that is declared to be logged stands there once, and
-    no other; every evaluation and sample of this process is there; the files are those that the
-    marks in a checkpoint describe.
+    with its numbers and the running mean of the loss; each step of this process that is declared to
+    be logged stands there once, and no other; every evaluation and sample of this process is there,
+    and so are the rows of every source; the files are those that the marks in a checkpoint
+    describe.
     """
 
-    events = (Started, StepTaken, Evaluated, Sampled, LogsRead)
+    events = (Started, BatchDrawn, StepTaken, Evaluated, MemorizationMeasured, Sampled, LogsRead)
+    kept = ("mean_nats",)
 
     def __init__(self, limits: SimpleNamespace):
         super().__init__(limits)
         self.began, self.last = 0, {}
-        self.evaluated: dict[int, float] = {}
-        self.sampled: dict[int, str] = {}
+        self.mean_nats: float | None = None
+        self.n_rows: Counter[int] = Counter()
+        self.evaluated: dict[int, dict[str, float]] = {}
+        self.sampled: dict[int, dict[str, object]] = {}
 
     def observe(self, event: Event) -> Verdict | None:
         match event:
             case Started():
                 self.began, self.evaluated, self.sampled = event.step, {}, {}
+                self.n_rows = Counter()
+            case BatchDrawn():
+                self.n_rows.update(event.sources)
             case StepTaken():
                 self.last = {name: getattr(event, name) for name in OF_STEP}
+                if event.step == 1:
+                    self.mean_nats = event.loss_nats
+                elif self.mean_nats is not None:
+                    self.mean_nats = DECAY * self.mean_nats + (1 - DECAY) * event.loss_nats
             case Evaluated():
-                self.evaluated[event.step] = event.bits_per_byte
+                own = {"val_loss_nats": event.loss_nats, "val_bits_per_byte": event.bits_per_byte}
+                own["val_stderr_nats"] = standard_error(event.batch_nats)
+                self.evaluated.setdefault(event.step, {}).update(own)
+            case MemorizationMeasured():
+                own = {"passages": event.n_windows, "recited": event.n_recited}
+                own["matched_tokens"] = event.matched_tokens
+                self.evaluated.setdefault(event.step, {}).update(own)
             case Sampled():
-                self.sampled[event.step] = event.text
+                own = {"text": event.text, "prompt": event.prompt, "loss_nats": event.loss_nats}
+                self.sampled[event.step] = own
             case LogsRead():
                 return self._judge(event.step, event)
         return None
 
     def _judge(self, step: int, logs: LogsRead) -> Verdict:
         steps = list(logs.steps)
-        scores = {s: bits for s, bits in logs.bits_per_byte.items() if s > self.began}
-        texts = {s: text for s, text in logs.texts.items() if s > self.began}
         every = range(logs.log_every, step + 1, logs.log_every)
-        due = {s for s in {*every, *logs.bits_per_byte, step} if s > self.began}
+        due = {s for s in {*every, *logs.evaluations, step} if s > self.began}
         own = {s for s in steps if s > self.began}
+        mean = logs.last.get("ema_loss_nats")
+        rows = {logs.sources[source]: n for source, n in self.n_rows.items()}
+        logged_rows = dict(logs.rows(self.began)) if len(logs.sources) > 1 else rows
         return decide_all(
             [
                 (steps[-1:] or [None]) != [step]
@@ -65,14 +91,45 @@ class Logged(RuntimeCheck):
                 and f"checkpoints state another length or hash of {first_of(logs.mismarked)}",
                 any(logs.last.get(name) != value for name, value in self.last.items())
                 and "the last line has other numbers than the last step",
-                scores != self.evaluated and "the logged evaluations are not those of the run",
-                texts != self.sampled and "the logged samples are not those of the run",
+                self.mean_nats is not None
+                and not _same(mean, self.mean_nats)
+                and f"the running mean of the loss is {mean}, of the steps {self.mean_nats}",
+                not self._are_own(logs.evaluations, self.evaluated)
+                and "the logged evaluations are not those of the run",
+                not self._are_own(logs.samples, self.sampled)
+                and "the logged samples are not those of the run",
+                logged_rows != rows
+                and f"rows by source are {logged_rows} in the log, {rows} were drawn",
             ],
             f"step {step}: ",
             n_logged=len(steps),
-            n_evaluations=len(logs.bits_per_byte),
-            n_samples=len(logs.texts),
+            n_evaluations=len(logs.evaluations),
+            n_samples=len(logs.samples),
         )
+
+    def _are_own(
+        self, logged: Mapping[int, Mapping[str, object]], seen: Mapping[int, Mapping[str, object]]
+    ) -> bool:
+        """Whether the lines of this process are those of the steps seen, with their values."""
+        lines = {step: line for step, line in logged.items() if step > self.began}
+        return lines.keys() == seen.keys() and all(
+            _same(lines[step].get(name), value)
+            for step, own in seen.items()
+            for name, value in own.items()
+        )
+
+
+def standard_error(batch_nats: Sequence[float]) -> float:
+    """Of the mean over batches; 0 for one."""
+    n = len(batch_nats)
+    return statistics.stdev(batch_nats) / math.sqrt(n) if n > 1 else 0.0
+
+
+def _same(logged: object, seen: object) -> bool:
+    """Equal, as numbers to the rounding of another order of additions."""
+    if isinstance(logged, float) and isinstance(seen, int | float):
+        return math.isclose(logged, seen, rel_tol=1e-9, abs_tol=1e-12)
+    return logged == seen
 
 
 @decides("runtime.recorded")

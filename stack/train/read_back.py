@@ -1,22 +1,37 @@
 """What a run has logged and is about to record, read back for its gates."""
 
+from collections import Counter
+from functools import partial
+
 from stackproof.contracts.events import LogsRead, Recorded
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.provenance import environment
 from stackproof.train import checkpoint_folders
+from stackproof.train.run_dir import RunDir
 from stackproof.train.trainer import Trainer
 
 
 def logs_of(trainer: Trainer) -> LogsRead:
     """The logs of a run, read back line by line: that of a long run is large."""
     directory, step, every = trainer.output.dir, trainer.state.step, trainer.cfg.train.log_every
-    steps, bits, line = [], {}, {}
+    steps, evaluations, line = [], {}, {}
     for line in directory.lines("metrics.jsonl"):
         steps.append(line["step"])
-        if "val_bits_per_byte" in line:
-            bits[line["step"]] = line["val_bits_per_byte"]
-    texts = {line["step"]: line["text"] for line in directory.lines("samples.jsonl")}
-    return LogsRead(step, every, directory.mismarked(), tuple(steps), line, bits, texts)
+        if "val_loss_nats" in line:
+            evaluations[line["step"]] = line
+    samples = {line["step"]: line for line in directory.lines("samples.jsonl")}
+    sources = tuple(source.name for source in trainer.state.data_loader.sampler.sources)
+    read = tuple(steps), line, evaluations, samples, sources, partial(_rows_after, directory)
+    return LogsRead(step, every, directory.mismarked(), *read)
+
+
+def _rows_after(directory: RunDir, step: int) -> Counter[str]:
+    """Logged rows of each source after a step."""
+    rows: Counter[str] = Counter()
+    for line in directory.lines("curriculum.jsonl"):
+        if line["event"] == "rows" and line["step"] > step:
+            rows.update(line["rows"])
+    return rows
 
 
 def record_of(trainer: Trainer, status: str) -> Recorded:

@@ -12,9 +12,11 @@ import torch
 
 from stackproof.contracts.drawn import DrawOptions, TextFollows
 from stackproof.contracts.events import (
+    BatchDrawn,
     Evaluated,
     LogsRead,
     LossRescored,
+    MemorizationMeasured,
     Recorded,
     Sampled,
     Started,
@@ -389,11 +391,10 @@ def test_a_trace_is_of_the_untraced_forward(spec, model):
 
 # --- logs -----------------------------------------------------------------------------------------
 
-LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_seen": 64}
+LAST = {"loss_nats": 2.0, "grad_norm": 1.0, "clipped_grad_norm": 0.5, "lr": 0.1, "tokens_seen": 64}
 TAKEN = StepTaken(
     step=2,
     **LAST,
-    clipped_grad_norm=1,
     max_grad_norm=1,
     n_valid_tokens=1,
     n_expected_tokens=1,
@@ -401,23 +402,37 @@ TAKEN = StepTaken(
     flops=1,
     peak_flops=1,
 )
+SAMPLE = {"text": "b", "prompt": "p", "loss_nats": 1.5, "score": 7}
+EVALUATED = {
+    "val_loss_nats": 2.0,
+    "val_bits_per_byte": 3.0,
+    "val_stderr_nats": 1.0,
+    "passages": 32,
+    "recited": 0,
+    "matched_tokens": 0.25,
+}
 LOGS = LogsRead(
     2,
     log_every=1,
     mismarked=(),
     steps=(1, 2),
-    last=LAST,
-    bits_per_byte={2: 3.0},
-    texts={1: "a", 2: "b"},
+    last=LAST | {"ema_loss_nats": 2.98},
+    evaluations={2: EVALUATED},
+    samples={1: {"text": "a"}, 2: SAMPLE},
+    sources=("x", "y"),
+    rows=lambda step: {"x": 3, "y": 1},
 )
 
 
 def logged(spec, **changes):
     check = Logged(limits_of(spec.gates["runtime.logged"]))
+    check.load_state_dict({"mean_nats": 3.0})
     check.observe(Started(1, {}))
+    check.observe(BatchDrawn(2, 4, 8, (7, 8, 9, 1), 0, 64, (0, 1, 0, 0)))
     check.observe(TAKEN)
-    check.observe(Evaluated(2, 2.0, 3.0, (2.0,), "h", None, 5.0))
-    check.observe(Sampled(2, "b"))
+    check.observe(Evaluated(2, 2.0, 3.0, (1.0, 3.0), "h", None, 5.0))
+    check.observe(MemorizationMeasured(2, 32, 0, 32, 0.25, 32, lambda: 0))
+    check.observe(Sampled(2, "b", "p", loss_nats=1.5))
     return check.observe(dataclasses.replace(LOGS, **changes))
 
 
@@ -429,9 +444,21 @@ def test_logs_hold_what_happened(spec):
         {"steps": (1,)},
         {"steps": (1, 1, 2)},
         {"last": LAST | {"loss_nats": 2.1}},
-        {"bits_per_byte": {}},
-        {"bits_per_byte": {2: 3.1}},
-        {"texts": {1: "a"}},
+        {"last": LAST | {"clipped_grad_norm": 1.0}},
+        {"last": LAST},
+        {"last": LAST | {"ema_loss_nats": 2.9800001}},
+        {"evaluations": {}},
+        *(
+            {"evaluations": {2: EVALUATED | {name: value + 0.1}}}
+            for name, value in EVALUATED.items()
+        ),
+        {"samples": {1: {"text": "a"}}},
+        {"samples": {2: SAMPLE | {"text": "c"}}},
+        {"samples": {2: SAMPLE | {"prompt": "c"}}},
+        {"samples": {2: SAMPLE | {"loss_nats": 1.6}}},
+        {"rows": lambda step: {"x": 3, "y": 2}},
+        {"rows": lambda step: {"x": 4}},
+        {"sources": ("y", "x")},
         {"steps": (1, 2, 3)},
         {"mismarked": ("samples.jsonl",)},
     ):
@@ -441,6 +468,23 @@ def test_logs_hold_what_happened(spec):
         {"steps": (1, 2), "log_every": 100},
     ):
         assert logged(spec, **right).passed, right
+
+
+@pytest.mark.parametrize(("first", "ok"), [(4.0, True), (4.1, False)])
+def test_the_running_mean_of_the_loss_begins_at_step_1(spec, first, ok):
+    """In a run whose first steps were not seen it is not judged."""
+    check = Logged(limits_of(spec.gates["runtime.logged"]))
+    check.observe(Started(0, {}))
+    check.observe(dataclasses.replace(TAKEN, step=1, loss_nats=first))
+    check.observe(TAKEN)
+    mean = 0.98 * 4.0 + 0.02 * 2.0
+    parts = {"evaluations": {}, "samples": {}, "rows": lambda step: {}}
+    logs = dataclasses.replace(LOGS, last=LAST | {"ema_loss_nats": mean}, **parts)
+    assert check.observe(logs).passed == ok
+    unknown = Logged(limits_of(spec.gates["runtime.logged"]))
+    unknown.observe(Started(1, {}))
+    unknown.observe(TAKEN)
+    assert unknown.observe(logs).passed
 
 
 @pytest.mark.parametrize(
@@ -460,10 +504,11 @@ def test_the_lines_of_a_process_are_those_that_are_due(spec, steps, log_every, o
     """It began after step 2 and has evaluated at step 3, unless the line of that is missing."""
     check = Logged(limits_of(spec.gates["runtime.logged"]))
     check.observe(Started(2, {}))
-    bits = {3: 3.0} if 3 in steps else {}
-    for step in bits:
+    lines = {3: {"val_loss_nats": 2.0, "val_bits_per_byte": 3.0, "val_stderr_nats": 0.0}}
+    evaluations = lines if 3 in steps else {}
+    for step in evaluations:
         check.observe(Evaluated(step, 2.0, 3.0, (2.0,), "h", None, 5.0))
-    found = LogsRead(6, log_every, (), steps, {}, bits, {})
+    found = LogsRead(6, log_every, (), steps, {}, evaluations, {}, ("all",), lambda step: {})
     assert check.observe(found).passed == ok
 
 

@@ -33,7 +33,9 @@ def last_loss(directory, step=9):
 def trainer_of(directory):
     cfg = SimpleNamespace(train=SimpleNamespace(log_every=1))
     output = SimpleNamespace(dir=directory)
-    return SimpleNamespace(cfg=cfg, output=output, state=SimpleNamespace(step=8))
+    loader = SimpleNamespace(sampler=SimpleNamespace(sources=()))
+    state = SimpleNamespace(step=8, data_loader=loader)
+    return SimpleNamespace(cfg=cfg, output=output, state=state)
 
 
 def peak(read) -> int:
