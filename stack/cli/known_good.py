@@ -3,7 +3,7 @@ refused at the same place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ SHORT = {
     "train.micro_batch_size": 1,
     "eval.batches": 2,
     "eval.batch_size": 2,
-    "sample.max_new_tokens": 8,
+    "sample.max_new_tokens": 72,  # more than the context holds
 }
 # The museum's own run, and what it has not: together they execute most of what a run consists of.
 RUNS: tuple[Mapping[str, Any], ...] = (
@@ -73,8 +73,19 @@ def is_own_fault(error: StackproofError, verb: Verb) -> bool:
     package = Path(place[0]).relative_to(STACK).parts[0]
     return any(
         type(found) is type(error) and place_of(found.__traceback__) == place
-        for found in _ends(verb, package)
+        for found in _ends(verb, package, gated=in_a_check(error.__traceback__))
     )
+
+
+def in_a_check(trace: TracebackType | None) -> bool:
+    """Whether an error was raised in the check of a gate, which reads inputs of its own."""
+    from stackproof.contracts.gate import call_check
+
+    while trace is not None:
+        if trace.tb_frame.f_code is call_check.__code__:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def place_of(trace: TracebackType | None) -> tuple[str, str] | None:
@@ -92,41 +103,47 @@ def place_of(trace: TracebackType | None) -> tuple[str, str] | None:
     return place
 
 
-def _ends(verb: Verb, package: str) -> Iterator[Exception]:
-    """The errors of what is known to be right, as far as it runs a package; none where all ends as
-    it should. One of them may be that nothing can be run here, as on a full disk.
+def _ends(verb: Verb, package: str, *, gated: bool) -> Iterator[Exception]:
+    """The errors of what is known to be right, as far as it runs a package, with or without gates;
+    none where all ends as it should. One of them may be that nothing can be run here, as on a full
+    disk.
     """
     for values in RUNS:
         try:
-            _perform(values, verb, package)
+            _perform(values, verb, package, gated)
         except Exception as e:
             yield e
 
 
-def _perform(values: Mapping[str, Any], verb: Verb, package: str) -> None:
-    """Perform a run with these values, without output and gates, in a folder of its own."""
+def _perform(values: Mapping[str, Any], verb: Verb, package: str, gated: bool) -> None:
+    """Perform a run with these values, without output, in a folder of its own."""
     from stackproof.config import load_config
+    from stackproof.data.prepare import prepare
     from stackproof.museum.collection import museum_config
     from stackproof.museum.prove import use_cache, workshop
     from stackproof.mutation.trial import without_gates
+    from stackproof.train.state import make_data_loader
 
     fixed = {key: (value, "a run that is known to be right") for key, value in values.items()}
     silent = redirect_stdout(StringIO()), redirect_stderr(StringIO())
-    with workshop() as root, silent[0], silent[1], without_gates():
+    gates = nullcontext() if gated else without_gates()
+    with workshop() as root, silent[0], silent[1], gates:
         use_cache(root / "cache")
-        _commands(load_config(museum_config(root), fixed=fixed)[0], root, verb, package)
+        cfg = load_config(museum_config(root), fixed=fixed)[0]
+        if package == "data" and not gated:
+            make_data_loader(cfg, prepare(cfg.data)).next_batch()
+        else:
+            _commands(cfg, root, verb, package)
 
 
 def _commands(cfg: Any, root: Path, verb: Verb, package: str) -> None:
-    """Read the data, or train and resume; then evaluate or export."""
-    from stackproof.data.prepare import prepare
+    """Train and resume; then evaluate or export."""
+    from stackproof.evaluate.suite import SUITES, load_suite
     from stackproof.train import start
     from stackproof.train.loop import train
-    from stackproof.train.state import make_data_loader
 
-    if package == "data":
-        make_data_loader(cfg, prepare(cfg.data)).next_batch()
-        return
+    if package == "evaluate":
+        load_suite(SUITES / "domains.toml")
     run = root / "run"
     train(start.fresh(cfg, (), run))
     train(start.resume(run, (), cfg, at=1))

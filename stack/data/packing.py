@@ -15,7 +15,7 @@ from typing import assert_never
 import numpy as np
 
 from stackproof.config import BestFit, Concatenated
-from stackproof.contracts.conditions import require
+from stackproof.contracts.conditions import ensure, require
 from stackproof.data.shards import TokenStream, within
 
 Packing = Concatenated | BestFit
@@ -141,7 +141,15 @@ class Plan:
         return list(zip(self.starts[chosen].tolist(), self.lengths[chosen].tolist()))
 
 
+def _fits(result: Plan, seq_len: int) -> bool:
+    """Whether every row has a piece, and none more labels than it has places."""
+    before = np.concatenate([[0], np.cumsum(result.lengths)])[result.row_starts]
+    n_labels = np.diff(before)
+    return bool(((n_labels >= 1) & (n_labels <= seq_len)).all())
+
+
 @require(lambda seq_len: seq_len >= 1, "a row holds at least one token")
+@ensure(_fits, "a row of a plan has a piece, and no more labels than places")
 def plan(document_starts: np.ndarray, n_tokens: int, seq_len: int) -> Plan:
     """Best-fit decreasing: long pieces first, each into the fullest row with enough room.
 

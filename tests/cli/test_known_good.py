@@ -3,8 +3,9 @@
 from contextlib import contextmanager
 
 import pytest
+from typer.main import get_command
 
-from stackproof.cli import known_good
+from stackproof.cli import app, known_good
 from stackproof.cli.known_good import is_own_fault, place_of
 from stackproof.museum import prove
 from stackproof.museum.edit import Edit, edited
@@ -14,10 +15,16 @@ from stackproof.spec.errors import (
     GateFailed,
     IntegrityError,
     StreamExhausted,
+    UsageError,
 )
 
 ORDERED = "stackproof.data.shards:TokenStream.starts_in"
 OLD, NEW = "(bounds[1:] <= bounds[:-1]).any()", "(bounds[1:] >= bounds[:-1]).any()"
+
+
+def command_line(arguments):
+    """Performs a command line in this process; raises what the command raises."""
+    get_command(app).main(arguments, prog_name="stack", standalone_mode=False)
 
 
 def arguments(text_file, run):
@@ -38,6 +45,34 @@ def test_a_refusal_by_wrong_code_is_a_bug(in_process, text_file):
     assert "DataError" in document["value"] and "document_starts" in document["value"]
 
 
+@pytest.mark.parametrize(
+    ("target", "old", "new", "error"),
+    [
+        (
+            "stackproof.data.subject:BuiltCorpus.chat_text",
+            'turns, "planted"',
+            '"planted", turns',
+            DataError,
+        ),
+        ("stackproof.evaluate.suite:_says", "is not None", "is None", DataError),
+        (
+            "stackproof.evaluate.sampling:next_logits",
+            "use_cache and cache is None",
+            "use_cache or cache is None",
+            UsageError,
+        ),
+    ],
+)
+def test_code_of_gates_and_suites_is_tried_too(monkeypatch, target, old, new, error):
+    """That of a suite without gates, the others in the checks of gates alone."""
+    monkeypatch.setattr(known_good, "RUNS", known_good.RUNS[:1])
+    package, gated = target.split(".")[1], not target.endswith("_says")
+    with edited([Edit(target, old, new)], lambda: None):
+        assert [type(e) for e in known_good._ends(command_line, package, gated=gated)] == [error]
+        if package == "data":
+            assert list(known_good._ends(command_line, package, gated=False)) == []
+
+
 def test_a_refusal_of_bad_input_stays_one(stack, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe\x00" * 999)
@@ -53,7 +88,7 @@ def raised(error):
 
 
 def test_only_errors_of_code_that_reads_are_tried(monkeypatch):
-    monkeypatch.setattr(known_good, "_ends", lambda *_: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(known_good, "_ends", lambda *_, **__: pytest.fail("nothing is to be run"))
     assert place_of(raised(DataError("x")).__traceback__) is None
     assert not is_own_fault(raised(DataError("x")), print)
     monkeypatch.setattr(known_good, "place_of", lambda _: (known_good.__file__, "f"))
@@ -80,5 +115,5 @@ def test_an_error_at_another_place_or_of_another_type_is_not_the_same(monkeypatc
     error = raised(DataError("x"))
     monkeypatch.setattr(known_good, "place_of", lambda trace: (known_good.__file__, str(trace)))
     for found, own in ((error, True), (raised(DataError("x")), False), (raised(OSError()), False)):
-        monkeypatch.setattr(known_good, "_ends", lambda *_, found=found: iter([found]))
+        monkeypatch.setattr(known_good, "_ends", lambda *_, found=found, **__: iter([found]))
         assert is_own_fault(error, print) == own
