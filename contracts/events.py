@@ -420,13 +420,29 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
-class MemorizationMeasured:
-    """The model continued the first `prefix_tokens` of training passages greedily.
+class Recited:
+    """Counts of passages of which the first `prefix_tokens` were given.
 
-    `n_recited` of `n_windows` passages were continued word for word to their end; `matched_tokens`
-    is the mean length of the match, `own_matched_tokens` the same by full forwards of the gate;
-    None: it has none. `held_out()` counts recited passages among `n_held_out` held-out ones; it is
-    called only where the first count is suspicious. `half`: the model computes in half precision.
+    `n_recited` of `n_windows` training passages were continued word for word to their end;
+    `matched_tokens` is the mean length of the match. `held_out()` counts recited passages among
+    `n_held_out` held-out ones; it is called only where the first count is suspicious.
+    """
+
+    n_windows: int
+    n_recited: int
+    prefix_tokens: int
+    matched_tokens: float
+    n_held_out: int
+    held_out: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class MemorizationMeasured:
+    """The model continued the first half of training passages greedily. The counts are those of
+    `Recited`, as reported.
+
+    `own`: the counts of the gate, from full forwards over passages that it selects; None: it has
+    none. `half`: the model computes in half precision.
     """
 
     step: int
@@ -436,7 +452,7 @@ class MemorizationMeasured:
     matched_tokens: float
     n_held_out: int
     held_out: Callable[[], int]
-    own_matched_tokens: float | None = None
+    own: Recited | None = None
     half: bool = False
 
 

@@ -17,44 +17,63 @@ from stackproof.contracts.gate import (
     not_run,
 )
 
+SELECTED = {
+    "n_windows": "training passages",
+    "n_held_out": "held-out passages",
+    "prefix_tokens": "given tokens of each passage",
+}
+
 
 @decides("sampling.recitation")
 class Recitation(RuntimeCheck):
     """A model continues training passages word for word no more often than held-out passages.
 
-    The mean number of repeated tokens is that of full forwards. Held-out passages are continued
-    only where the count of training passages alone could be red.
+    The counts judged are those of the gate's own forwards over passages that it selects, where
+    there are some, and the reported ones are equal. Held-out passages are continued only where the
+    count of training passages alone could be red.
     Rows without a passage within one document are not judged. Source: arXiv:2012.07805.
     """
 
     events = (MemorizationMeasured,)
 
     def observe(self, event: Event) -> Verdict:
-        if not event.n_windows:
+        own = event if event.own is None else event.own
+        if not own.n_windows and not event.n_windows:
             return not_run("no row of the step has a passage within one document")
-        m, held_out = event.n_held_out, 0
-        if chance_of(event.n_recited, event.n_windows, 0, m) < self.limits.p_value_min:
-            held_out = event.held_out()
-        p = chance_of(event.n_recited, event.n_windows, held_out, m)
-        own = event.matched_tokens if event.own_matched_tokens is None else event.own_matched_tokens
-        allowed = self.limits.half_matched_error_max if event.half else 0.0
+        n, m, p_min = own.n_windows, own.n_held_out, self.limits.p_value_min
+        held_out = reported = 0
+        if chance_of(own.n_recited, n, 0, m) < p_min:
+            held_out = own.held_out()
+            reported = held_out if event.own is None else event.held_out()
+        p = chance_of(own.n_recited, n, held_out, m)
+        other = [name for name in SELECTED if getattr(own, name) != getattr(event, name)]
+        recited_error = max(abs(own.n_recited - event.n_recited), abs(held_out - reported))
+        matched_error = abs(own.matched_tokens - event.matched_tokens)
         return decide_all(
             [
-                not p >= self.limits.p_value_min
-                and f"{event.n_recited} of {event.n_windows} training passages are continued word "
-                f"for word after {event.prefix_tokens} tokens, and {held_out} of {m} held-out "
-                "passages",
-                not abs(own - event.matched_tokens) <= allowed
+                not p >= p_min
+                and f"{own.n_recited} of {n} training passages are continued word for word after "
+                f"{own.prefix_tokens} tokens, and {held_out} of {m} held-out passages",
+                *(
+                    f"{getattr(event, name)} {SELECTED[name]} are reported, there are "
+                    f"{getattr(own, name)}"
+                    for name in other
+                ),
+                not recited_error <= (self.limits.half_recited_error_max if event.half else 0)
+                and f"{event.n_recited} training and {reported} held-out passages are reported as "
+                f"recited, {own.n_recited} and {held_out} are",
+                not matched_error <= (self.limits.half_matched_error_max if event.half else 0.0)
                 and f"{event.matched_tokens:g} tokens of a passage are reported as repeated on "
-                f"average, {own:g} are",
+                f"average, {own.matched_tokens:g} are",
             ],
             f"step {event.step}: ",
-            recited_frac=event.n_recited / event.n_windows,
+            recited_frac=own.n_recited / max(1, n),
             held_out_frac=held_out / max(1, m),
-            windows=event.n_windows,
-            matched_tokens=event.matched_tokens,
+            windows=n,
+            matched_tokens=own.matched_tokens,
             p_value=p,
-            matched_error=abs(own - event.matched_tokens),
+            matched_error=matched_error,
+            recited_error=recited_error,
         )
 
 

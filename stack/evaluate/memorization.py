@@ -72,7 +72,6 @@ class Memorization:
     `n_held_out` passages outside of the training data.
     """
 
-    passages: Tensor
     n_passages: int
     n_recited: int
     prefix_tokens: int
@@ -92,7 +91,6 @@ def memorization(
     asked = read_NW.shape[1] - prefix
     tokens = matched(model, read_NW, **options)
     return Memorization(
-        passages=read_NW,
         n_passages=len(tokens),
         n_recited=tokens.count(asked),
         prefix_tokens=prefix,

@@ -43,7 +43,6 @@ from stackproof.data.prepare import Dataset
 from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import compressed_bits_per_byte, uniform_loss_nats
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluating
-from stackproof.evaluate.memorization import ROWS_AT_ONCE
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
@@ -56,6 +55,7 @@ from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import LossOfFirstStep
 from stackproof.train.read_back import logs_of, record_of
+from stackproof.train.recited import recited
 from stackproof.train.rng import generator
 from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport
@@ -247,6 +247,8 @@ class GateEvents(Callback):
             )
         )
         trainer.keeper.observe(rescored(trainer, val))
+        with charged(trainer, "sampling.recitation"):
+            own = recited(state, state.ranks.from_main(trainer.batches), trainer.held_out)
         trainer.keeper.observe(
             MemorizationMeasured(
                 step=report.step,
@@ -256,7 +258,7 @@ class GateEvents(Callback):
                 matched_tokens=found.matched_tokens,
                 n_held_out=found.n_held_out,
                 held_out=state.ranks.ahead(found.held_out),
-                own_matched_tokens=_own_matched_tokens(trainer, found.passages),
+                own=own,
                 half=trainer.cfg.train.dtype != "float32",
             )
         )
@@ -335,21 +337,6 @@ def _own_nats(trainer: Trainer, labels_BT: Tensor, *inputs: Any) -> float:
             for row, labels in zip(logits_BTV, labels_BT.to(state.device))
         ]
         return float(torch.cat(nats).mean())
-
-
-def _own_matched_tokens(trainer: Trainer, ids_NW: Tensor) -> float:
-    """Mean number of tokens of the second half of each passage that are most likely after the
-    tokens before them, up to the first that is not.
-    """
-    state, matches = trainer.state, []
-    with charged(trainer, "sampling.recitation"), evaluating(state.model):
-        # As many rows at once as were measured: experts with a capacity serve a whole batch.
-        for rows in ids_NW.to(state.device).split(ROWS_AT_ONCE):
-            with state.autocast():
-                best = state.model(rows[:, :-1]).argmax(-1)
-            for wrong in (best != rows[:, 1:])[:, rows.shape[1] // 2 - 1 :].tolist():
-                matches.append([*wrong, True].index(True))
-    return sum(matches) / max(1, len(matches))
 
 
 def shared(report: StepReport, event: type) -> dict[str, Any]:

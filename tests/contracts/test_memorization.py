@@ -1,17 +1,23 @@
 """Learning by heart: what a model continues word for word, and samples that are too easy for it."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stackproof.contracts.events import MemorizationMeasured, Sampled
+from stackproof.contracts.events import MemorizationMeasured, Recited, Sampled
 from stackproof.contracts.gate import limits_of
 from stackproof.contracts.memorization import Memorized, Recitation, chance_of
-from stackproof.evaluate.memorization import PASSAGES, matched, passages
+from stackproof.distributed.ranks import OneProcess
+from stackproof.evaluate.memorization import PASSAGES, matched, memorization, passages
 from stackproof.evaluate.sampling import generate
 from stackproof.model.build import build_model
+from stackproof.museum.edit import Edit, edited
+from stackproof.museum.plant import touch
+from stackproof.train.recited import cut, recited
 
 
 def sampled(step: int, text: str, **parts):
@@ -41,25 +47,45 @@ def test_recitation_needs_more_than_chance(spec):
     assert verdict(spec, 0, n=0)[0].outcome == "not_run"
 
 
+COUNTS = {"n_windows": 32, "n_recited": 20, "prefix_tokens": 32, "matched_tokens": 24.0}
+
+
 @pytest.mark.parametrize(
     ("own", "half", "ok"),
     [
-        (3.0, False, True),
-        (None, False, True),
-        (3.03125, False, False),
-        (2.96875, False, False),
-        (5.0, True, True),
-        (1.0, True, True),
-        (5.03125, True, False),
-        (0.96875, True, False),
-        (math.nan, True, False),
+        ({}, False, True),
+        ({"matched_tokens": 24.03125}, False, False),
+        ({"matched_tokens": 23.96875}, False, False),
+        ({"matched_tokens": 26.0}, True, True),
+        ({"matched_tokens": 22.0}, True, True),
+        ({"matched_tokens": 26.03125}, True, False),
+        ({"matched_tokens": 21.96875}, True, False),
+        ({"matched_tokens": math.nan}, True, False),
+        ({"n_recited": 19}, False, False),
+        ({"n_recited": 18}, True, True),
+        ({"n_recited": 17}, True, False),
+        ({"held_out": lambda: 18}, False, False),
+        ({"held_out": lambda: 18}, True, True),
+        ({"held_out": lambda: 17}, True, False),
+        ({"n_windows": 31}, True, False),
+        ({"n_held_out": 31}, True, False),
+        ({"prefix_tokens": 16}, True, False),
     ],
 )
-def test_the_mean_match_is_that_of_full_forwards(spec, own, half, ok):
-    counts = {"n_windows": 32, "n_recited": 0, "prefix_tokens": 32, "matched_tokens": 3.0}
-    rest = {"n_held_out": 32, "held_out": lambda: 0, "own_matched_tokens": own, "half": half}
+def test_the_counts_are_those_of_full_forwards(spec, own, half, ok):
+    reported = COUNTS | {"n_held_out": 32, "held_out": lambda: 20}
     check = Recitation(limits_of(spec.gates["sampling.recitation"]))
-    assert check.observe(MemorizationMeasured(1, **counts, **rest)).passed == ok
+    event = MemorizationMeasured(1, **reported, own=Recited(**(reported | own)), half=half)
+    assert check.observe(event).passed == ok
+    assert check.observe(MemorizationMeasured(1, **reported)).passed, "the gate has no counts"
+
+
+def test_rows_without_a_passage_are_not_judged_unless_some_are_reported(spec):
+    none = {name: 0 for name in COUNTS} | {"n_held_out": 0, "held_out": lambda: 0}
+    check = Recitation(limits_of(spec.gates["sampling.recitation"]))
+    event = MemorizationMeasured(1, **none, own=Recited(**none))
+    assert check.observe(event).outcome == "not_run"
+    assert check.observe(replace(event, n_windows=1)).outcome == "fail"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +122,70 @@ def memoriser(small_cfg):
         optimizer.step()
     assert float(loss.detach()) < 0.1
     return model, rows[:, :64]
+
+
+def rows_of(ids, documents):
+    return SimpleNamespace(input_ids=ids, labels=ids.roll(-1, 1), document_ids=documents)
+
+
+@pytest.fixture
+def measured(spec, memoriser):
+    """The verdict on a measurement of a model that recites each row of one document, as the
+    callbacks of a run ask for it.
+    """
+    model, canaries = memoriser
+    strangers = torch.randint(0, 97, (2, 64), generator=torch.Generator().manual_seed(4))
+    documents = torch.zeros(6, 64, dtype=torch.int64)
+    documents[4:, 30:] = 1
+    others = torch.randint(0, 97, (32, 64), generator=torch.Generator().manual_seed(5))
+    unread = [rows_of(others, torch.zeros(32, 64, dtype=torch.int64))]
+    state = SimpleNamespace(
+        model=model, device=torch.device("cpu"), autocast=nullcontext, ranks=OneProcess()
+    )
+
+    def judge(known=canaries):
+        batches = [rows_of(torch.cat([known, strangers]), documents)]
+        found = memorization(model, batches, unread, device=state.device)
+        names = ("n_recited", "prefix_tokens", "matched_tokens", "n_held_out", "held_out")
+        counts = {name: getattr(found, name) for name in names} | {"n_windows": found.n_passages}
+        event = MemorizationMeasured(1, **counts, own=recited(state, batches, unread))
+        return Recitation(limits_of(spec.gates["sampling.recitation"])).observe(event)
+
+    return judge
+
+
+def test_the_right_measurement_is_judged_by_what_the_model_knows(measured):
+    strangers = torch.randint(0, 97, (4, 64), generator=torch.Generator().manual_seed(6))
+    green = measured(strangers)
+    assert green.passed and green.measured["windows"] == 4 and not green.measured["recited_frac"]
+    red = measured()
+    assert red.message == (
+        "step 1: 4 of 4 training passages are continued word for word after 32 tokens, and 0 of 32 "
+        "held-out passages"
+    )
+
+
+PREFIX, READ = "prefix = read_NW.shape[1] // 2", "passages(read), passages(unread)"
+WRONG = [
+    ("memorization", "asked = read_NW.shape[1] - prefix", "asked = read_NW.shape[1] + prefix"),
+    ("memorization", "tokens.count(asked)", "tokens.count(asked + 1)"),
+    ("memorization", PREFIX, "prefix = read_NW.shape[1] // 4"),
+    ("memorization", READ, "passages(read), passages(read)"),
+    ("memorization", "n_passages=len(tokens)", "n_passages=4 * len(tokens)"),
+    ("memorization", "matched(model, unread_NW", "matched(model, read_NW"),
+    ("_of_rows", "== documents[row, start]", "!= documents[row, start]"),
+    ("passages", "width = min(", "width = min(16, "),
+]
+
+
+@pytest.mark.parametrize(("function", "old", "new"), WRONG)
+def test_recitation_is_red_on_a_wrong_measurement(measured, function, old, new):
+    """Whether or not the model knows its text by heart: the counts are not those of the gate."""
+    edit = Edit(f"stackproof.evaluate.memorization:{function}", old, new, ())
+    with edited([edit], touch):
+        red = measured()
+    assert red.outcome == "fail" and "4 of 4 training passages" in red.message
+    assert "reported" in red.message
 
 
 def test_a_planted_canary_is_found_and_random_text_is_not(spec, memoriser):
@@ -137,6 +227,8 @@ def test_passages_lie_within_one_document_and_do_not_overlap():
     )
     assert passages([short]).shape == (0, 10)
     assert len(passages([plain] * 40)) == PASSAGES
+    for batches in ([plain], [packed], [short], [plain] * 40, [packed] * 3):
+        assert torch.equal(cut(batches), passages(batches)), "those of the gate"
 
 
 def test_memorised_needs_a_low_loss_and_a_passage(spec):
