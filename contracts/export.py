@@ -13,12 +13,11 @@ from types import SimpleNamespace
 
 import torch
 
+from stackproof.contracts.export_documents import DOCUMENTS, wrong_settings
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, worst
-from stackproof.contracts.subject import Exported, Subject, offered
+from stackproof.contracts.subject import Subject, offered
 
-TOKENIZER = "tokenizer.json"
-DOCUMENTS = ("config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json")
-BYTES, NAMES = {"F32": 4, "BF16": 2}, {"F32": "float32", "BF16": "bfloat16"}
+BYTES = {"F32": 4, "BF16": 2}
 # of a long row the last ones are compared: memory of logits stays bounded,
 # and every length has its own row
 SHOWN_POSITIONS = 512
@@ -113,7 +112,7 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
         return failed(
             f"weights are {', '.join(other)}, declared is {exported.dtype}", dtypes=len(other)
         )
-    if wrong := _wrong_settings(path, exported):
+    if wrong := wrong_settings(path, exported):
         return failed(f"{wrong[0]} (of {len(wrong)})", wrong_settings=len(wrong))
     compared = offered(lambda: exported.compared_sha256)
     changed = [] if compared is None else _changed(_weights_sha256(path), compared)
@@ -134,37 +133,6 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
             "the folder is complete; it was not compared: the other library is not installed"
         )
     return verdict
-
-
-def _wrong_settings(path: Path, exported: Exported) -> list[str]:
-    """Settings of the documents that are not those of the model and its tokenizer: sizes, and the
-    tokens that begin and end a text. None means that a document does not have one.
-    """
-    config, generation, settings, tokenizer = (
-        json.loads((path / name).read_bytes())
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json", TOKENIZER)
-    )
-    added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
-    eos_id, length, vocab_size = exported.eos_id, exported.max_length, exported.vocab_size
-    stated = {
-        "config.json: bos_token_id": (config.get("bos_token_id"), eos_id),
-        "config.json: eos_token_id": (config.get("eos_token_id"), eos_id),
-        "config.json: vocab_size": (config.get("vocab_size"), vocab_size),
-        "config.json: torch_dtype": (config.get("torch_dtype"), NAMES.get(exported.dtype)),
-        "generation_config.json: bos_token_id": (generation.get("bos_token_id"), eos_id),
-        "generation_config.json: eos_token_id": (generation.get("eos_token_id"), eos_id),
-        "generation_config.json: max_length": (generation.get("max_length"), length),
-        "tokenizer_config.json: model_max_length": (settings.get("model_max_length"), length),
-        "tokenizer_config.json: bos_token": (added.get(settings.get("bos_token")), eos_id),
-        "tokenizer_config.json: eos_token": (added.get(settings.get("eos_token")), eos_id),
-    }
-    if (places := config.get("max_position_embeddings", config.get("n_positions"))) is not None:
-        stated["config.json: positions"] = (places, length)
-    return [
-        f"{name} is {found}, not {truth}"
-        for name, (found, truth) in stated.items()
-        if found != truth
-    ]
 
 
 def _changed(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # commands that judge nothing answer without torch
     import torch
     from torch import Tensor, nn
 
-    from stackproof.contracts.subject.data import TextEncoder
+    from stackproof.contracts.subject.data import TextEncoder, TextTokenizer
+    from stackproof.contracts.subject.declared import Architecture
     from stackproof.contracts.subject.training import MicroBatch
 
 
@@ -235,3 +236,23 @@ class Exported:
     @value
     def eos_id(self) -> int:
         """Id of the token that ends a text, of the tokenizer that the folder was written with."""
+
+    @value
+    def architecture(self) -> Architecture:
+        """The resolved `model` section of the model in memory."""
+
+    @value
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer that the folder was written with."""
+
+    @value
+    def pieces(self) -> Mapping[str, int]:
+        """The id of each token of that tokenizer, control tokens included, under the text that
+        stands for it in a file of the tokenizers library.
+        """
+
+    @value
+    def tokenizer_document(self) -> Mapping[str, object] | None:
+        """That tokenizer as the document of the tokenizers library; None if it is of another
+        format.
+        """

@@ -184,7 +184,7 @@ def judge(
     """Check every gate of exports; without the other library the comparison stays `not_run`.
     Raises GateFailed.
     """
-    written = parity.Written(model, folder, DTYPES[dtype][1], tokenizer.eos_id)
+    written = parity.Written(model, folder, DTYPES[dtype][1], tokenizer)
     keeper.artifact(Subject(exported=written))
 
 

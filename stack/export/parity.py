@@ -6,6 +6,7 @@ B batch, T tokens, V vocab
 
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.subject import Exported
+from stackproof.data.tokenizer import END_OF_TEXT, Bpe, Chars, Tokenizer, _byte_alphabet
 from stackproof.evaluate.bits_per_byte import evaluating
 from stackproof.evaluate.sampling import generate
 from stackproof.export.untrusted import require_data, require_described
@@ -179,13 +181,32 @@ class Compared(Exported):
 
 class Written(Compared):
     """A folder that was written from a model, its weights in `dtype` as safetensors names it, and
-    from a tokenizer with this id for the end of a text.
+    from a tokenizer.
     """
 
-    def __init__(self, model: Transformer, folder: Path, dtype: str, eos_id: int):
+    def __init__(self, model: Transformer, folder: Path, dtype: str, tokenizer: Tokenizer):
         super().__init__(model, folder)
-        self.folder, self.dtype, self.eos_id = folder, dtype, eos_id
+        self.folder, self.dtype, self.tokenizer = folder, dtype, tokenizer
+        self.eos_id, self.pieces = tokenizer.eos_id, pieces(tokenizer)
+        self.tokenizer_document = (
+            json.loads(tokenizer.inner.to_str()) if isinstance(tokenizer, Bpe) else None
+        )
+        self.architecture = model.cfg.model_dump()
         self.live_shapes = [tuple(t.shape) for t in model.state_dict().values()]
+
+
+def pieces(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of each token under the text that stands for it in a file of the tokenizers
+    library.
+    """
+    match tokenizer:
+        case Bpe():
+            return tokenizer.inner.get_vocab(with_added_tokens=True)
+        case Chars():
+            known = {symbol: i for i, symbol in enumerate(tokenizer.symbols)}
+        case _:
+            known = {shown: byte for byte, shown in _byte_alphabet().items()}
+    return known | {END_OF_TEXT: tokenizer.eos_id}
 
 
 def our_logits(model: Transformer, ids_BT: Tensor, last: int) -> Tensor:

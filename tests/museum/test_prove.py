@@ -296,16 +296,19 @@ def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
 
 def test_matrix_shows_who_else_turns_red():
     """A missing file and a head too many are seen by the comparison as well, weights that are
-    narrowed after it are not; nothing is red without a plant.
+    narrowed after it and another end of text are not; nothing is red without a plant.
     """
     rows = {row["plant"]: row for row in matrix(("export.folder",))}
     assert set(rows) == {
         "export.shard-left-out",
         "export.second-head",
         "export.narrowed-after-the-comparison",
+        "export.other-end-of-text",
     }
     both = {"export.folder", "export.logit-parity"}
-    alone = {"export.narrowed-after-the-comparison": {"export.folder"}}
+    alone = dict.fromkeys(
+        ("export.narrowed-after-the-comparison", "export.other-end-of-text"), {"export.folder"}
+    )
     assert {p: set(row["red"]) for p, row in rows.items()} == dict.fromkeys(rows, both) | alone
     assert {row["asked"] for row in rows.values()} == {2}
     assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())
