@@ -163,7 +163,7 @@ def wrong_settings(path: Path, exported: Exported) -> list[str]:
             pair = found.get(key, ABSENT), truth.get(key, ABSENT)
             if pair[0] != pair[1] or isinstance(pair[0], bool) != isinstance(pair[1], bool):
                 wrong.append(f"{name}: {key} is {pair[0]}, not {pair[1]}")
-    return wrong + [f"{TOKENIZER}: {said}" for said in _wrong_tokenizer(path, exported)]
+    return wrong + [f"{TOKENIZER}: {fault}" for fault in _wrong_tokenizer(path, exported)]
 
 
 def _wrong_tokenizer(path: Path, exported: Exported) -> Iterator[str]:

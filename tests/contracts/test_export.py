@@ -195,12 +195,12 @@ def test_folder_is_green_with_each_tokenizer(spec, tokenized):
 
 @pytest.mark.parametrize("mistake", OTHER_TOKENIZER)
 def test_folder_is_red_on_another_tokenizer(spec, tokenized, mistake):
-    change, said = OTHER_TOKENIZER[mistake]
+    change, fault = OTHER_TOKENIZER[mistake]
     path = tokenized.exported.folder / "tokenizer.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     verdict = call_check(spec.gates["export.folder"], tokenized)
     assert verdict.outcome == "fail" and "tokenizer.json: " in verdict.message
-    assert said in verdict.message
+    assert fault in verdict.message
 
 
 def test_folder_is_red_on_merges_in_another_order(spec, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def rows_of(ids, documents):
 @pytest.fixture
 def measured(spec, memoriser):
     """The verdict on a measurement of a model that recites each row of one document, as the
-    callbacks of a run ask for it.
+    callbacks of a run take it.
     """
     model, canaries = memoriser
     strangers = torch.randint(0, 97, (2, 64), generator=torch.Generator().manual_seed(4))
@@ -180,7 +180,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("function", "old", "new"), WRONG)
 def test_recitation_is_red_on_a_wrong_measurement(measured, function, old, new):
-    """Whether or not the model knows its text by heart: the counts are not those of the gate."""
+    """Also of a model that recites nothing: the counts are not those of the gate."""
     edit = Edit(f"stackproof.evaluate.memorization:{function}", old, new, ())
     with edited([edit], touch):
         red = measured()

@@ -4,8 +4,6 @@ size. A table of shards that a manifest lists is read whole.
 
 import json
 import struct
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +14,14 @@ from stackproof.data.prepare import open_folder, prepare
 from stackproof.data.shard_table import BLOCK_SHARDS, LISTED_SHARDS
 from stackproof.spec.canonical import canonical_json, read_json
 from stackproof.spec.errors import DataError
+from tests.processes import Command
 
 SHARD_TOKENS = 128 * 2**20  # 512 MiB of ids of four bytes
 N_SHARDS = -(-15 * 10**12 // SHARD_TOKENS)
 FEW, STEPS, ROWS = 10, 8, 4
 BLOCK_BYTES = 100 * BLOCK_SHARDS
-# Counts what a start opens and looks up, then draws rows as the last of 1,024 ranks.
+# Counts what a start opens and looks up, then draws rows as the last of 1,024 ranks. Memory is only
+# traced on request, as that makes each call several times as slow.
 START = """
 import json, os, sys
 import tracemalloc
@@ -38,7 +38,8 @@ def counted(path, *more, **named):
 def bytes_read():
     return int(open("/proc/self/io").read().split()[1])
 
-folder, verify, steps, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, verify, traced = sys.argv[1], sys.argv[2], sys.argv[3] == "traced"
+steps, rows = int(sys.argv[4]), int(sys.argv[5])
 from pathlib import Path
 from stackproof.config import DataConfig
 from stackproof.data.data_loader import DataLoader
@@ -47,7 +48,8 @@ from stackproof.data.shards import mappable
 open_folder(Path(folder).with_name("of-10"), DataConfig(verify="drawn"))  # imports what it needs
 sys.addaudithook(watch)
 os.stat = counted
-tracemalloc.start()
+if traced:
+    tracemalloc.start()
 before = bytes_read()
 data = open_folder(Path(folder), DataConfig(verify=verify))
 read = bytes_read() - before
@@ -103,14 +105,11 @@ def folders(tmp_path_factory):
     return found
 
 
-def started(folder, verify="drawn"):
-    done = subprocess.run(
-        [sys.executable, "-c", START, str(folder), verify, str(STEPS), str(ROWS)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return SimpleNamespace(**json.loads(done.stdout))
+def started(folder, verify="drawn", memory="traced"):
+    arguments = (str(folder), verify, memory, str(STEPS), str(ROWS))
+    done = Command(*arguments, folder=folder.parent, code=START).wait()
+    assert done.code == 0, done.err
+    return SimpleNamespace(**done.json)
 
 
 def test_a_start_reads_the_manifest_and_no_shard_of_15_t_tokens_but_the_first(folders):
@@ -128,7 +127,7 @@ def test_a_start_reads_the_manifest_and_no_shard_of_15_t_tokens_but_the_first(fo
 
 
 def test_a_start_that_looks_at_every_shard_is_noticed(folders):
-    few, *larger = (started(folder, "size") for folder in folders)
+    few, *larger = (started(folder, "size", "untraced") for folder in folders)
     for many in larger:
         assert many.stated - few.stated >= N_SHARDS - FEW
 

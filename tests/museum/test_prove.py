@@ -306,9 +306,8 @@ def test_matrix_shows_who_else_turns_red():
         "export.other-end-of-text",
     }
     both = {"export.folder", "export.logit-parity"}
-    alone = dict.fromkeys(
-        ("export.narrowed-after-the-comparison", "export.other-end-of-text"), {"export.folder"}
-    )
+    documents = ("export.narrowed-after-the-comparison", "export.other-end-of-text")
+    alone = {plant: {"export.folder"} for plant in documents}
     assert {p: set(row["red"]) for p, row in rows.items()} == dict.fromkeys(rows, both) | alone
     assert {row["asked"] for row in rows.values()} == {2}
     assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())
