@@ -3,6 +3,7 @@ bit, read back and sampled.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,10 +29,9 @@ from stackproof.museum.collection import museum_config
 from stackproof.train import checkpoint, start
 from stackproof.train.loop import train
 from stackproof.train.start import fresh, resume
-from stackproof.train.trainer import Callback
 from tests.verdicts import all_green
 
-STEPS, HALT = 14, 7
+STEPS, HALF = 14, 7
 FEW = ("runtime.finite", "schedule.rate", "optim.movement")
 VARIANTS = {
     "differential": dict(attention=DifferentialAttention(form="scalar", qk_norm=True, window=40)),
@@ -61,14 +61,6 @@ VARIANTS = {
 }
 
 
-class HaltsAt(Callback):
-    """Ends the process's run right behind the checkpoint of one step, as ctrl-C would."""
-
-    def on_saved(self, trainer, point):
-        if point.step == HALT:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_trains_under_all_gates_resumes_and_answers(
     museum_folder, tmp_path, monkeypatch, name
@@ -77,7 +69,7 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(
     parts = {
         "model": base.model.model_copy(update=VARIANTS[name]),
         "train": base.train.model_copy(update={"max_steps": STEPS}),
-        "checkpoint": base.checkpoint.model_copy(update={"every": HALT}),
+        "checkpoint": base.checkpoint.model_copy(update={"every": HALF}),
         "stop": NeverStop(),
     }
     cfg = base.model_copy(update=parts)
@@ -88,14 +80,14 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(
     ]
     assert lines[-1]["loss_nats"] < lines[0]["loss_nats"] - 0.05  # measured falls of 0.3 and more
 
-    with pytest.raises(KeyboardInterrupt):
-        train(fresh(cfg, (), tmp_path / "halted", [HaltsAt()], only=FEW))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / f"again/checkpoints/step-{STEPS:08d}")
     monkeypatch.setattr(
         start, "Gatekeeper", lambda *given, **options: Gatekeeper(*given, **options | {"only": FEW})
     )
-    train(resume(tmp_path / "halted", (), cfg))
+    train(resume(tmp_path / "again", (), cfg, at=HALF))
     whole, resumed = (
-        checkpoint.load(checkpoint.find(tmp_path / folder)) for folder in ("whole", "halted")
+        checkpoint.load(checkpoint.find(tmp_path / folder)) for folder in ("whole", "again")
     )
     assert whole.state["step"] == resumed.state["step"] == STEPS
     for part in ("model", "tensors"):
