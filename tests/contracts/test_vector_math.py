@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections import Counter
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,8 @@ from stackproof.contracts.callbacks.session import judge_model, preflight_gates
 
 # The functions that torch 2.13 computes by MKL (aten/src/ATen/cpu/vml.h).
 BY_MKL = "acos asin atan cos erf erfc erfinv exp expm1 log log10 sin sqrt tan tanh trunc".split()
+
+SELECT = ("model.build", "train.start", "trace.trace", "export.parity", "replay.replay")
 
 
 class Calls(TorchDispatchMode):
@@ -42,18 +43,24 @@ def test_the_argument_lies_in_every_domain():
     assert all(math.isfinite(float(f(one))) for f in vector_math.FUNCTIONS)
 
 
-@pytest.mark.parametrize(
-    "module", ["model.build", "train.start", "trace.trace", "export.parity", "replay.replay"]
-)
-def test_what_computes_selects_at_import(module):
-    code = f"""
-import importlib
-importlib.import_module("stackproof.{module}")
-from stackproof.contracts import vector_math
-print(vector_math.select_vector_functions.cache_info().currsize)
+# Each module is imported by a fork of a process that has imported torch and nothing of ours.
+IMPORTS = f"""
+import importlib, os
+import torch, torch._dynamo
+
+for module in {SELECT!r}:
+    if not os.fork():
+        importlib.import_module("stackproof." + module)
+        from stackproof.contracts import vector_math
+        print(module, vector_math.select_vector_functions.cache_info().currsize, flush=True)
+        os._exit(0)
+    os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+
+
+def test_what_computes_selects_at_import():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{module} 1" for module in SELECT], done.stderr
 
 
 def test_gates_of_another_trainer_select_first(monkeypatch):
