@@ -24,7 +24,7 @@ SHOWN_POSITIONS = 512
 CONTINUED_TOKENS = 16
 
 
-def _header(path: Path) -> dict[str, dict]:
+def header_of(path: Path) -> dict[str, dict]:
     """Declarations of a safetensors file, read with nothing but the format's definition."""
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
@@ -98,7 +98,7 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
     exported, path = subject.exported, subject.exported.folder
     if missing := [name for name in DOCUMENTS if not (path / name).is_file()]:
         return failed(f"the folder lacks {', '.join(missing)}", missing_files=len(missing))
-    shards = {p.name: _header(p) for p in sorted(path.glob("*.safetensors"))}
+    shards = {p.name: header_of(p) for p in sorted(path.glob("*.safetensors"))}
     indices = sorted(path.glob("*.index.json"))
     declared = {*DOCUMENTS, *shards, *(p.name for p in indices), "README.md"}
     if strangers := sorted({p.name for p in path.iterdir()} - declared):
@@ -116,8 +116,8 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
         return failed(f"{wrong[0]} (of {len(wrong)})", wrong_settings=len(wrong))
     compared = offered(lambda: exported.compared_sha256)
     changed = [] if compared is None else _changed(_weights_sha256(path), compared)
-    stored = sum(_numel(e["shape"]) for e in entries)
-    live = sum(map(_numel, exported.live_shapes))
+    stored = sum(n_entries(e["shape"]) for e in entries)
+    live = sum(map(n_entries, exported.live_shapes))
     verdict = decide(
         stored == live and not changed,
         f"{', '.join(changed)} is not what was compared"
@@ -140,7 +140,8 @@ def _changed(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
     return sorted(n for n in now.keys() | then.keys() if now.get(n) != then.get(n))
 
 
-def _numel(shape: Sequence[int]) -> int:
+def n_entries(shape: Sequence[int]) -> int:
+    """Number of entries of a tensor."""
     n = 1
     for size in shape:
         n *= size
@@ -157,7 +158,7 @@ def _index_problem(shards: Mapping[str, Mapping], indices: Sequence[Path]) -> st
     if odd := sorted(indexed ^ held):
         return f"index and files disagree on {len(odd)} tensors, first {odd[0][0]} in {odd[0][1]}"
     n_bytes = sum(
-        BYTES.get(e["dtype"], 0) * _numel(e["shape"])
+        BYTES.get(e["dtype"], 0) * n_entries(e["shape"])
         for header in shards.values()
         for e in header.values()
     )

@@ -68,7 +68,7 @@ def export(
     from stackproof.contracts.subject import Subject
     from stackproof.evidence.file_lock import refuse_occupied
     from stackproof.export import huggingface
-    from stackproof.export.card import card, training_only
+    from stackproof.export.card import training_only, write_card
     from stackproof.model.build import n_parameters
 
     refuse_occupied(out, "--out")
@@ -90,7 +90,7 @@ def export(
             record.keeper,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
-            card=lambda exported: card(exported, opened.cfg.model, **facts),
+            card=lambda folder, made: write_card(folder, made, opened.cfg.model, **facts),
         )
     except GateFailed as e:
         _refuse(record, e, out)

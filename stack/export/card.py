@@ -1,26 +1,47 @@
 """The model card of an exported folder, generated from the record of the run and of the export."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from stackproof.config import ModelConfig
+from stackproof.contracts.card import CardFacts, card_faults
 from stackproof.contracts.conditions import ensure
 from stackproof.export.huggingface import Exported
 from stackproof.model.foreign import for_inference
+from stackproof.spec.files import write_atomically
 from stackproof.spec.records import Record
 from stackproof.spec.visible import without_markup
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
 
 
-def _states_all(result: str, cfg: ModelConfig, step: int, run: Record | None) -> bool:
-    """Whether a card has the sizes of its model, and the metrics of a run that ended there."""
-    stated = [f"| {name} | {getattr(cfg, name)} |" for name in SIZES]
-    if run is not None and "steps" in run.metrics and run.metrics["steps"].value == step:
-        stated += [f"| {name} |" for name in run.metrics]
-    return all(cell in result for cell in stated)
+@ensure(
+    lambda folder, made, cfg, step, run, parent, export: (
+        card_faults(folder, CardFacts(cfg, step, parent, export, made.gates, made.rounding, run))
+        == []
+    ),
+    "a card states every figure of its model, of the verdicts and of its run",
+)
+def write_card(
+    folder: Path,
+    made: Exported,
+    cfg: ModelConfig,
+    *,
+    n_params: int,
+    dtype: str,
+    step: int,
+    run: Record | None,
+    parent: str,
+    export: str,
+) -> None:
+    """README.md of a folder, of the weights after an optimizer step. `run` is the record of the run
+    that trained them, `parent` its id, `export` the id of the record of the export.
+    """
+    facts = {"n_params": n_params, "dtype": dtype, "step": step}
+    text = card(made, cfg, **facts, run=run, parent=parent, export=export)
+    write_atomically(folder / "README.md", text.encode())
 
 
-@ensure(_states_all, "a card states the sizes of its model and the metrics of its run")
 def card(
     made: Exported,
     cfg: ModelConfig,
@@ -32,9 +53,7 @@ def card(
     parent: str,
     export: str,
 ) -> str:
-    """The card as Markdown, of the weights after an optimizer step. `run` is the record of the run
-    that trained them, `parent` its id, `export` the id of the record of the export.
-    """
+    """The card as Markdown; see `write_card`."""
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {without_markup(run.config.get('recipe', parent) if run else parent)}",

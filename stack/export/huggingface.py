@@ -55,9 +55,10 @@ def export(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    card: Callable[[Exported], str],
+    card: Callable[[Path, Exported], None],
 ) -> Exported:
-    """Write `out` and judge it; the model's own weights become those that were written.
+    """Write `out` and judge it; the model's own weights become those that were written. `card`
+    writes README.md of the folder.
 
     Raises ConfigError if no kind covers the model, UsageError if `out` is not empty, GateFailed if
     a gate is red; `out` is then untouched.
@@ -76,7 +77,7 @@ def export(
                 tuple(keeper.results()),
                 rounding,
             )
-            write_atomically(temporary / "README.md", card(made).encode())
+            card(temporary, made)
             _into_place(temporary, out)
     except OSError as e:
         raise EnvironmentUnfit(

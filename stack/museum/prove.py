@@ -337,7 +337,7 @@ class Prover:
         cfg = exportable(self.cfg.model).model_copy(update={"tied_head": tied})
         folder = self.run_dir()
         model = build_model(cfg, Bytes().vocab_size, seed=self.cfg.seed)
-        huggingface.export(model, Bytes(), folder, keeper, card=lambda made: "")
+        huggingface.export(model, Bytes(), folder, keeper, card=lambda folder, made: None)
         return folder
 
     def run_dir(self) -> Path:

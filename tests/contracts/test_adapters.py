@@ -134,7 +134,8 @@ def data_build(tmp_path, texts) -> Verdicts:
 def exported(tmp_path, texts) -> Verdicts:
     pytest.importorskip("transformers", reason="pip install 'stackproof[hf]'")
     keeper, model = Gatekeeper(load_spec(), kind="export"), models.ours("plain", 257)
-    huggingface.export(model, Bytes(), tmp_path / "exported", keeper, card=lambda made: "")
+    out = tmp_path / "exported"
+    huggingface.export(model, Bytes(), out, keeper, card=lambda folder, made: None)
     return of(keeper.results())
 
 

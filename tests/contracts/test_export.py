@@ -38,7 +38,7 @@ def folder(spec, tmp_path):
         tmp_path / "out",
         keeper(spec),
         max_shard_bytes=30_000,
-        card=lambda made: "card",
+        card=lambda folder, made: None,
     )
     return tmp_path / "out"
 
@@ -136,7 +136,7 @@ def test_folder_is_green_on_each_architecture(spec, tmp_path, monkeypatch, name)
             tmp_path / dtype,
             keeper(spec, ("export.folder",)),
             dtype=dtype,
-            card=lambda made: "card",
+            card=lambda folder, made: None,
         )
         (found,) = [g for g in made.gates if g.id == "export.folder"]
         assert found.verdict == "not_run" and "is complete" in found.message
@@ -299,7 +299,7 @@ def test_without_the_other_library_nothing_is_called_a_pass(spec, tmp_path, monk
     monkeypatch.setattr(parity, "available", lambda: False)
     gates = keeper(spec)
     huggingface.export(
-        models.ours("plain", 257), Bytes(), tmp_path / "out", gates, card=lambda made: "card"
+        models.ours("plain", 257), Bytes(), tmp_path / "out", gates, card=lambda folder, made: None
     )
     found = {g.id: g for g in gates.results()}
     assert {gate_id: result.verdict for gate_id, result in found.items()} == {
@@ -323,17 +323,17 @@ def test_each_plant_is_stopped_and_nothing_is_left(spec, tmp_path, plant_id):
             Bytes(),
             tmp_path / "place" / "out",
             keeper(spec, (plant.gate,)),
-            card=lambda made: "card",
+            card=lambda folder, made: None,
         )
     assert red.value.gate_id == plant.gate and list((tmp_path / "place").iterdir()) == []
 
 
 def test_a_hash_of_a_weight_file_is_that_of_its_bytes(folder):
-    from stackproof.contracts.export import _header, _weights_sha256
+    from stackproof.contracts.export import _weights_sha256, header_of
     from stackproof.spec.canonical import sha256_file
 
     for path in folder.glob("*.safetensors"):
         assert _weights_sha256(folder)[path.name] == sha256_file(path)
-        assert {n: tuple(e["shape"]) for n, e in _header(path).items()} == {
+        assert {n: tuple(e["shape"]) for n, e in header_of(path).items()} == {
             n: e.shape for n, e in tensorfile.read_header(path).tensors.items()
         }
