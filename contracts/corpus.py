@@ -341,6 +341,10 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
         tokens[tokenizer.eos_id] -= leading
         twice = int(np.maximum(counts - tokens, 0).sum())  # each stands where another is lost
         unaccounted = row_stream.n_tokens - leading - dropped - n_labels or twice
+    empty = judged * seq_len - n_labels
+    of_tokens = n_rows * seq_len - (row_stream.n_tokens - leading - dropped)
+    # Rows are full where documents follow each other, and hold a token each where they do not.
+    empty_max = empty + (n_rows - judged) * (seq_len - 1) if kept_apart else 0
     return decide_all(
         [
             unaccounted != 0
@@ -349,10 +353,9 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             broken > 0
             and f"{broken} place(s) have another label than the next token, or have a label or a "
             "document id without the other",
-            judged == n_rows
-            and n_labels + padding != n_rows * seq_len
-            and f"{padding} positions are declared as padding, the rows have "
-            f"{n_rows * seq_len - n_labels}",
+            not (padding == of_tokens and empty <= padding <= empty_max)
+            and f"{padding} positions are declared as padding; the {judged} of {n_rows} rows that "
+            f"were read have {empty}, and the tokens leave {of_tokens} of all rows",
             half_empty > limits.half_empty_rows_per_shard_max * leading
             and f"{half_empty} rows are filled to a half or less, in {leading} shard(s): two of "
             "them would fit into one",
@@ -363,7 +366,7 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
         rows=judged,
         labels=n_labels,
         dropped_tokens=dropped,
-        padding_frac=padding / (n_rows * seq_len),
+        padding_frac=empty / (judged * seq_len),
         unaccounted=unaccounted,
         crossed_borders=crossed,
         half_empty_rows=half_empty,

@@ -20,7 +20,8 @@ from stackproof.config import (
     TailSplit,
 )
 from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES
-from stackproof.contracts.gate import call_check
+from stackproof.contracts.corpus import packing as check
+from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data import filters
 from stackproof.data.prepare import prepare
 from stackproof.data.subject import GramScanner, data_set_subject
@@ -394,6 +395,39 @@ def test_packing_is_red_on_another_padding_than_the_rows_have(spec, subject, row
     verdict = packing(spec, subject, other)
     assert verdict.outcome == "fail"
     assert f"{padding + more} positions are declared as padding" in verdict.message
+
+
+@pytest.mark.parametrize("more", [-288, -1, 1, 288])
+def test_packing_is_red_on_another_padding_where_a_part_of_the_rows_is_read(
+    spec, subject, row_stream, more
+):
+    gate, seq_len = spec.gates["corpus.packing"], subject.data_loader.seq_len
+    limits = limits_of(gate)
+    limits.labels_judged_max = 3 * seq_len
+    padding = row_stream.padding(seq_len)
+
+    def verdict(**members):
+        return check(limits, with_splits(subject, train=With(row_stream, **members)))
+
+    whole = verdict()
+    assert whole.passed and whole.measured["rows"] == 3 < row_stream.n_windows(seq_len)
+    red = verdict(padding=lambda seq_len: padding + more)
+    assert red.outcome == "fail" and f"{padding + more} positions are declared" in red.message
+    empty = (row_stream.rows(np.arange(3), seq_len).labels == -100).mean()
+    assert whole.measured["padding_frac"] == red.measured["padding_frac"] == empty
+
+
+def test_packing_is_red_on_padding_of_rows_that_hold_no_document_apart(spec, subject, small_cfg):
+    """Padding and dropped tokens that agree with each other, in rows without a place for them."""
+    stream = prepare(small_cfg.data.model_copy(update={"packing": Concatenated()})).train
+    limits = limits_of(spec.gates["corpus.packing"])
+    limits.labels_judged_max = 3 * subject.data_loader.seq_len
+    members = {
+        "padding": lambda seq_len: 5,
+        "dropped_tokens": lambda seq_len: stream.dropped_tokens(seq_len) + 5,
+    }
+    red = check(limits, with_splits(subject, train=With(stream, **members)))
+    assert red.outcome == "fail" and "5 positions are declared as padding" in red.message
 
 
 def test_packing_is_red_on_two_documents_under_one_id(spec, subject, dataset):
