@@ -103,7 +103,7 @@ def _gates_faults(
     yield from _other_rows("gate", tables.get(GATES, []), truth)
     unread = any(g.verdict == "not_run" for g in gates)
     if ("**The logits were not compared**" in text) != unread:
-        yield "whether the logits were compared is not what the verdicts say"
+        yield "whether the logits were compared is not what the verdicts state"
 
 
 def _run_faults(
@@ -116,9 +116,9 @@ def _run_faults(
         return
     last = run.metrics.get("steps")
     if last is not None and last.value != facts.step:
-        said = f"after step {last.value}. These are those after step {facts.step},"
-        if rows is not None or said not in " ".join(text.split()):
-            yield f"it does not say that the record is of step {last.value}, not {facts.step}"
+        note = f"after step {last.value}. These are those after step {facts.step},"
+        if rows is not None or note not in " ".join(text.split()):
+            yield f"the note that the record is of step {last.value}, not {facts.step}, is missing"
         return
     truth = [(name, *_figure(metric)) for name, metric in sorted(run.metrics.items())]
     yield from _other_rows("metric", rows or [], truth)
