@@ -39,7 +39,7 @@ def record_of(trainer: Trainer, status: str) -> Recorded:
     record, dataset, root = trainer.output.record, trainer.dataset, trainer.output.dir.path
     described = ("manifest.json", "tokenizer.json")
     latest = checkpoint_folders.pointed(trainer.output.dir.checkpoints, "latest")
-    saved = sorted(latest.iterdir()) if latest else ()
+    saved = sorted(latest.iterdir()) if latest and latest.is_dir() else ()
     return Recorded(
         trainer.state.step,
         status,

@@ -24,7 +24,13 @@ from stackproof.evaluate.bits_per_byte import Evaluation
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec import rank_log
 from stackproof.spec.building import RecordBuilder, artefact
-from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StackproofError, Stopped
+from stackproof.spec.errors import (
+    CheckpointError,
+    EnvironmentUnfit,
+    GateFailed,
+    StackproofError,
+    Stopped,
+)
 from stackproof.spec.files import remedy
 from stackproof.spec.formulas import parameter_count, perplexity
 from stackproof.spec.gates import Gate
@@ -386,7 +392,8 @@ def record_results(trainer: Trainer) -> None:
     """All that the record of a run which has completed states, before it is judged."""
     record_metrics(trainer)
     record_baselines(trainer)
-    trainer.output.record.outputs = _written_files(trainer.output)
+    with suppress(CheckpointError):  # the gates of the end judge a checkpoint that is not there
+        trainer.output.record.outputs = _written_files(trainer.output)
 
 
 def record_metrics(trainer: Trainer) -> None:
