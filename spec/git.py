@@ -35,11 +35,12 @@ TAKEN_HEAD = re.compile(rb"ref: refs/|[0-9a-f]{40}")
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a git that fetches nothing, also from a promisor of a partial clone, and
-    does not refresh the index, which could run a hook.
+    """The environment of a git that fetches nothing, also from a promisor of a partial clone, does
+    not refresh the index, which could run a hook, and reads the history as it was committed.
     """
     nothing = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_OPTIONAL_LOCKS": "0"}
-    return os.environ | nothing
+    as_committed = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_GRAFT_FILE": os.devnull}
+    return os.environ | nothing | as_committed
 
 
 @contextmanager

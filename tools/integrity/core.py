@@ -226,15 +226,29 @@ class Checkout:
         return {sha: int(time) for sha, time in (line.split() for line in lines)}
 
     def rewritten(self, path: str) -> Messages:
-        """A message if a commit holds lines of an append-only file that a later form lacks."""
+        """A message if an ancestor of HEAD, on whichever side of a merge, holds lines of an
+        append-only file that the file of today does not begin with.
+        """
         file = self.root / path
-        later = file.read_bytes().decode("utf-8", errors="replace") if file.is_file() else ""
-        for commit in (self.git("log", "--format=%H", "-50", "--", path) or "").split():
-            then = self.git("cat-file", "blob", f"{commit}:{path}") or ""
-            if not later.startswith(then):
+        now = file.read_bytes() if file.is_file() else b""
+        former = self._contents_in_history(path)
+        for commit, then in zip(former.values(), self.history.read(list(former))):
+            if then is None or not now.startswith(then):
                 yield f"lines committed in {commit[:10]} were changed or removed"
                 return
-            later = then
+
+    def _contents_in_history(self, path: str) -> dict[str, str]:
+        """Blob ids of a file in all ancestors of HEAD, oldest first, with a commit that holds
+        each.
+        """
+        commits = list(reversed(self.ancestors))
+        places = "".join(f"{commit}:{path}\n" for commit in commits).encode()
+        listed = self.history.git("cat-file", "--batch-check=%(objectname)", stdin=places) or b""
+        blobs: dict[str, str] = {}
+        for commit, line in zip(commits, listed.decode().splitlines()):
+            if not line.endswith(" missing"):
+                blobs.setdefault(line, commit)
+        return blobs
 
 
 @dataclass
