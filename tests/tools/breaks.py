@@ -111,6 +111,13 @@ def second_train(root: Path, minute: int = 9, **changes) -> None:
     )
 
 
+def release_of_head(root: Path) -> None:
+    """The release names the commit that added its records."""
+    registry = root / "evidence/registry.toml"
+    trained = tomllib.loads(registry.read_text())["model"][0]["commit"]
+    edit(root, "evidence/registry.toml", trained, git(root, "rev-parse", "HEAD").strip())
+
+
 def change_frozen(root: Path) -> None:
     edit(root, "spec/releases.jsonl", '"value":1e-05', '"value":1e-04')
 
@@ -292,6 +299,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "REG-REF": lambda r: edit(
         r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'
     ),
+    "REG-COMMIT": release_of_head,
     "REG-RECORDS": lambda r: edit(
         r, "evidence/registry.toml", 'resume = "resume-2', 'resume = "resume-3'
     ),

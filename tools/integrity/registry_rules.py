@@ -21,6 +21,22 @@ def reg_ref(repo: Repo, model: Release) -> Messages:
 
 
 @rule(
+    "REG-COMMIT",
+    title="A release names the commit that trained it",
+    why="The code of another commit does not make the released weights.",
+    hint="write the commit of the training record",
+    over=each_release,
+)
+def reg_commit(repo: Repo, model: Release) -> Messages:
+    record = repo.records.get(model.records.get("train", ""))
+    if record is not None and record.code.commit != model.commit:
+        yield (
+            f"{model.id}: commit {model.commit[:12]}, its training record is of "
+            f"{record.code.commit[:12]}"
+        )
+
+
+@rule(
     "REG-RECORDS",
     title="A release has its four records, of the right kind, and they succeeded",
     why="A model is judged by its training, evaluation, resume and falsification records.",
