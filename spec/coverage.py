@@ -41,6 +41,7 @@ class _Seen:
     current: frozenset[str]
     killed: dict[str, str] = field(default_factory=dict)  # plant to record
     newest_kills: dict[str, str] = field(default_factory=dict)  # plant to fingerprint
+    newest_plants: dict[str, str] = field(default_factory=dict)  # plant to its sha256
     has_old_kills: bool = False
     has_old_runs: bool = False
     last: tuple[str, GateResult] | None = None
@@ -67,6 +68,7 @@ class Coverage:
             if (seen := self._seen.get(kill.gate)) is None:
                 continue
             seen.newest_kills[kill.plant] = kill.fingerprint
+            seen.newest_plants[kill.plant] = kill.plant_sha256
             if kill.fingerprint not in seen.current:
                 seen.has_old_kills = True
             elif kill.outcome == "killed" and kill.control == "pass" and not record.code.dirty:
@@ -87,6 +89,10 @@ class Coverage:
     def newest_kills(self, gate_id: str) -> dict[str, str]:
         """Fingerprint of the newest kill of each plant of a gate."""
         return self._seen[gate_id].newest_kills
+
+    def newest_plants(self, gate_id: str) -> dict[str, str]:
+        """The sha256 of each plant of a gate in its newest kill."""
+        return self._seen[gate_id].newest_plants
 
     def state(self, gate_id: str, today: dt.date | None = None) -> GateState:
         """State of one gate from the records so far."""

@@ -146,7 +146,13 @@ class Ledger:
                     "restore it from git; a wrong record is superseded by a new one, never edited"
                 ),
             )
-        return parse_record(data, origin=str(self.record_path(entry.record)))
+        record = parse_record(data, origin=str(self.record_path(entry.record)))
+        if record.id != entry.record:
+            raise IntegrityError(
+                f"the folder {entry.record} holds the record {record.id}",
+                allowed="the record that the ledger names",
+            )
+        return record
 
     def series(self, record: Record, series: Series) -> bytes:
         """The bytes of a file beside a record. Raises IntegrityError if it is missing, changed or

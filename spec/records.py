@@ -199,6 +199,12 @@ class Record(Frozen):
     device_s: float = Field(ge=0)
     model_config = {"frozen": True, "extra": "forbid", "populate_by_name": True}
 
+    @model_validator(mode="after")
+    def _is_named_after_its_kind(self) -> "Record":
+        if self.id.partition("-")[0] != self.kind:
+            raise ValueError(f"the id {self.id} is not one of a record of kind {self.kind}")
+        return self
+
     def to_bytes(self) -> bytes:
         """Canonical JSON bytes; their sha256 is what the ledger holds."""
         return canonical_json(self.model_dump(by_alias=True, mode="json"))

@@ -21,6 +21,10 @@ class Exhibit(Plant):
     line: int = 0
     source: str = ""
 
+    @property
+    def generator_text(self) -> str:
+        return f"{self.source}\n"
+
 
 def read_exhibits(root: Path) -> dict[str, Exhibit]:
     """All plants of a repository by id. Raises IntegrityError if an entry is broken."""

@@ -106,8 +106,13 @@ class Plant:
     def sha256(self) -> str:
         """Hash of what the plant changes, and of its own configuration."""
         change: Any = [[e.target, e.old, e.new, list(e.imports)] for e in self.edits]
-        change = change or inspect.getsource(self._generator())
+        change = change or self.generator_text
         return sha256_json([change, dict(self.museum)] if self.museum else change)
+
+    @property
+    def generator_text(self) -> str:
+        """The source text of the generator function."""
+        return inspect.getsource(self._generator())
 
     def _generator(self) -> Callable[[], Iterator[None]]:
         module, name = self.function.split(":")

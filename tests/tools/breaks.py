@@ -24,7 +24,9 @@ def found(root: Path) -> set[str]:
 
 
 def folder(root: Path, kind: str) -> Path:
-    return next((root / "evidence").glob(f"{kind}-*"))
+    """The folder of the first record of a kind, or of a record."""
+    evidence = root / "evidence"
+    return evidence / kind if "-" in kind else min(evidence.glob(f"{kind}-*"))
 
 
 def rechain(
@@ -33,6 +35,7 @@ def rechain(
     change: Callable[[dict], None],
     *,
     series: Callable[[list[dict]], None] | None = None,
+    supersedes: str = "",
 ) -> None:
     """Edit a record and re-hash everything after it, as somebody with write access would,
     then commit.
@@ -51,8 +54,12 @@ def rechain(
     for line in (root / "evidence" / "ledger.jsonl").read_bytes().splitlines():
         entry = json.loads(line)
         sha256 = sha256_bytes((root / "evidence" / entry["record"] / "metadata.json").read_bytes())
+        gone = (
+            folder(root, supersedes).name if supersedes and entry["record"] == path.name else None
+        )
+        links = {"prev": previous, "supersedes": gone}
         out.append(
-            Entry(seq=entry["seq"], record=entry["record"], sha256=sha256, prev=previous).to_line()
+            Entry(seq=entry["seq"], record=entry["record"], sha256=sha256, **links).to_line()
         )
         previous = sha256_bytes(out[-1])
     (root / "evidence" / "ledger.jsonl").write_bytes(b"\n".join(out) + b"\n")
@@ -261,6 +268,14 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "SERIES-TYPED": lambda r: rechain(
         r, "train", nothing, series=lambda x: x[1].update(loss_nats=[2.2])
     ),
+    "CONFIG-HASH": lambda r: rechain(r, "evaluate", put("config_sha256", value="d" * 64)),
+    "LOCK-AT-COMMIT": lambda r: rechain(r, "resume", put("code", "lock_sha256", value="d" * 64)),
+    "CLEAN-DIFF": lambda r: rechain(r, "resume", put("code", "diff_sha256", value="d" * 64)),
+    "SPEC-OF-RELEASE": lambda r: rechain(r, "resume", put("spec", "sha256", value="d" * 64)),
+    "PLANT-AT-PROOF": lambda r: edit(
+        r, "stack/museum/plants/loss.toml", 'new = "a - b"', 'new = "a + b"'
+    ),
+    "SUPERSEDES": lambda r: rechain(r, "resume", nothing, supersedes="train"),
     "CLAIM-SERIES": lambda r: edit(
         r,
         "README.md",

@@ -14,6 +14,7 @@ from stackproof.spec.gates import _load_spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import SCHEMA, Record
 from stackproof.spec.releases import FILE, frozen_release, release_line
+from tools.exhibits import read_exhibits
 
 GATE = """
 [[gate]]
@@ -90,6 +91,7 @@ severity = 3
 awaiting = "tuning"
 sources = ["a thread"]
 """
+LOCK = b"torch==2.0\n"
 ADR = (
     "# 0001 One decision\n\nStatus: accepted\n\n## Context\n\nx\n\n## Decision\n\nx\n\n## "
     "Rejected\n\nx\n\n## Evidence\n\nx\n"
@@ -235,7 +237,7 @@ def record(root: Path, kind: str, minute: int, commit: str, **fields) -> Record:
             "claim": "it ran",
             "not_covered": ["everything else"],
             "spec": {"version": spec.version, "sha256": spec.sha256},
-            "code": {"commit": commit, "dirty": False},
+            "code": {"commit": commit, "dirty": False, "lock_sha256": sha256_bytes(LOCK)},
             "command": ["stack", kind],
             "config": config,
             "config_sha256": sha256_json(config),
@@ -299,6 +301,7 @@ def build(root: Path) -> None:
     write(root, "README.md", README.format(n_params=N_PARAMS))
     write(root, "CHANGELOG.md", "# Changes\n")
     write(root, "LICENSE", "Apache\n")
+    write(root, "constraints.txt", LOCK)
     write(root, "Makefile", "test:\n\ttrue\n")
     write(root, ".ci/run", CI)
     write(
@@ -331,11 +334,12 @@ def accept_evidence(root: Path) -> None:
         "gate": "loss.golden",
         "fingerprint": fingerprint,
         "plant": "loss.wrong",
-        "plant_sha256": "c" * 64,
+        "plant_sha256": read_exhibits(root)["loss.wrong"].sha256,
     }
     kill |= {"outcome": "killed", "control": "pass", "latency": "before step 1", "seconds": 0.1}
     proof = record(root, "falsification", 0, commit, kills=[kill])
     gate = {"id": "loss.golden", "fingerprint": fingerprint, "verdict": "pass", "checks": 1}
+    gate |= {"limits": {"error_max": 1e-5}}
     files = [artefact("model.safetensors", WEIGHTS), artefact("tokenizer.json", TOKENIZER)]
     train = record(
         root,

@@ -23,6 +23,7 @@ from tools.integrity.glance import Glance, glance_at
 from tools.source import Definition, definitions
 
 LEDGER, REGISTRY = "evidence/ledger.jsonl", "evidence/registry.toml"
+LOCK = "constraints.txt"  # versions of the libraries
 SOURCES = ("spec/", "contracts/", "stack/", "tools/")
 
 
@@ -323,13 +324,17 @@ class Repo(Checkout):
         """A glance at a record that no later one supersedes, also during the pass; None if it is
         not accepted.
         """
+        return None if record_id in self.superseded else self.seen_glance(record_id)
+
+    def seen_glance(self, record_id: str) -> Glance | None:
+        """A glance at an accepted record, superseded or not, also during the pass."""
         if record_id not in self.seen and record_id in self.sha256_of:
             try:
                 record = Records(self.ledger, self.entries)[record_id]
                 self.seen[record_id] = glance_at(record)
             except StackproofError:
                 return None
-        return None if record_id in self.superseded else self.seen.get(record_id)
+        return self.seen.get(record_id)
 
     @cached_property
     def sha256_of(self) -> dict[str, str]:
@@ -344,6 +349,16 @@ class Repo(Checkout):
             text = self.git("cat-file", "blob", f"{commit}:spec/spec.toml")
             self._spec_texts[commit] = text
         return self._spec_texts[commit]
+
+    def lock_at(self, commit: str) -> bytes | None:
+        """The lock file of the code at an ancestor of HEAD, read once; None without one."""
+        if commit not in self._locks:
+            self._locks[commit] = next(self.history.read([f"{commit}:{LOCK}"]))
+        return self._locks[commit]
+
+    @cached_property
+    def _locks(self) -> dict[str, bytes | None]:
+        return {}
 
     @cached_property
     def _spec_texts(self) -> dict[str, str | None]:

@@ -171,9 +171,16 @@ def wall(repo: Repo, record: Record) -> Messages:
 
 
 def _wall_s(repo: Repo, parents: Iterable[str]) -> float:
-    """Seconds of records and of all that they continue."""
-    known = [g for g in map(repo.glance, parents) if g is not None]
-    return sum(g.wall_s + _wall_s(repo, g.parents) for g in known)
+    """Seconds of records and of all that they continue, each once."""
+    waiting, seen, total_s = list(parents), set(), 0.0
+    while waiting:
+        name = waiting.pop()
+        glance = None if name in seen else repo.glance(name)
+        seen.add(name)
+        if glance is not None:
+            total_s += glance.wall_s
+            waiting += glance.parents
+    return total_s
 
 
 def _rate_problems(record: Record, wall_s: float) -> Messages:

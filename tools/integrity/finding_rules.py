@@ -47,12 +47,23 @@ def _records(repo: Repo, finding: Finding) -> Iterator[str]:
     records = {c: c.partition("#")[0] for c in cited if c}
     if gone := [c for c, record in records.items() if record not in known]:
         yield from (f"{name} is not in the ledger" for name in gone)
+    elif revoked := [r for r in _standing(finding) if r in repo.superseded]:
+        yield f"it stands on {revoked[0]}, which a later record supersedes"
     elif changed := {record: None for record in records.values() if record not in repo.accepted}:
         yield from (f"{name} is not the record that was accepted" for name in changed)
     else:
         yield from _difference(repo, finding)
         for suspect in finding.ruled_out:
             yield from _unshown(repo, suspect)
+
+
+def _standing(finding: Finding) -> list[str]:
+    """Records that a finding stands on. The one that shows the failure may be superseded by one
+    without it.
+    """
+    shown = [finding.positive, *(suspect.evidence for suspect in finding.ruled_out)]
+    records = [cited.partition("#")[0] for cited in shown if cited]
+    return [r for r in records if r != finding.negative.partition("#")[0]]
 
 
 def _difference(repo: Repo, finding: Finding) -> Iterator[str]:

@@ -17,6 +17,9 @@ class Glance:
     succeeded: bool
     dirty: bool
     claim: str
+    started_at: str
+    red: frozenset[str]  # gates
+    judged: frozenset[str]
     series: dict[str, str]
     val_loss_nats: float | None
     is_on_built_data: bool
@@ -36,6 +39,9 @@ def glance_at(record: Record) -> Glance:
         succeeded=record.succeeded,
         dirty=record.code.dirty,
         claim=record.claim,
+        started_at=record.started_at,
+        red=frozenset(g.id for g in record.gates if g.verdict == "fail"),
+        judged=frozenset(g.id for g in record.gates if g.verdict != "not_run"),
         series={s.path: s.sha256 for s in record.series},
         val_loss_nats=loss,
         is_on_built_data=record.kind == "train" and corpus.get("kind") == "built",

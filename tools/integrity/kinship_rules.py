@@ -1,22 +1,47 @@
-"""Rules about relations between records: parents, the data of a run, and equal runs."""
+"""Rules about relations between records: parents, successors, the data of a run, equal runs."""
 
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.records import Record
-from tools.integrity.core import At, Messages, Repo, each_record, rule
+from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, rule
 from tools.integrity.glance import trained_by
 
 
 @rule(
     "PARENTS",
-    title="Parents of records are in the ledger",
+    title="Parents of records are in the ledger, and began before them",
     why="A run that continues another one stands on its record.",
     hint="add the parent first",
     over=each_record,
 )
 def parents(repo: Repo, record: Record) -> Messages:
     for parent in record.parents:
+        seen = repo.seen_glance(parent)
         if parent not in repo.sha256_of:
             yield f"its parent {parent} is not in the ledger"
+        elif seen is not None and seen.started_at >= record.started_at:
+            yield f"its parent {parent} began at {seen.started_at}, it began at {record.started_at}"
+
+
+@rule(
+    "SUPERSEDES",
+    title="A record is superseded by a later one of its kind, which judges what was red",
+    why="A red run that another kind of record replaces is a failure that is hidden.",
+    hint="make the same run again and supersede the old record with that",
+    over=at(LEDGER),
+)
+def supersedes(repo: Repo) -> Messages:
+    for entry in repo.entries:
+        old = repo.seen_glance(entry.supersedes) if entry.supersedes else None
+        new = repo.seen_glance(entry.record)
+        if old is None or new is None:
+            continue
+        pair = f"{entry.record} supersedes {entry.supersedes}"
+        if old.kind != new.kind:
+            yield f"{pair}, which is of another kind"
+        elif new.started_at <= old.started_at:
+            yield f"{pair}, which began later"
+        elif unjudged := sorted(old.red - new.judged):
+            yield f"{pair}, which was red on {unjudged[0]}, and does not judge it"
 
 
 @rule(

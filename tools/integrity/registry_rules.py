@@ -18,6 +18,10 @@ def reg_ref(repo: Repo, model: Release) -> Messages:
         yield f"{model.id}: commit {model.commit[:12]} is not an ancestor of HEAD"
     if model.tag and not (repo.git("tag", "-l", model.tag) or "").strip():
         yield f"{model.id}: tag {model.tag} not found locally; if unpushed run `git push --tags`"
+    elif model.tag:
+        tagged = (repo.git("rev-parse", f"refs/tags/{model.tag}^{{commit}}") or "").strip()
+        if tagged != model.commit:
+            yield f"{model.id}: tag {model.tag} is at {tagged[:12]}, not at {model.commit[:12]}"
 
 
 @rule(
