@@ -24,6 +24,7 @@ from stackproof.spec.visible import print_visible  # noqa: E402
 try:
     from tools.integrity import (  # noqa: F401
         archive_rules,
+        arithmetic_rules,
         binding_rules,
         blocks,
         claim_rules,

@@ -268,6 +268,10 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "SERIES-TYPED": lambda r: rechain(
         r, "train", nothing, series=lambda x: x[1].update(loss_nats=[2.2])
     ),
+    "DERIVED": lambda r: rechain(r, "train", metric("epochs", 2.5)),
+    "LOG-ARITHMETIC": lambda r: rechain(
+        r, "train", nothing, series=lambda x: x[1].update(ema_loss_nats=2.0)
+    ),
     "CONFIG-HASH": lambda r: rechain(r, "evaluate", put("config_sha256", value="d" * 64)),
     "LOCK-AT-COMMIT": lambda r: rechain(r, "resume", put("code", "lock_sha256", value="d" * 64)),
     "CLEAN-DIFF": lambda r: rechain(r, "resume", put("code", "diff_sha256", value="d" * 64)),

@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import math
 import subprocess
+from itertools import accumulate
 from pathlib import Path
 
 from stackproof.spec import failures
@@ -200,16 +201,17 @@ def metric(value: float | str, unit: str = "1", better: str = "neither") -> dict
 
 def log_lines() -> list[dict]:
     losses = [2.3, 2.1, 2.0, 1.9]
+    means = accumulate(losses, lambda mean, x: 0.98 * mean + 0.02 * x)
     lines = [
         {
             "step": s + 1,
             "loss_nats": x,
-            "ema_loss_nats": x,
+            "ema_loss_nats": mean,
             "grad_norm": 0.5 + s,
             "lr": 1e-3,
             "tokens_seen": 16 * (s + 1),
         }
-        for s, x in enumerate(losses)
+        for s, (x, mean) in enumerate(zip(losses, means))
     ]
     lines[1]["val_loss_nats"], lines[3]["val_loss_nats"] = 2.2, 2.0
     return lines
@@ -266,9 +268,15 @@ def train_metrics() -> dict:
         "vocab_size": metric(VOCAB),
         "n_params": metric(N_PARAMS),
         "train_loss_nats": metric(1.9),
-        "ema_loss_nats": metric(1.9),
-        "val_loss_nats": metric(2.0),
+        "ema_loss_nats": metric(log_lines()[-1]["ema_loss_nats"]),
+        "val_loss_nats": metric(2.0) | {"n": 30},
+        "val_bits_per_byte": metric(2.0 * 30 / math.log(2) / 60) | {"n": 60},
         "best_val_loss_nats": metric(2.0),
+        "best_step": metric(4),
+        "unique_tokens": metric(32),
+        "epochs": metric(16 * STEPS / 32),
+        "tokens_per_parameter": metric(16 * STEPS / N_PARAMS),
+        "random_loss_nats": metric(math.log(VOCAB)),
         "val_ppl": metric(math.exp(2.0)),
         "tokens_per_s": metric(6.4),
         "train_s": metric(10.0),
@@ -358,7 +366,15 @@ def accept_evidence(root: Path) -> None:
         commit,
         inputs=files,
         parents=[train.id],
-        metrics={"bits_per_byte": metric(2.5)},
+        metrics={
+            "total_nats": metric(60.0),
+            "tokens": metric(30),
+            "bytes": metric(60),
+            "chars": metric(50),
+            "loss_nats": metric(2.0),
+            "bits_per_byte": metric(60.0 / math.log(2) / 60),
+            "bits_per_char": metric(60.0 / math.log(2) / 50),
+        },
     )
     resume = record(root, "resume", 3, commit, metrics={"weights_equal": metric(1)})
     lines = [
