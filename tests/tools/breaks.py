@@ -257,6 +257,9 @@ BREAKS: dict[str, Callable[[Path], None]] = {
             r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":1.9', '"value":1.8'
         )
     ),
+    "RECORD-CLOSED": lambda r: write(
+        r, f"evidence/{folder(r, 'train').name}/weights.pt", "not a weight"
+    ),
     "RECORD-ORPHAN": lambda r: shutil.copytree(
         folder(r, "resume"), r / "evidence" / "resume-20260101T000000Z-00000000"
     ),
@@ -318,6 +321,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "REG-REF": lambda r: edit(
         r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'
     ),
+    "REG-KIN": lambda r: rechain(r, "evaluate", put("parents", value=[])),
     "REG-COMMIT": release_of_head,
     "REG-RECORDS": lambda r: edit(
         r, "evidence/registry.toml", 'resume = "resume-2', 'resume = "resume-3'

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stackproof.spec.canonical import canonical_json
+from stackproof.spec.canonical import canonical_json, sha256_json
 from tests.tools import small_repo
 from tests.tools.breaks import folder, found, nothing, put, rechain
 from tests.tools.found import found_something
@@ -141,3 +141,38 @@ def test_a_finding_does_not_stand_on_a_record_that_was_revoked(repo, shown, stan
     twin = copied(repo, revoked.name, name, LATER)
     rechain(repo, twin, nothing, supersedes=revoked.name)
     assert ("FINDING-SHOWN" not in found(repo)) == stands
+
+
+@pytest.mark.parametrize("section", ["model", "train"])
+def test_the_resume_of_a_release_is_of_its_model(repo, section):
+    """A shorter run of the same model is one."""
+    other = {"model": {**small_repo.MODEL, "d_ff": 32}, "train": {"max_steps": 2}}[section]
+    config = {**small_repo.CONFIG, section: {**small_repo.CONFIG[section], **other}}
+    hashed = {"config": config, "config_sha256": sha256_json(config)}
+    rechain(repo, "resume", lambda d: d.update(hashed))
+    assert ("REG-KIN" in found(repo)) == (section == "model")
+
+
+@pytest.mark.parametrize(
+    "name", ["Metrics.jsonl", "run.py", "deeper/metrics.jsonl", "events.jsonl", ".hidden"]
+)
+def test_a_record_folder_is_closed(repo, name):
+    small_repo.write(repo, f"evidence/{folder(repo, 'train').name}/{name}", "{}\n")
+    assert "RECORD-CLOSED" in found(repo)
+
+
+def test_evidence_itself_is_closed_and_holds_no_link(repo):
+    (repo / "evidence/notes").symlink_to(repo / "docs")
+    assert "evidence/notes" in {f.path for f in check(repo) if f.code == "RECORD-CLOSED"}
+    (repo / "evidence/notes").unlink()
+    small_repo.write(repo, "evidence/helper.py", "print()\n")
+    assert "RECORD-CLOSED" in found(repo)
+
+
+def test_ids_of_plants_differ_in_more_than_case(repo):
+    plants = repo / "stack/museum/plants/loss.toml"
+    text = plants.read_text()
+    plants.write_text(text + text.replace('"loss.wrong"', '"loss.w-rong"'))
+    assert "ID-UNIQUE" not in found(repo)
+    plants.write_text(text + text)
+    assert found(repo) & {"ID-UNIQUE", "SCHEMA"}

@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from stackproof.spec import formulas, mutants
+from stackproof.spec.archive import METADATA
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, Series, left_out
 from stackproof.spec.renamed_keys import translated
@@ -25,6 +26,7 @@ EXIT_OF_STATUS = {
 # an accelerator, and on a core of a CPU with matrix units in half precision, or vector units.
 ACCELERATOR_FLOPS, HALF_CORE_FLOPS, CORE_FLOPS = 2.5e15, 6.5e12, 3e11
 LOG = "metrics.jsonl"
+EVIDENCE_FILES = ("ledger.jsonl", "archive.jsonl", "registry.toml", "findings.toml", ".lock")
 NUMBERS = (int, float)
 
 
@@ -59,6 +61,26 @@ def append_only(repo: Repo) -> Messages:
 def record_hash(repo: Repo) -> Messages:
     for record_id, problem in repo.survey.unread.items():
         yield At(problem, path=repo.record_file(record_id))
+
+
+@rule(
+    "RECORD-CLOSED",
+    title="A record's folder holds the record, its series, and nothing else",
+    why="A file that no hash covers can be changed, and code or a pickle in it can be run.",
+    hint="remove the file; an artefact stays outside, and its record names it by hash",
+    over=at("evidence"),
+)
+def record_closed(repo: Repo) -> Messages:
+    allowed = set(EVIDENCE_FILES)
+    for name, glance in repo.survey.glances.items():
+        allowed.update(f"{name}/{file}" for file in (METADATA, *glance.series))
+    here = repo.root / "evidence"
+    for path in sorted(here.rglob("*")) if here.is_dir() else ():
+        name = path.relative_to(here).as_posix()
+        if path.is_symlink() or (not path.is_dir() and name not in allowed):
+            known = name.partition("/")[0] in repo.survey.glances
+            if known or "/" not in name:  # RECORD-ORPHAN names unknown folders
+                yield At("is neither a record nor a series of one", path=f"evidence/{name}")
 
 
 @rule(

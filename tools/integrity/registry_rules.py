@@ -4,6 +4,10 @@ from stackproof.spec import formulas
 from stackproof.spec.registry import REQUIRED_RECORDS, Release
 from stackproof.spec.renamed_keys import translated
 from tools.integrity.core import At, Messages, Repo, each_release, number, rule
+from tools.integrity.glance import trained_by
+
+# Sections that a shorter run of one model has in common with it.
+OF_THE_MODEL = ("recipe", "model", "data", "optim", "curriculum", "seed")
 
 
 @rule(
@@ -57,6 +61,25 @@ def reg_records(repo: Repo, model: Release) -> Messages:
             yield f"{model.id}: {record.id} is of kind {record.kind}, not {kind}"
         elif not record.succeeded:
             yield f"{model.id}: {record.id} ended as {record.status}"
+
+
+@rule(
+    "REG-KIN",
+    title="Evaluation and resume of a release are those of its model",
+    why="A record of another model proves nothing about the released one.",
+    hint="evaluate the released checkpoint, certify the resume of its recipe, and add the records",
+    over=each_release,
+)
+def reg_kin(repo: Repo, model: Release) -> Messages:
+    train, evaluate, resume = (
+        repo.records.get(model.records.get(kind, "")) for kind in ("train", "evaluate", "resume")
+    )
+    if train and evaluate and train.id not in evaluate.parents:
+        yield f"{model.id}: {evaluate.id} is not of a checkpoint of {train.id}"
+    if train and resume:
+        ours, others = trained_by(train), trained_by(resume)
+        for section in (s for s in OF_THE_MODEL if ours.get(s) != others.get(s)):
+            yield f"{model.id}: {resume.id} resumed a run with another {section}"
 
 
 @rule(

@@ -6,6 +6,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 from stackproof.spec.archive import blob_id
 from stackproof.spec.errors import IntegrityError, StackproofError
@@ -77,13 +78,14 @@ def spec_empty(repo: Repo) -> Messages:
 )
 def id_unique(repo: Repo) -> Messages:
     groups = {
+        "stack/museum/plants": list(repo.plants),
         "spec/gates": list(repo.spec.gates),
         LEDGER: [e.record for e in repo.entries],
         REGISTRY: [m.id for m in repo.registry],
         "docs/adr": [p.name[:4] for p in repo.decisions],
     }
     for path, ids in groups.items():
-        for name, count in Counter(i.casefold() for i in ids).items():
+        for name, count in Counter(normalize("NFKC", i).casefold() for i in ids).items():
             if count > 1:
                 yield At(f"the id {name} is used {count} times", path=path)
 
