@@ -6,6 +6,7 @@ checkout, so they are parsed and not imported. `check_layers.py`, which judges i
 """
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from stackproof.spec.files import text_lines
 
+ALWAYS_SKIPPED = re.compile(r"pytest\.(mark\.)?(skip|xfail)\b")
+EXPECTS = re.compile(r"\b(raises|warns|assert_\w+)$")
 KINDS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -49,3 +52,37 @@ def _named(parent: ast.AST, prefix: str, file: str) -> Iterator[tuple[str, Defin
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             yield f"{prefix}{node.name}", Definition(node.lineno, first, node.end_lineno, file)
             yield from _named(node, f"{prefix}{node.name}.", file)
+
+
+def proves_nothing(path: Path, name: str) -> str:
+    """Why a test of a Python file cannot fail: it is skipped, or neither it nor a function of its
+    file that it calls asserts anything. Empty if it can.
+    """
+    known = definitions(path)
+    (test,) = ast.parse(known[name].text).body
+    assert isinstance(test, KINDS)
+    marks = [ast.unparse(mark) for mark in test.decorator_list]
+    if any(ALWAYS_SKIPPED.match(mark) for mark in marks) or _leaves_at_once(test):
+        return "is always skipped"
+    called = {ast.unparse(node.func) for node in ast.walk(test) if isinstance(node, ast.Call)}
+    helpers = [ast.parse(known[call].text) for call in called & known.keys()]
+    return "" if any(map(_asserts, (test, *helpers))) else "asserts nothing"
+
+
+def _leaves_at_once(test: ast.AST) -> bool:
+    """Whether one of the statements that are always executed ends the test."""
+    body = getattr(test, "body", ())
+    return any(
+        isinstance(node, ast.Return)
+        or (isinstance(node, ast.Expr) and ALWAYS_SKIPPED.match(ast.unparse(node)))
+        for node in body
+    )
+
+
+def _asserts(code: ast.AST) -> bool:
+    """Whether code asserts something that is no constant, or expects an error."""
+    return any(
+        (isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant))
+        or (isinstance(node, ast.Call) and EXPECTS.search(ast.unparse(node.func)))
+        for node in ast.walk(code)
+    )

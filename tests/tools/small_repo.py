@@ -303,14 +303,14 @@ def build(root: Path) -> None:
     write(root, "stack/museum/plants/loss.toml", PLANT)
     write(root, "stack/loss_of.py", LOSS_OF)
     write(root, "stack/recipes/small.py", "def small():\n    return 1\n")
-    write(root, "tests/test_loss.py", "def test_golden():\n    assert True\n")
+    write(root, "tests/test_loss.py", "def test_golden():\n    assert 1 + 1 == 2\n")
     write(root, "docs/adr/0001-one.md", ADR)
     write(root, "docs/models/small.md", "# Small\n")
     write(root, "README.md", README.format(n_params=N_PARAMS))
     write(root, "CHANGELOG.md", "# Changes\n")
     write(root, "LICENSE", "Apache\n")
     write(root, "constraints.txt", LOCK)
-    write(root, "Makefile", "test:\n\ttrue\n")
+    write(root, "Makefile", "test:\n\tpython -m pytest -n 2\n")
     write(root, ".ci/run", CI)
     write(
         root,

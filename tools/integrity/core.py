@@ -20,7 +20,7 @@ from stackproof.spec.releases import read_releases
 from stackproof.spec.series import parse_series
 from tools.exhibits import Exhibit, read_exhibits
 from tools.integrity.glance import Glance, glance_at
-from tools.source import Definition, definitions
+from tools.source import Definition, definitions, proves_nothing
 
 LEDGER, REGISTRY = "evidence/ledger.jsonl", "evidence/registry.toml"
 LOCK = "constraints.txt"  # versions of the libraries
@@ -462,6 +462,11 @@ class Repo(Checkout):
         """Whether "path::name" or "path::name[case]" names no test. A path alone names a file."""
         path, _, name = test.partition("::")
         return name.partition("[")[0] not in self.python_functions(path)
+
+    def proves_nothing(self, test: str) -> str:
+        """Why a cited test that exists cannot fail; empty if it can."""
+        path, _, name = test.partition("::")
+        return proves_nothing(self.root / path, name.partition("[")[0]) if name else ""
 
     @cached_property
     def plants(self) -> dict[str, Exhibit]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from stackproof.spec.files import text_lines
@@ -17,6 +18,13 @@ CI = {
     ),
     ".github/workflows/ci.yml": (".ci/run", "fetch-depth: 0"),
 }
+ENDS_AT_ERRORS = re.compile(r"^set -\w*e", re.M)
+# What turns a failure into a success, or leaves a command out.
+MASKS = re.compile(
+    r"\|\||\bset \+|\btrap\b|\bexit\b|\breturn\b|(?<!&)&\s*$|^\s*!|\b(?:if|while|until|case)\b[ :]"
+    r"|\bcontinue-on-error\b|\bfalse\b|\btrue\b"
+)
+SELECTS = re.compile(r"\s(?:-k|-m(?! pytest)|--ignore\S*|--deselect|--co\w*|tests/)(?=[\s=]|$)")
 # written in parts, so that this file is not a finding
 UNFINISHED = re.compile(
     r"\b(" + "TO" + "DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error\(\)"
@@ -102,9 +110,29 @@ def ci_self(repo: Repo) -> Messages:
         if not (repo.root / path).is_file():
             yield At("is missing", path=path)
             continue
-        lines = (x for x in text_lines(repo.text(path)) if not x.lstrip().startswith("#"))
+        lines = [x for x in text_lines(repo.text(path)) if not x.lstrip().startswith("#")]
         live = "\n".join(lines)
         yield from (At(f"does not run `{x}`", path=path) for x in needed if x not in live)
+        if path.endswith("run") and not ENDS_AT_ERRORS.search(live):
+            yield At("does not end at the first command that fails (set -e)", path=path)
+        for number, line in enumerate(text_lines(repo.text(path)), start=1):
+            if line in lines and (masking := MASKS.search(line)):
+                text = f"`{masking[0].strip()}` can make a command that fails pass"
+                yield At(text, number, path)
+    yield from (At(text, path="Makefile") for text in _partial_suite(repo.text("Makefile")))
+
+
+def _partial_suite(makefile: str) -> Iterator[str]:
+    """Why `make test` is not the whole test suite, or cannot fail."""
+    recipe = re.search(r"^test:.*\n((?:\t.*\n?)+)", makefile, re.M)
+    commands = [line.strip() for line in text_lines(recipe[1])] if recipe else []
+    if not any("pytest" in command for command in commands):
+        yield "the target test does not run pytest"
+    for command in commands:
+        if command.startswith("-") or MASKS.search(command):
+            yield f"`{command}` can make tests that fail pass"
+        if selection := SELECTS.search(command):
+            yield f"`{selection[0].strip()}` leaves tests out"
 
 
 @rule(

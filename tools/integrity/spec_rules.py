@@ -289,8 +289,8 @@ def check_exists(repo: Repo, gate: Gate) -> Messages:
 
 @rule(
     "TEST-EXISTS",
-    title="Every cited test exists",
-    why="A citation of a missing test claims a proof that nothing gives.",
+    title="Every cited test exists, is run, and asserts something",
+    why="A citation of a missing, skipped or emptied test claims a proof that nothing gives.",
     hint="write the test or correct the citation",
     over=each_gate,
 )
@@ -300,6 +300,8 @@ def test_exists(repo: Repo, gate: Gate) -> Messages:
     for test in (*gate.tests, *([gate.rates.measured_by] if gate.rates else ())):
         if repo.missing_test(test):
             yield f"gate {gate.id} cites {test}, which does not exist"
+        elif reason := repo.proves_nothing(test):
+            yield f"gate {gate.id} cites {test}, which {reason}"
 
 
 @rule(
