@@ -32,6 +32,7 @@ try:
         evidence_rules,
         finding_rules,
         kinship_rules,
+        pin_rules,
         registry_rules,
         repo_rules,
         spec_rules,
@@ -74,6 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--root", type=Path, default=ROOT, help="the checkout to look at (default: this one)"
     )
+    parser.add_argument(
+        "--allowed-signers",
+        type=Path,
+        metavar="FILE",
+        help="who may pin the ledger (default: evidence/allowed_signers, which a cheat could "
+        "write); without a pin by one of them the check fails",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--list", action="store_true", help="list all rules")
     parser.add_argument(
@@ -91,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         for path in blocks.write(Repo(options.root)):
             print_visible(f"wrote {path}", file=sys.stderr)
-    repo = Repo(options.root)
+    repo = Repo(options.root, options.allowed_signers)
     findings = findings_in(repo)
     _print(_as_json(repo, findings) if options.json else _as_text(repo, findings))
     return 6 if findings else 0

@@ -80,7 +80,7 @@ def _leaves_at_once(test: ast.AST) -> bool:
 
 
 def _asserts(code: ast.AST) -> bool:
-    """Whether code asserts something that is no constant, or expects an error."""
+    """Whether code asserts more than a constant, or expects an error."""
     return any(
         (isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant))
         or (isinstance(node, ast.Call) and EXPECTS.search(ast.unparse(node.func)))

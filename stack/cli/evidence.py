@@ -1,4 +1,4 @@
-"""`stack evidence add | show | verify | repair | archive | diff | rerun | certify-resume`."""
+"""`stack evidence`: records, the ledger, its archive and pins, and what repeats a record."""
 
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -189,6 +189,59 @@ def archive(
         print_line(name)
     done = "would be archived" if dry_run else "archived; commit the folder"
     print_line(f"{len(leaving)} record(s), {len(series)} series, {plan.n_bytes} bytes, {done}")
+
+
+@app.command()
+def pin(
+    key: Annotated[Path, Option(help="OpenSSH key, or a public key that ssh-agent holds.")],
+    signer: Annotated[str, Option(help="Name of the key in evidence/allowed_signers.")],
+    evidence: Evidence = None,
+    json: Json = False,
+) -> None:
+    """Sign the ledger as it is now, with ssh-keygen, and append the pin to pins.jsonl.
+
+    From then on every ledger that does not begin with the pinned lines fails the integrity check.
+    """
+    from stackproof.evidence import pinning
+
+    signed = pinning.pin(_existing(evidence), key, signer)
+    if not emit(signed.model_dump(), json):
+        print_line(f"pinned {signed.pin.size} line(s), head {signed.pin.head[:16]}…, by {signer}")
+
+
+@app.command()
+def inclusion(
+    record_id: Annotated[str, Argument(metavar="ID", help="Id of a record.")],
+    out: Annotated[Path, Option(help="File to write.")] = Path("inclusion.json"),
+    evidence: Evidence = None,
+    json: Json = False,
+) -> None:
+    """Write the proof that a record is in the newest pinned ledger.
+
+    It holds the line, the pin with its signature, and the hashes between them.
+    """
+    from stackproof.evidence import pinning
+    from stackproof.spec.canonical import canonical_json
+    from stackproof.spec.files import write_atomically
+
+    document = pinning.inclusion(_existing(evidence), record_id).model_dump(mode="json")
+    write_atomically(out, canonical_json(document) + b"\n")
+    if not emit(document, json):
+        print_line(f"wrote {out}: {record_id} is line {document['index'] + 1}")
+
+
+@app.command("check-inclusion")
+def check_inclusion(
+    proof: Annotated[Path, Argument(help="What stack evidence inclusion has printed.")],
+    allowed_signers: Annotated[Path, Option(help="File of OpenSSH with the allowed signers.")],
+    json: Json = False,
+) -> None:
+    """Verify a proof of inclusion, without the ledger. Exit code 6 if it does not hold."""
+    from stackproof.evidence import pinning
+
+    entry = pinning.check_inclusion(proof, allowed_signers)
+    if not emit(entry.model_dump(), json):
+        print_line(f"{entry.record}, sha256 {entry.sha256}, is line {entry.seq + 1}")
 
 
 @app.command()

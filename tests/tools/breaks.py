@@ -10,7 +10,8 @@ from stackproof.spec import mutants
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import normative_fields
-from stackproof.spec.ledger import GENESIS, Entry
+from stackproof.spec.ledger import GENESIS, Entry, Ledger
+from stackproof.spec.pins import SignedPin, pin_of
 from tests.tools import archived, small_repo
 from tests.tools.found import found_something
 from tests.tools.small_repo import edit, git, write
@@ -116,6 +117,11 @@ def second_train(root: Path, minute: int = 9, **changes) -> None:
         metrics=small_repo.train_metrics(),
         series_lines={"metrics.jsonl": small_repo.log_lines()},
     )
+
+
+def signed_by_nobody(root: Path, lines: list[bytes]) -> bytes:
+    """The line of a pin with an empty signature."""
+    return SignedPin(pin=pin_of(lines), signer="owner", signature="").to_line()
 
 
 def release_of_head(root: Path) -> None:
@@ -256,6 +262,9 @@ BREAKS: dict[str, Callable[[Path], None]] = {
         else edit(
             r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":1.9', '"value":1.8'
         )
+    ),
+    "PIN": lambda r: write(
+        r, "evidence/pins.jsonl", signed_by_nobody(r, Ledger(r / "evidence").lines())
     ),
     "RECORD-CLOSED": lambda r: write(
         r, f"evidence/{folder(r, 'train').name}/weights.pt", "not a weight"

@@ -163,10 +163,12 @@ def number(record: Record, name: str) -> float | None:
 
 
 class Checkout:
-    """Files and history of a repository."""
+    """Files and history of a repository. `signers` is the file of those who may pin its ledger;
+    None: its own.
+    """
 
-    def __init__(self, root: Path):
-        self.root = root.resolve()
+    def __init__(self, root: Path, signers: Path | None = None):
+        self.root, self.signers = root.resolve(), signers
         self.history = History(self.root)
         self.not_verified: list[str] = []  # facts that need a history which the checkout lacks
 

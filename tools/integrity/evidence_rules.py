@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 
-from stackproof.spec import formulas, mutants
+from stackproof.spec import formulas, mutants, pins
 from stackproof.spec.archive import METADATA
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, Series, left_out
@@ -27,6 +27,7 @@ EXIT_OF_STATUS = {
 ACCELERATOR_FLOPS, HALF_CORE_FLOPS, CORE_FLOPS = 2.5e15, 6.5e12, 3e11
 LOG = "metrics.jsonl"
 EVIDENCE_FILES = ("ledger.jsonl", "archive.jsonl", "registry.toml", "findings.toml", ".lock")
+EVIDENCE_FILES += (pins.FILE, pins.SIGNERS)
 NUMBERS = (int, float)
 
 
