@@ -40,6 +40,7 @@ class _Seen:
 
     current: frozenset[str]
     killed: dict[str, str] = field(default_factory=dict)  # plant to record
+    missed: dict[str, str] = field(default_factory=dict)  # plant to why, of its newest proof
     newest_kills: dict[str, str] = field(default_factory=dict)  # plant to fingerprint
     newest_plants: dict[str, str] = field(default_factory=dict)  # plant to its sha256
     has_old_kills: bool = False
@@ -54,7 +55,8 @@ class Coverage:
 
     proven: every plant of the gate was killed, with a green control, at the current fingerprint.
     discharged: proven, and the latest real, clean, finished run that held the gate passed it at the
-    current fingerprint.
+    current fingerprint. Only runs of the kinds that the gate names count.
+    failed: the latest run is red, or the latest proof missed a plant.
     """
 
     def __init__(self, spec: Spec, gate_ids: Iterable[str] | None = None):
@@ -64,7 +66,7 @@ class Coverage:
 
     def add(self, record: Record) -> None:
         """Count the kills and verdicts of the next record."""
-        for kill in record.kills:
+        for kill in record.kills if record.kind == "falsification" else ():
             if (seen := self._seen.get(kill.gate)) is None:
                 continue
             seen.newest_kills[kill.plant] = kill.fingerprint
@@ -73,11 +75,17 @@ class Coverage:
                 seen.has_old_kills = True
             elif kill.outcome == "killed" and kill.control == "pass" and not record.code.dirty:
                 seen.killed[kill.plant] = record.id
+                seen.missed.pop(kill.plant, None)
             else:
                 seen.killed.pop(kill.plant, None)
+                if kill.outcome == "missed" or kill.control == "fail":
+                    how = f"the plant was {kill.outcome}, the control was {kill.control}"
+                    seen.missed[kill.plant] = f"record {record.id}: {how}"
         may_discharge = _may_discharge(record)
         for result in record.gates:
             if (seen := self._seen.get(result.id)) is None or result.verdict == "not_run":
+                continue
+            if record.kind not in self.spec.gates[result.id].kinds:
                 continue
             if result.fingerprint not in seen.current:
                 seen.has_old_runs = True
@@ -100,6 +108,8 @@ class Coverage:
         kill_records = tuple(sorted(set(seen.killed.values())))
         if seen.last is not None and seen.last[1].verdict == "fail":
             return _failed(*seen.last, kill_records, today)
+        if missed := [p for p in gate.plants if p in seen.missed]:
+            return GateState("failed", f"{missed[0]}: {seen.missed[missed[0]]}", kill_records)
         missing = [p for p in gate.plants if p not in seen.killed]
         if not gate.plants or missing:
             if seen.has_old_kills and not seen.killed:

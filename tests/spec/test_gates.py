@@ -4,7 +4,7 @@ import datetime as dt
 
 import pytest
 
-from stackproof.spec.coverage import STATES, coverage, gate_state, tally
+from stackproof.spec.coverage import STATES, Coverage, coverage, gate_state, tally
 from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import check_source, code_below
 from stackproof.spec.gates import ROOT, Gate, Limit, load_spec
@@ -180,24 +180,38 @@ def test_only_real_clean_finished_runs_discharge(small, fields):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "state"),
     [
-        {"outcome": "missed"},
-        {"outcome": "crashed"},
-        {"outcome": "equivalent"},
-        {"outcome": "awaiting"},
-        {"control": "fail"},
-        {"control": "not_run"},
+        ({"outcome": "missed"}, "failed"),
+        ({"outcome": "crashed"}, "unproven"),
+        ({"outcome": "equivalent"}, "unproven"),
+        ({"outcome": "awaiting"}, "unproven"),
+        ({"control": "fail"}, "failed"),
+        ({"control": "not_run"}, "unproven"),
     ],
 )
-def test_only_a_kill_with_a_green_control_proves(small, fields):
+def test_only_a_kill_with_a_green_control_proves(small, fields, state):
+    """The newest proof counts: one that misses the plant, and one that kills it afterwards."""
     small_repo._load_spec.cache_clear()
     spec, records = load_spec(small), records_of(small)
     proof = next(r for r in records.values() if r.kind == "falsification")
-    kills = [k.model_dump() | fields for k in proof.kills]
-    assert (
-        gate_state(spec, "loss.golden", {proof.id: changed(proof, kills=kills)}).state == "unproven"
-    )
+    later = changed(proof, kills=[k.model_dump() | fields for k in proof.kills])
+    assert gate_state(spec, "loss.golden", {proof.id: later}).state == state
+    seen = Coverage(spec)
+    for record, expected in ((proof, "proven"), (later, state), (proof, "proven")):
+        seen.add(record)
+        assert seen.state("loss.golden").state == expected
+
+
+@pytest.mark.parametrize("kind", ["benchmark", "evaluate", "foreign"])
+def test_only_the_kinds_that_a_gate_names_prove_and_discharge_it(small, kind):
+    small_repo._load_spec.cache_clear()
+    spec, records = load_spec(small), records_of(small)
+    true = {r.kind: r for r in records.values()}
+    forged = {name: changed(r, kind=kind, id=r.id.replace(name, kind)) for name, r in true.items()}
+    assert gate_state(spec, "loss.golden", {"a": forged["falsification"]}).state == "unproven"
+    proven = {"a": true["falsification"], "b": forged["train"]}
+    assert gate_state(spec, "loss.golden", proven).state == "proven"
 
 
 def test_an_older_fingerprint_is_stale_and_a_waiver_expires(small):
