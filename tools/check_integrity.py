@@ -2,6 +2,7 @@
 Needs the light install, no torch.
 
 python tools/check_integrity.py [--json | --list | --explain CODE | --write] [--root DIR]
+python tools/check_integrity.py --self-test
 Runs the code of the checkout it stands in, whether that is installed or not; `pip install .` brings
 what it needs. Exit code 0: nothing found. 6: findings. 2: usage. 7: a package is missing.
 What needs a git history that the checkout lacks is listed as not verified, and "ok" is false.
@@ -12,7 +13,10 @@ import difflib
 import gc
 import json
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,21 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 from stackproof.spec.visible import print_visible  # noqa: E402
 
 try:
-    from tools.integrity import (  # noqa: F401
-        archive_rules,
-        arithmetic_rules,
-        binding_rules,
-        blocks,
-        claim_rules,
-        docs_rules,
-        evidence_rules,
-        finding_rules,
-        kinship_rules,
-        pin_rules,
-        registry_rules,
-        repo_rules,
-        spec_rules,
-    )
+    from tools.integrity import all_rules, blocks  # noqa: F401
     from tools.integrity.core import RULES, Finding, Repo, findings_in
 except ModuleNotFoundError as e:
     print_visible(
@@ -47,9 +37,25 @@ except ModuleNotFoundError as e:
     sys.exit(7)
 
 
-def check(root: Path) -> list[Finding]:
-    """All findings of all rules in a checkout, ordered by rule and place, each once."""
-    return findings_in(Repo(root))
+def self_test(codes: Iterable[str] = RULES) -> list[str]:
+    """Tamper with a small valid repository, once for each rule. Returns a message for each rule
+    that stays green, and for what is found before.
+    """
+    from tools.tampers import small_repo
+    from tools.tampers.breaks import BREAKS, found
+
+    with tempfile.TemporaryDirectory(prefix="stackproof-tampered-") as name:
+        valid = Path(name) / "valid"
+        small_repo.build(valid)
+        problems = [f"{code} is red on a valid repository" for code in sorted(found(valid))]
+        for code in codes:
+            tampered = Path(name) / "tampered"
+            shutil.copytree(valid, tampered, symlinks=True)
+            BREAKS[code](tampered)
+            if code not in found(tampered):
+                problems.append(f"{code} is green on a repository that was tampered with")
+            shutil.rmtree(tampered)
+    return problems
 
 
 def explain(code: str) -> int:
@@ -90,7 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write", action="store_true", help="regenerate generated blocks, then check"
     )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="tamper with a small repository once for each rule, and require that it is found",
+    )
     options = parser.parse_args(arguments)
+    if options.self_test:
+        problems = self_test()
+        _print("\n".join([*problems, f"{len(RULES)} tamperings, {len(problems)} problem(s)"]))
+        return 6 if problems else 0
     if options.explain:
         return explain(options.explain)
     if options.list:

@@ -42,6 +42,7 @@ TOOLS_IMPORT = (
     "stackproof.spec",
     "stackproof.config",
     "stackproof.cli",
+    "stackproof.evidence",
     "stackproof.museum.plant",
     "stackproof.museum.edit",
 )

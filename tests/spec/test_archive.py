@@ -10,8 +10,8 @@ import pytest
 from stackproof.spec.archive import METADATA, Archive, Archived, History
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.ledger import Ledger
-from tests.tools import archived, small_repo
-from tests.tools.small_repo import edit, git
+from tools.tampers import archived, small_repo
+from tools.tampers.small_repo import edit, git
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from stackproof.spec.formulas import (
 )
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import GateResult
-from tests.tools import small_repo
+from tools.tampers import small_repo
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

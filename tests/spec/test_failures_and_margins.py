@@ -10,7 +10,7 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.failures import Failure, answering_gates, load_catalogue
 from stackproof.spec.margins import margins, measured_for
 from stackproof.spec.records import Kill
-from tests.tools.small_repo import FAILURES, write
+from tools.tampers.small_repo import FAILURES, write
 
 
 def test_the_catalogue_holds_every_documented_failure(spec):

@@ -9,7 +9,7 @@ from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import check_source, code_below
 from stackproof.spec.gates import ROOT, Gate, Limit, load_spec
 from stackproof.spec.records import Record
-from tests.tools import small_repo
+from tools.tampers import small_repo
 
 WHY = "because it was measured"
 

@@ -12,8 +12,8 @@ from stackproof.spec import archive
 from stackproof.spec import git as bounded
 from stackproof.spec.archive import Archive, History
 from stackproof.spec.errors import IntegrityError
-from tests.tools import archived
-from tests.tools.small_repo import git
+from tools.tampers import archived
+from tools.tampers.small_repo import git
 
 
 @pytest.fixture

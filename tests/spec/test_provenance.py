@@ -5,7 +5,7 @@ import pytest
 from stackproof.spec import provenance
 from stackproof.spec.git import run_git
 from stackproof.spec.records import Code
-from tests.tools.small_repo import git, write
+from tools.tampers.small_repo import git, write
 
 
 @pytest.fixture

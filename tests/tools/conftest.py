@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.tools import small_repo
+from tools.tampers import small_repo
 
 
 @pytest.fixture(scope="session")

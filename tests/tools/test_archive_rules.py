@@ -12,10 +12,10 @@ from stackproof.evidence import archiving
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_bytes
 from stackproof.spec.ledger import GENESIS, Entry, Ledger
-from tests.tools import archived, small_repo
-from tests.tools.archived import LIST
-from tests.tools.small_repo import edit, git, write
-from tools.check_integrity import check
+from tools.integrity.all_rules import check
+from tools.tampers import archived, small_repo
+from tools.tampers.archived import LIST
+from tools.tampers.small_repo import edit, git, write
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tools.breaks import folder, found, metric, nothing, put, rechain, second_train
+from tools.tampers.breaks import folder, found, metric, nothing, put, rechain, second_train
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from stackproof.spec.canonical import canonical_json, sha256_json
-from tests.tools import small_repo
-from tests.tools.breaks import folder, found, nothing, put, rechain
-from tests.tools.found import found_something
-from tests.tools.small_repo import edit, git
-from tools.check_integrity import check
+from tools.integrity.all_rules import check
+from tools.tampers import small_repo
+from tools.tampers.breaks import folder, found, nothing, put, rechain
+from tools.tampers.found import found_something
+from tools.tampers.small_repo import edit, git
 
 LATER = {"started_at": "2026-01-10T23:00:00Z", "finished_at": "2026-01-10T23:00:30Z"}
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.breaks import (
-    BREAKS,
-    found,
-)
-from tests.tools.small_repo import edit
-from tools.check_integrity import check, explain, main
+from tools.check_integrity import check, explain, main, self_test
 from tools.integrity import core
 from tools.integrity.core import RULES
 from tools.integrity.repo_rules import looks_like_weights
+from tools.tampers.breaks import (
+    BREAKS,
+    found,
+)
+from tools.tampers.small_repo import edit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,10 +28,19 @@ def test_every_rule_has_its_break():
     assert set(BREAKS) == set(RULES) and len(RULES) >= 24
 
 
-@pytest.mark.parametrize("code", sorted(BREAKS))
-def test_rule_is_red_on_its_break(repo, code):
-    BREAKS[code](repo)
-    assert code in found(repo)
+def test_the_self_test_names_a_rule_that_finds_nothing(monkeypatch):
+    """`.ci/run` makes the whole of it: every rule on the tampering that it is for."""
+    assert self_test(("PPL", "TOKENS")) == []
+    blind = core.Rule("PPL", "t", "w", "h", lambda repo: iter(()), core.whole)
+    monkeypatch.setitem(RULES, "PPL", blind)
+    (problem,) = self_test(("PPL", "TOKENS"))
+    assert problem.startswith("PPL is green")
+
+
+def test_the_self_test_names_a_rule_that_is_red_on_what_is_valid(monkeypatch):
+    red = core.Rule("PPL", "t", "w", "h", lambda repo: iter(("wrong",)), core.whole)
+    monkeypatch.setitem(RULES, "PPL", red)
+    assert self_test(("TOKENS",)) == ["PPL is red on a valid repository"]
 
 
 def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.tools import small_repo
-from tests.tools.breaks import (
+from tools.integrity.all_rules import check
+from tools.integrity.glance import trained_by
+from tools.tampers import small_repo
+from tools.tampers.breaks import (
     audited,
     drawn,
     folder,
@@ -14,9 +16,7 @@ from tests.tools.breaks import (
     rechain,
     second_train,
 )
-from tests.tools.small_repo import git
-from tools.check_integrity import check
-from tools.integrity.glance import trained_by
+from tools.tampers.small_repo import git
 
 
 def test_a_run_from_before_a_key_was_renamed_has_the_same_configuration():

@@ -3,10 +3,10 @@
 import pytest
 
 from stackproof.spec.errors import IntegrityError
-from tests.tools import small_repo
-from tests.tools.found import BAD, found_something
-from tools.check_integrity import check
+from tools.integrity.all_rules import check
 from tools.integrity.core import Repo
+from tools.tampers import small_repo
+from tools.tampers.found import BAD, found_something
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.tools import small_repo
-from tests.tools.breaks import found, nothing, put, rechain
-from tests.tools.small_repo import git
+from tools.tampers import small_repo
+from tools.tampers.breaks import found, nothing, put, rechain
+from tools.tampers.small_repo import git
 
 UNASKED = {
     "id": "loss.other",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.tools.breaks import change_frozen, found, put, rechain
-from tests.tools.small_repo import git
+from tools.tampers.breaks import change_frozen, found, put, rechain
+from tools.tampers.small_repo import git
 
 REWRITTEN = {
     "LEDGER-APPEND-ONLY": lambda root: rechain(root, "resume", put("claim", value="another")),

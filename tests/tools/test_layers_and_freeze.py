@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import small_repo
-from tests.tools.small_repo import edit, write
 from tools import check_layers, freeze_spec
+from tools.tampers import small_repo
+from tools.tampers.small_repo import edit, write
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,9 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.pins import FILE, SIGNERS, read_pins
 from tests.cli.conftest import in_process  # noqa: F401
-from tests.tools import small_repo
-from tests.tools.breaks import folder, found, put, rechain
 from tools.integrity.core import Repo, findings_in
+from tools.tampers import small_repo
+from tools.tampers.breaks import folder, found, put, rechain
 
 OWNER = "owner@example.org"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.tools.breaks import found
-from tests.tools.small_repo import edit, write
+from tools.tampers.breaks import found
+from tools.tampers.small_repo import edit, write
 
 TEST, CI, WORKFLOW = "tests/test_loss.py", ".ci/run", ".github/workflows/ci.yml"
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from stackproof.spec.releases import read_releases, release_line, release_text
-from tests.tools import small_repo
-from tests.tools.breaks import (
+from tools.check_integrity import check, main
+from tools.freeze_spec import freeze
+from tools.integrity.core import Repo
+from tools.tampers import small_repo
+from tools.tampers.breaks import (
     carry,
     found,
     loosen,
 )
-from tests.tools.small_repo import edit, git, write
-from tools.check_integrity import check, main
-from tools.freeze_spec import freeze
-from tools.integrity.core import Repo
+from tools.tampers.small_repo import edit, git, write
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 from stackproof.evidence import archiving
 from stackproof.spec.archive import Archived
 from stackproof.spec.canonical import sha256_file
-from tests.tools import small_repo
-from tests.tools.small_repo import git
+from tools.tampers import small_repo
+from tools.tampers.small_repo import git
 
 LIST, SERIES = "evidence/archive.jsonl", "rounds.jsonl"
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from tests.tools import small_repo
-from tests.tools.small_repo import commit_all, git, write
+from tools.tampers import small_repo
+from tools.tampers.small_repo import commit_all, git, write
 
 FINDING = {
     "id": "a-finding",

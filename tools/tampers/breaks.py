@@ -12,11 +12,11 @@ from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import normative_fields
 from stackproof.spec.ledger import GENESIS, Entry, Ledger
 from stackproof.spec.pins import SignedPin, pin_of
-from tests.tools import archived, small_repo
-from tests.tools.found import found_something
-from tests.tools.small_repo import edit, git, write
-from tools.check_integrity import check
+from tools.integrity.all_rules import check
 from tools.integrity.former_fingerprint import first_form
+from tools.tampers import archived, small_repo
+from tools.tampers.found import found_something
+from tools.tampers.small_repo import edit, git, write
 
 
 def found(root: Path) -> set[str]:
@@ -239,7 +239,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "GOALPOST": loosen,
     "RELEASE-FROZEN": change_frozen,
     "GATE-KILLED": lambda r: rechain(
-        r, "falsification", lambda d: d["kills"][0].update(outcome="missed")
+        r, "falsification", lambda d: d["kills"][0].update(outcome="crashed")
     ),
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
