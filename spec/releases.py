@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import Field
 
 from stackproof.spec import ROOT
-from stackproof.spec.canonical import parse_strict, sha256_bytes
+from stackproof.spec.canonical import parse_strict, sha256_bytes, sha256_json
 from stackproof.spec.errors import IntegrityError
+from stackproof.spec.failures import load_catalogue
 from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen, Spec
 from stackproof.spec.records import HEX64
@@ -22,7 +23,7 @@ FILE = "spec/releases.jsonl"
 
 
 class ReleaseLine(Frozen):
-    """One line of the file. `patch` holds gates and the spec's hash; null removes a key."""
+    """One line of the file. `patch` holds what changed; null removes a key."""
 
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
     sha256: str = Field(pattern=HEX64)
@@ -30,10 +31,13 @@ class ReleaseLine(Frozen):
 
 
 def frozen_release(spec: Spec) -> dict:
-    """The release of a spec: its hash, and the fingerprint and limits of each gate."""
+    """The release of a spec: its hash, the fingerprint and limits of each gate, and the hashes of
+    what is stated beside them.
+    """
     return {
         "version": spec.version,
         "sha256": spec.sha256,
+        "tables": _tables(spec),
         "gates": {
             gate_id: {
                 "fingerprint": spec.fingerprint(gate_id),
@@ -42,6 +46,17 @@ def frozen_release(spec: Spec) -> dict:
             for gate_id, gate in sorted(spec.gates.items())
         },
     }
+
+
+def _tables(spec: Spec) -> dict[str, str]:
+    """Hashes of the scope, of the gates that chance cannot turn red with the reasons, and of the
+    documented failures without what covers them.
+    """
+    covering = {"plants", "rules", "tests", "sources", "awaiting", "no_gate"}
+    failures = load_catalogue(spec.root).failures.values()
+    stated = {f.id: f.model_dump(mode="json", exclude=covering) for f in failures}
+    tables = {"scope": spec.scope, "chance": spec.certain, "failures": stated}
+    return {name: sha256_json(table) for name, table in tables.items()}
 
 
 def release_text(release: dict) -> bytes:

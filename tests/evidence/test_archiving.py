@@ -18,8 +18,8 @@ from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import GateResult, Kill, Record
 from tests.site import small_repository
-from tools.check_integrity import check
 from tools.freeze_spec import freeze
+from tools.integrity.all_rules import check
 from tools.integrity.core import Checkout
 from tools.tampers import archived, small_repo
 from tools.tampers.small_repo import git, write

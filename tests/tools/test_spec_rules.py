@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from stackproof.spec.releases import read_releases, release_line, release_text
-from tools.check_integrity import check, main
+from tools.check_integrity import main
 from tools.freeze_spec import freeze
+from tools.integrity.all_rules import check
 from tools.integrity.core import Repo
 from tools.tampers import small_repo
 from tools.tampers.breaks import (
@@ -112,6 +113,52 @@ def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):
     assert "GOALPOST" not in codes and "STALE-KILL" in codes, (
         "what the old limit discharged is open again"
     )
+
+
+def test_a_new_version_names_every_gate_that_it_changes(repo):
+    """Not one whose id only begins alike."""
+    edit(repo, "spec/gates/loss.toml", "value = 1e-5", "value = 1e-6")
+    edit(repo, "spec/spec.toml", "1.0.0", "1.1.0")
+    for text, named in (("", False), ("loss.golden-rule", False), ("`loss.golden`.", True)):
+        write(repo, "spec/CHANGELOG.md", f"# Changes\n\n## 1.1.0\n\nStricter: {text}\n")
+        messages = [f.message for f in check(repo) if f.code == "SPEC-CHANGELOG"]
+        assert messages == ([] if named else [UNNAMED])
+
+
+UNNAMED = "the section of 1.1.0 does not name loss.golden, which it changes"
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("spec/spec.toml", 'scope = "s"', 'scope = "another"'),
+        ("spec/chance.toml", "Compares a loss", "Compares the loss"),
+        ("spec/failures/loss.toml", "severity = 5", "severity = 1"),
+        ("spec/failures/loss.toml", 'name = "A wrong loss"', 'name = "A loss"'),
+    ],
+)
+def test_what_is_stated_beside_the_gates_is_frozen_too(repo, path, old, new):
+    edit(repo, path, old, new)
+    assert "SPEC-NOBUMP" in found(repo)
+
+
+def test_what_covers_a_failure_may_change_without_a_version(repo):
+    edit(repo, "spec/failures/loss.toml", 'sources = ["a thread"]', 'sources = ["another"]')
+    assert "SPEC-NOBUMP" not in found(repo)
+
+
+@pytest.mark.parametrize(
+    ("new", "stated"),
+    [
+        ('value = 1e-2, unit = "nats", direction = "at-most"', "now at-most 0.01 nats"),
+        ('value = 1e-5, unit = "nats", direction = "at-least"', "now at-least 1e-05 nats"),
+    ],
+)
+def test_a_moved_goalpost_is_stated_with_its_direction(repo, new, stated):
+    old = 'value = 1e-5, unit = "nats", direction = "at-most"'
+    edit(repo, "spec/gates/loss.toml", old, new)
+    (message,) = [f.message for f in check(repo) if f.code == "GOALPOST"]
+    assert message == f"loss.golden.error_max: at-most 1e-05 nats in 1.0.0, {stated}"
 
 
 RATES = (

@@ -102,7 +102,11 @@ def spec_nobump(repo: Repo) -> Messages:
     if release is None:
         yield At(f"version {version} was never frozen", path=RELEASES)
         return
-    now, frozen = frozen_release(repo.spec)["gates"], release["gates"]
+    present = frozen_release(repo.spec)
+    for name, sha256 in release.get("tables", {}).items():  # since 2.12.0
+        if present["tables"].get(name) != sha256:
+            yield At(f"the {name} changed without a new version", path="spec/spec.toml")
+    now, frozen = present["gates"], release["gates"]
     for gate_id in sorted(now.keys() ^ frozen.keys()):
         change = "added" if gate_id in now else "removed"
         yield At(f"gate {gate_id} was {change} without a new version", path="spec/spec.toml")
@@ -114,7 +118,7 @@ def spec_nobump(repo: Repo) -> Messages:
 
 @rule(
     "SPEC-CHANGELOG",
-    title="The current version is the newest and has a changelog entry",
+    title="The current version is the newest, and its changelog entry names what it changes",
     why="A version without a description cannot be reviewed.",
     hint="add a section to spec/CHANGELOG.md",
 )
@@ -127,6 +131,30 @@ def spec_changelog(repo: Repo) -> Messages:
         if number(frozen) > number(version):
             message = f"version {version} is older than the frozen {frozen}"
             yield At(message, path="spec/spec.toml")
+    for gate_id in _unnamed(repo, _section(repo, version)):
+        message = f"the section of {version} does not name {gate_id}, which it changes"
+        yield At(message, path=CHANGELOG)
+
+
+def _section(repo: Repo, version: str) -> str:
+    """The section of the changelog about a version; empty without one."""
+    sections = re.split(r"^## ", repo.text(CHANGELOG), flags=re.M)
+    return next((s for s in sections if s.split()[:1] == [version]), "")
+
+
+def _unnamed(repo: Repo, section: str) -> list[str]:
+    """Gates that differ from the release before the present version and are not in its section."""
+    former = [r for r in repo.releases.values() if r["version"] != repo.spec.version]
+    if not former:
+        return []
+    then, now = former[-1]["gates"], frozen_release(repo.spec)["gates"]
+    changed = [gate for gate in then.keys() | now.keys() if then.get(gate) != now.get(gate)]
+    return sorted(gate for gate in changed if not _names(section, gate))
+
+
+def _names(section: str, gate_id: str) -> bool:
+    """Whether a section names a gate, and not only one whose id contains it."""
+    return bool(re.search(rf"(?<![\w.-]){re.escape(gate_id)}(?![\w-]|\.\w)", section))
 
 
 @rule(
@@ -149,25 +177,29 @@ def gate_tombstone(repo: Repo) -> Messages:
     hint="name the gate in the new version's section of spec/CHANGELOG.md, and prove it again",
 )
 def goalpost(repo: Repo) -> Messages:
-    version, sections = repo.spec.version, re.split(r"^## ", repo.text(CHANGELOG), flags=re.M)
-    current = next((s for s in sections if s.startswith(version)), "")
+    version = repo.spec.version
+    current = _section(repo, version)
     for release in reversed(repo.releases.values()):
         is_former = release["version"] != version
         for gate_id, frozen in release["gates"].items():
-            if gate_id in repo.spec.gates and not (is_former and gate_id in current):
+            if gate_id in repo.spec.gates and not (is_former and _names(current, gate_id)):
                 for name, old, now in _loosened(repo.spec.gates[gate_id], frozen["limits"]):
-                    text = f"{gate_id}.{name}: {old:g} in {release['version']}, now {now}"
+                    text = f"{gate_id}.{name}: {old} in {release['version']}, now {now}"
                     yield At(text, path=gate_file(gate_id))
         if is_former:
             break
 
 
-def _loosened(gate: Gate, frozen: dict[str, dict]) -> Iterator[tuple[str, float, str]]:
-    """(name, frozen value, present value) of each limit that is looser than it was."""
-    for name, old in frozen.items():
-        limit = gate.limits.get(name)
-        if limit is None or limit.looser_than(Limit(**old, why="as it was frozen")):
-            yield name, old["value"], "gone" if limit is None else f"{limit.value:g}"
+def _loosened(gate: Gate, frozen: dict[str, dict]) -> Iterator[tuple[str, str, str]]:
+    """(name, frozen limit, present limit) of each limit that is looser than it was."""
+    for name, fields in frozen.items():
+        limit, old = gate.limits.get(name), Limit(**fields, why="as it was frozen")
+        if limit is None or limit.looser_than(old):
+            yield name, _stated(old), "gone" if limit is None else _stated(limit)
+
+
+def _stated(limit: Limit) -> str:
+    return f"{limit.direction} {limit.value:g} {limit.unit}"
 
 
 @rule(

@@ -38,7 +38,7 @@ def rechain(
     series: Callable[[list[dict]], None] | None = None,
     supersedes: str = "",
 ) -> None:
-    """Edit a record and re-hash everything after it, as somebody with write access would,
+    """Edit a record and re-hash everything after it, as a person with write access would,
     then commit.
     """
     path = folder(root, kind)

@@ -33,7 +33,7 @@ def found_something(
     **changes,
 ) -> None:
     """A finding with a record of the failure, one without it, and what cleared a suspect: a link of
-    a chain unless told otherwise.
+    a chain by default.
 
     `figures` are those of the two records, `stated` which way is better in each.
     """

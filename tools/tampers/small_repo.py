@@ -142,7 +142,7 @@ START = dt.datetime(2026, 1, 10, 12, 0, tzinfo=dt.UTC)
 
 
 def forget() -> None:
-    """What was read of another repository at the same place is read anew."""
+    """What was read of another repository at the same place is read again."""
     _load_spec.cache_clear()
     failures._load.cache_clear()
     code_below.cache_clear()
