@@ -4,13 +4,14 @@ import os
 import platform
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 from stackproof.spec import IN_CHECKOUT, ROOT
-from stackproof.spec.canonical import sha256_bytes, sha256_file
-from stackproof.spec.git import run_git
+from stackproof.spec.archive import History, blob_id
+from stackproof.spec.canonical import sha256_file, sha256_json
+from stackproof.spec.files import open_regular
 from stackproof.spec.records import Code, Scalar
 
 # Paths that can change a computed number.
@@ -21,22 +22,59 @@ PACKAGES = "stackproof torch triton numpy safetensors tokenizers pydantic".split
 
 def code_state() -> Code:
     """Commit of the checkout that this package runs from; `unknown` if git does not read it, and
-    for an installed wheel. `dirty` is false only for the code of a wheel or for a checkout that git
-    found clean.
+    for an installed wheel. `dirty` is false only for the code of a wheel, or for a checkout in
+    which every file of the code is, by its hash, that of the commit, and no other file is beside
+    them.
     """
-    lock, git = ROOT / "constraints.txt", partial(run_git, ROOT)
+    lock = ROOT / "constraints.txt"
     lock_sha256 = sha256_file(lock) if lock.is_file() else None
-    if git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
+    history = History(ROOT)
+    if history.git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
         return Code(commit="unknown", dirty=IN_CHECKOUT, lock_sha256=lock_sha256)
-    status = git("status", "--porcelain", "--untracked-files=all", "--", *CODE_PATHS)
-    commit = git("rev-parse", "HEAD")
-    diff = git("diff", "HEAD", "--", *CODE_PATHS) if status else None
+    commit = (history.git("rev-parse", "HEAD") or b"unknown").decode().strip()
+    committed = history.files("HEAD", *CODE_PATHS)
+    changed = _differing(committed)
     return Code(
-        commit=(commit or b"unknown").decode().strip(),
-        dirty=status != b"" or commit is None,
-        diff_sha256=None if status is None or diff is None else sha256_bytes(diff + status),
+        commit=commit,
+        dirty=bool(changed) or not committed or commit == "unknown",
+        diff_sha256=sha256_json(changed) if changed and committed else None,
         lock_sha256=lock_sha256,
     )
+
+
+def _differing(committed: Mapping[str, str]) -> dict[str, str | None]:
+    """The files of the code that are not those of a commit, given by path and git blob id: each
+    with its own id, None for one that is gone. Git's index and its flags are not asked.
+    """
+    found = {path: _blob_id(ROOT / path, len(blob)) for path, blob in committed.items()}
+    changed = {path: blob for path, blob in found.items() if blob != committed[path]}
+    length = len(next(iter(committed.values()), 40 * "0"))
+    beside = {path: _blob_id(ROOT / path, length) for path in _files() - committed.keys()}
+    return dict(sorted((changed | beside).items()))
+
+
+def _files() -> set[str]:
+    """The files below the paths of the code, relative to the root, without compiled and hidden
+    ones, which nothing imports or reads.
+    """
+    found = set()
+    for path in CODE_PATHS:
+        for folder, folders, names in os.walk(ROOT / path):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            kept = (n for n in names if not n.startswith(".") and not n.endswith(".pyc"))
+            found |= {os.path.relpath(os.path.join(folder, name), ROOT) for name in kept}
+    return {Path(path).as_posix() for path in found}
+
+
+def _blob_id(path: Path, length: int) -> str | None:
+    """The git blob id of a regular file, None for anything else."""
+    try:
+        if path.is_symlink():
+            return None
+        with open_regular(path) as f:
+            return blob_id(f, os.fstat(f.fileno()).st_size, length)
+    except OSError:
+        return None
 
 
 def _version(package: str) -> str | None:
