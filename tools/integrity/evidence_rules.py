@@ -26,6 +26,7 @@ EXIT_OF_STATUS = {
 # an accelerator, and on a core of a CPU with matrix units in half precision, or vector units.
 ACCELERATOR_FLOPS, HALF_CORE_FLOPS, CORE_FLOPS = 2.5e15, 6.5e12, 3e11
 LOG = "metrics.jsonl"
+MAX_WAIVER_DAYS = 366
 EVIDENCE_FILES = ("ledger.jsonl", "archive.jsonl", "registry.toml", "findings.toml", ".lock")
 EVIDENCE_FILES += (pins.FILE, pins.SIGNERS)
 NUMBERS = (int, float)
@@ -444,6 +445,22 @@ def waiver_expired(repo: Repo, record: Record) -> Messages:
         for gate in record.gates:
             if gate.waiver and dt.date.fromisoformat(gate.waiver.expires) < dt.date.today():
                 yield f"the waiver of {gate.id} expired on {gate.waiver.expires}"
+
+
+@rule(
+    "WAIVER-LONG",
+    title="A waiver lasts a year at most",
+    why="A waiver that never ends removes its gate.",
+    hint="waive the gate again, with a date within a year, in a new run",
+    over=each_record,
+)
+def waiver_long(repo: Repo, record: Record) -> Messages:
+    began = dt.datetime.fromisoformat(record.started_at).date()
+    for gate in record.gates:
+        if gate.waiver:
+            lasts = dt.date.fromisoformat(gate.waiver.expires) - began
+            if lasts.days > MAX_WAIVER_DAYS:
+                yield f"the waiver of {gate.id} lasts until {gate.waiver.expires}"
 
 
 @rule(

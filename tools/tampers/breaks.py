@@ -119,6 +119,11 @@ def second_train(root: Path, minute: int = 9, **changes) -> None:
     )
 
 
+def waived_for_ever(document: dict) -> None:
+    waiver = {"id": "loss.golden", "reason": "it is known and accepted", "expires": "9999-12-31"}
+    document["gates"][0].update(verdict="fail", waiver=waiver)
+
+
 def signed_by_nobody(root: Path, lines: list[bytes]) -> bytes:
     """The line of a pin with an empty signature."""
     return SignedPin(pin=pin_of(lines), signer="owner", signature="").to_line()
@@ -325,6 +330,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
         r, "train", put("config", "data", value={"corpus": {"kind": "built"}})
     ),
     "DUP-METRICS": second_train,
+    "WAIVER-LONG": lambda r: rechain(r, "train", waived_for_ever),
     "WAIVER-EXPIRED": lambda r: rechain(r, "train", expired),
     "FINDING-SHOWN": lambda r: found_something(r, falsifier="tests/test_loss.py::test_silver"),
     "REG-REF": lambda r: edit(
