@@ -30,7 +30,7 @@ def config_hash(repo: Repo, record: Record) -> Messages:
 )
 def lock_at_commit(repo: Repo, record: Record) -> Messages:
     if record.code.commit in repo.ancestors:
-        content = repo.lock_at(record.code.commit)
+        content = repo.in_history(LOCK).get(record.code.commit)
         found = None if content is None else sha256_bytes(content)
         if found != record.code.lock_sha256:
             yield f"lock_sha256 is {record.code.lock_sha256}, {LOCK} of its commit has {found}"

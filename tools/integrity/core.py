@@ -234,24 +234,35 @@ class Checkout:
         """
         file = self.root / path
         now = file.read_bytes() if file.is_file() else b""
-        former = self._contents_in_history(path)
-        for commit, then in zip(former.values(), self.history.read(list(former))):
-            if then is None or not now.startswith(then):
+        seen: set[bytes] = set()
+        for commit, then in self.in_history(path).items():
+            if then not in seen and not now.startswith(then):
                 yield f"lines committed in {commit[:10]} were changed or removed"
                 return
+            seen.add(then)
 
-    def _contents_in_history(self, path: str) -> dict[str, str]:
-        """Blob ids of a file in all ancestors of HEAD, oldest first, with a commit that holds
-        each.
-        """
+    def in_history(self, path: str) -> dict[str, bytes]:
+        """The content of a file at each ancestor of HEAD that has it, oldest first, read once."""
+        if path not in self._histories:
+            self._histories[path] = self._read_history(path)
+        return self._histories[path]
+
+    def _read_history(self, path: str) -> dict[str, bytes]:
         commits = list(reversed(self.ancestors))
         places = "".join(f"{commit}:{path}\n" for commit in commits).encode()
         listed = self.history.git("cat-file", "--batch-check=%(objectname)", stdin=places) or b""
-        blobs: dict[str, str] = {}
-        for commit, line in zip(commits, listed.decode().splitlines()):
-            if not line.endswith(" missing"):
-                blobs.setdefault(line, commit)
-        return blobs
+        blobs = {
+            commit: line
+            for commit, line in zip(commits, listed.decode().splitlines())
+            if not line.endswith(" missing")
+        }
+        distinct = list(dict.fromkeys(blobs.values()))
+        contents = {blob: data or b"" for blob, data in zip(distinct, self.history.read(distinct))}
+        return {commit: contents[blob] for commit, blob in blobs.items()}
+
+    @cached_property
+    def _histories(self) -> dict[str, dict[str, bytes]]:
+        return {}
 
 
 @dataclass
@@ -342,29 +353,6 @@ class Repo(Checkout):
     def sha256_of(self) -> dict[str, str]:
         """The sha256 of each record in the ledger."""
         return {e.record: e.sha256 for e in self.entries}
-
-    def spec_text_at(self, commit: str) -> str | None:
-        """The spec's version file at an ancestor of HEAD, read once."""
-        if commit not in self.ancestors:
-            return None
-        if commit not in self._spec_texts:
-            text = self.git("cat-file", "blob", f"{commit}:spec/spec.toml")
-            self._spec_texts[commit] = text
-        return self._spec_texts[commit]
-
-    def lock_at(self, commit: str) -> bytes | None:
-        """The lock file of the code at an ancestor of HEAD, read once; None without one."""
-        if commit not in self._locks:
-            self._locks[commit] = next(self.history.read([f"{commit}:{LOCK}"]))
-        return self._locks[commit]
-
-    @cached_property
-    def _locks(self) -> dict[str, bytes | None]:
-        return {}
-
-    @cached_property
-    def _spec_texts(self) -> dict[str, str | None]:
-        return {}
 
     @cached_property
     def seen(self) -> dict[str, Glance]:

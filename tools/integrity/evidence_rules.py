@@ -428,8 +428,8 @@ def dirty(repo: Repo) -> Messages:
     over=each_record,
 )
 def spec_at_commit(repo: Repo, record: Record) -> Messages:
-    text = repo.spec_text_at(record.code.commit)
-    if text is not None and f'version = "{record.spec.version}"' not in text:
+    text = repo.in_history("spec/spec.toml").get(record.code.commit)
+    if text is not None and f'version = "{record.spec.version}"'.encode() not in text:
         yield f"states spec {record.spec.version}, its commit has another"
 
 
