@@ -16,6 +16,8 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import MAX_TEXT_BYTES, open_regular, read_bytes
 
 MAX_SAFE_INTEGER = 2**53 - 1
+# The form of what is not finite, and of whole numbers beyond 2^53.
+AS_TEXT = r"^(NaN|-?Infinity|-?[0-9]{1,40})$"
 # A million short keys take 1.6 GB when they are parsed, 500 times their length.
 MAX_JSON_VALUES = 500_000
 # 32 MiB of text have room for a manifest of 170,000 shards, of seven values each.

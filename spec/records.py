@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
+from stackproof.spec.canonical import AS_TEXT, canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.checksums import require_unchanged
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import read_bytes
@@ -46,6 +46,7 @@ GateId = Annotated[str, Field(pattern=GATE_ID)]
 RecordId = Annotated[str, Field(pattern=RECORD_ID)]
 PlantId = Annotated[str, Field(pattern=PLANT_ID)]
 Name = Annotated[str, Field(pattern=PLAIN)]
+NumberAsText = Annotated[str, Field(pattern=AS_TEXT)]
 # Keys of a run that decide what is kept, shown or looked at, not what is computed:
 # a resumed run may change them.
 BESIDE_TRAINING = (
@@ -115,10 +116,10 @@ class Kill(Frozen):
 class Metric(Frozen):
     """One number with unit, sample count and spread. `better` is the good direction."""
 
-    value: float | int | str
+    value: float | int | NumberAsText
     unit: str
     n: int | None = None
-    stderr: float | str | None = None
+    stderr: float | NumberAsText | None = None
     better: Literal["lower", "higher", "neither"] = "neither"
 
 

@@ -8,12 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stackproof.spec import mutants
-from stackproof.spec.canonical import MAX_SAFE_INTEGER, parse_lines
+from stackproof.spec.canonical import AS_TEXT, MAX_SAFE_INTEGER, parse_lines
 from stackproof.spec.tables import validated
 
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
-# Canonical JSON writes what is not finite, and whole numbers beyond 2^53, as text.
-AS_TEXT = r"^(NaN|-?Infinity|-?[0-9]{1,40})$"
 AsText = Annotated[str, Field(pattern=AS_TEXT)]
 Number = float | AsText  # a float of pydantic takes whole numbers up to the largest float
 

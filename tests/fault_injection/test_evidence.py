@@ -18,7 +18,7 @@ from stackproof.spec.records import Record
 from tests.fault_injection import file_calls
 from tests.fault_injection.scale import SEED, chance, scaled
 from tests.processes import ROOT, Command
-from tests.tools import archived, small_repo
+from tools.tampers import archived, small_repo
 
 PROCESSES = 8
 RUNS = ("a", "b")

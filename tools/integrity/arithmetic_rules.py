@@ -6,8 +6,15 @@ from typing import Any
 
 from stackproof.spec import formulas
 from stackproof.spec.records import Record
-from stackproof.spec.renamed_keys import translated
-from tools.integrity.core import At, Messages, Repo, each_record, number, rule
+from tools.integrity.core import (
+    At,
+    Messages,
+    Repo,
+    each_record,
+    number,
+    rule,
+    stated_count,
+)
 
 LOG = "metrics.jsonl"
 # Of the last place of a 64-bit float, for sums that may be added in another order.
@@ -37,21 +44,19 @@ def ppl(repo: Repo, record: Record) -> Messages:
     over=each_record,
 )
 def tokens(repo: Repo, record: Record) -> Messages:
-    if record.kind != "train" or "tokens_seen" not in record.metrics:
+    config, steps = repo.config_of(record), number(record, "steps")
+    if record.kind != "train" or "tokens_seen" not in record.metrics or config is None:
         return
-    length, train = (
-        translated(record.config)["model"]["max_seq_len"],
-        translated(record.config)["train"],
-    )
+    length, train = config["model"]["max_seq_len"], config["train"]
     # Ranks of a tensor group read the same rows. Records of one process state no mesh.
-    mesh = [int(record.environment.get(f"mesh_{name}") or 1) for name in ("replicate", "shard")]
+    mesh = [stated_count(record, f"mesh_{name}", 1) or 1 for name in ("replicate", "shard")]
     n_data_ranks, rows = math.prod(mesh), train["tokens_per_step"] // length
     batch = math.gcd(rows // n_data_ranks, train["micro_batch_size"])
     accumulation = rows // (n_data_ranks * batch)
-    steps, seen = int(number(record, "steps")), number(record, "tokens_seen")
-    expected = formulas.tokens_seen(steps, batch, length, accumulation, n_data_ranks)
-    if seen != expected:
-        yield f"tokens_seen = {seen:.0f}, the arithmetic gives {expected}"
+    per_step = formulas.tokens_seen(1, batch, length, accumulation, n_data_ranks)
+    seen = number(record, "tokens_seen")
+    if steps is None or seen != steps * per_step:
+        yield f"tokens_seen = {seen:g}, the arithmetic gives {steps} × {per_step}"
 
 
 @rule(
@@ -62,16 +67,16 @@ def tokens(repo: Repo, record: Record) -> Messages:
     over=each_record,
 )
 def derived(repo: Repo, record: Record) -> Messages:
-    for name, value in _derived(record):
+    for name, value in _derived(repo, record):
         if name in record.metrics and not _equal(number(record, name), value):
             yield f"{name} = {number(record, name):.12g}, the other figures give {value:.12g}"
 
 
-def _derived(record: Record) -> Iterator[tuple[str, float]]:
+def _derived(repo: Repo, record: Record) -> Iterator[tuple[str, float]]:
     """Metrics that other metrics and their sample counts give."""
     match record.kind:
         case "train":
-            yield from _of_training(record)
+            yield from _of_training(repo, record)
         case "evaluate":
             nats, n_bytes, n_chars, n_tokens = (
                 number(record, name) for name in ("total_nats", "bytes", "chars", "tokens")
@@ -82,17 +87,17 @@ def _derived(record: Record) -> Iterator[tuple[str, float]]:
                 yield "loss_nats", nats / n_tokens
 
 
-def _of_training(record: Record) -> Iterator[tuple[str, float]]:
+def _of_training(repo: Repo, record: Record) -> Iterator[tuple[str, float]]:
     seen, unique, n_params, vocab_size = (
         number(record, name) for name in ("tokens_seen", "unique_tokens", "n_params", "vocab_size")
     )
     if seen is not None and unique and n_params:
         yield "epochs", seen / unique
         yield "tokens_per_parameter", seen / n_params
-    if vocab_size:
+    if vocab_size is not None and 1 <= vocab_size < math.inf:
         yield "random_loss_nats", math.log(vocab_size)
-        model = translated(record.config)["model"]
-        yield "n_params", formulas.parameter_count(model, int(vocab_size))
+        if config := repo.config_of(record):
+            yield "n_params", formulas.parameter_count(config["model"], int(vocab_size))
     loss, bits = (record.metrics.get(f"val_{name}") for name in ("loss_nats", "bits_per_byte"))
     if loss is not None and bits is not None and loss.n and bits.n:
         nats = float(loss.value) * loss.n
@@ -107,14 +112,13 @@ def _of_training(record: Record) -> Iterator[tuple[str, float]]:
     over=each_record,
 )
 def log_arithmetic(repo: Repo, record: Record) -> Messages:
-    if record.kind == "train":
-        path = repo.record_file(record.id, LOG)
-        for text in _log_problems(record, repo.series(record, LOG)):
+    if record.kind == "train" and (config := repo.config_of(record)):
+        path, per_step = repo.record_file(record.id, LOG), config["train"]["tokens_per_step"]
+        for text in _log_problems(repo.series(record, LOG), per_step):
             yield At(text, path=path)
 
 
-def _log_problems(record: Record, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    per_step = translated(record.config)["train"]["tokens_per_step"]
+def _log_problems(lines: Sequence[Mapping[str, Any]], per_step: int) -> Iterator[str]:
     for line in lines:
         seen = line.get("tokens_seen")
         if seen is not None and seen != line["step"] * per_step:

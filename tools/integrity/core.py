@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from stackproof.config.load import recorded_config
 from stackproof.spec import findings
 from stackproof.spec.archive import History
 from stackproof.spec.coverage import Coverage, GateState
@@ -162,6 +164,12 @@ def number(record: Record, name: str) -> float | None:
     return float(metric.value) if metric is not None else None
 
 
+def stated_count(record: Record, name: str, default: int) -> int:
+    """A fact of the environment as a whole number; the default if it is none."""
+    value = record.environment.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
 class Checkout:
     """Files and history of a repository. `signers` is the file of those who may pin its ledger;
     None: its own.
@@ -278,9 +286,10 @@ class Survey:
 
 @dataclass
 class _Beside:
-    """What was read of the files beside one record, by name."""
+    """What was read of one record and of the files beside it, by name."""
 
     record: str
+    config: dict[str, Any] | None = None
     content: dict[str, bytes] = field(default_factory=dict)
     lines: dict[str, list[dict]] = field(default_factory=dict)
 
@@ -400,6 +409,18 @@ class Repo(Checkout):
     @cached_property
     def registry(self) -> list[Release]:
         return read_registry(self.root / REGISTRY)
+
+    def config_of(self, record: Record) -> dict[str, Any] | None:
+        """The configuration of a run under today's keys, with defaults; that of the record that was
+        read last is kept. None if it is not valid, which RECORD-CONFIG reports.
+        """
+        held = self._beside(record)
+        if held.config is None:
+            try:
+                held.config = recorded_config(record.config).to_dict()
+            except StackproofError:
+                held.config = {}
+        return held.config or None
 
     def record_file(self, record_id: str, name: str = "metadata.json") -> str:
         return f"evidence/{record_id}/{name}"

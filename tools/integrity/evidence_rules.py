@@ -12,8 +12,17 @@ from stackproof.spec import formulas, mutants, pins
 from stackproof.spec.archive import METADATA
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, Series, left_out
-from stackproof.spec.renamed_keys import translated
-from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
+from tools.integrity.core import (
+    LEDGER,
+    At,
+    Messages,
+    Repo,
+    at,
+    each_record,
+    number,
+    rule,
+    stated_count,
+)
 
 EXIT_OF_STATUS = {
     "completed": {0},
@@ -27,9 +36,11 @@ EXIT_OF_STATUS = {
 ACCELERATOR_FLOPS, HALF_CORE_FLOPS, CORE_FLOPS = 2.5e15, 6.5e12, 3e11
 LOG = "metrics.jsonl"
 MAX_WAIVER_DAYS = 366
+MAX_STEPS = 10**8  # of a run whose steps are listed
 EVIDENCE_FILES = ("ledger.jsonl", "archive.jsonl", "registry.toml", "findings.toml", ".lock")
 EVIDENCE_FILES += (pins.FILE, pins.SIGNERS)
 NUMBERS = (int, float)
+OF_RUNS = ("train", "evaluate", "resume", "falsification")  # kinds with a whole configuration
 
 
 @rule(
@@ -140,6 +151,18 @@ def _unreadable(
 
 
 @rule(
+    "RECORD-CONFIG",
+    title="The configuration of a run is one that this stack reads",
+    why="A figure is derived from the configuration, so that has to be whole.",
+    hint="supersede the record with a true one",
+    over=each_record,
+)
+def record_config(repo: Repo, record: Record) -> Messages:
+    if record.kind in OF_RUNS and repo.config_of(record) is None:
+        yield "its configuration is not valid"
+
+
+@rule(
     "WALL",
     title="Clocks are plausible",
     why="A run cannot end before it starts, or take thousands of steps in a second.",
@@ -154,7 +177,7 @@ def wall(repo: Repo, record: Record) -> Messages:
     if abs(elapsed - record.wall_s) > 5 + 0.05 * elapsed:
         yield f"wall_s = {record.wall_s}, the timestamps are {elapsed:.1f} s apart"
     if record.kind == "train" and record.succeeded:
-        yield from _rate_problems(record, record.wall_s + _wall_s(repo, record.parents))
+        yield from _rate_problems(repo, record, record.wall_s + _wall_s(repo, record.parents))
 
 
 def _wall_s(repo: Repo, parents: Iterable[str]) -> float:
@@ -170,7 +193,7 @@ def _wall_s(repo: Repo, parents: Iterable[str]) -> float:
     return total_s
 
 
-def _rate_problems(record: Record, wall_s: float) -> Messages:
+def _rate_problems(repo: Repo, record: Record, wall_s: float) -> Messages:
     rate, seen, train_s = (number(record, n) for n in ("tokens_per_s", "tokens_seen", "train_s"))
     if not record.wall_s or rate is None or seen is None:
         yield "a finished training run states no time or no rate"
@@ -179,24 +202,25 @@ def _rate_problems(record: Record, wall_s: float) -> Messages:
         yield f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are {true:.0f}"
     if train_s and train_s > wall_s * 1.05 + 5:
         yield f"train_s = {train_s} is longer than wall_s = {wall_s}, its parents' included"
-    model = translated(record.config)["model"]
-    flops = _flops_per_token(json.dumps(model), int(number(record, "vocab_size")))
-    if rate * flops > (roof := _roof_flops(record)):
+    config, vocab_size = repo.config_of(record), number(record, "vocab_size")
+    if config is None or vocab_size is None or not 1 <= vocab_size < math.inf:
+        return
+    flops = _flops_per_token(json.dumps(config["model"]), int(vocab_size))
+    if not rate * flops <= (roof := _roof_flops(record, config["train"]["dtype"])):
         yield (
             f"{rate:.3g} tokens/s need {rate * flops:.2g} FLOP/s, more than the {roof:.2g} that "
             "its device can have"
         )
 
 
-def _roof_flops(record: Record) -> float:
+def _roof_flops(record: Record, dtype: str) -> float:
     """What all devices of a run can do in a second. A record without its number of cores is held
     to 256.
     """
-    environment, dtype = record.environment, translated(record.config)["train"].get("dtype")
-    if environment.get("device", "cpu") != "cpu":
-        return ACCELERATOR_FLOPS * int(environment.get("world_size") or 1)
-    core = HALF_CORE_FLOPS if dtype in ("bfloat16", "float16") else CORE_FLOPS
-    return core * int(environment.get("cpu_count") or 256)
+    if record.environment.get("device", "cpu") != "cpu":
+        return ACCELERATOR_FLOPS * stated_count(record, "world_size", 1)
+    core = CORE_FLOPS if dtype == "float32" else HALF_CORE_FLOPS
+    return core * stated_count(record, "cpu_count", 256)
 
 
 @lru_cache(maxsize=256)
@@ -287,12 +311,17 @@ def placeholder(repo: Repo, record: Record) -> Messages:
 def steps_contiguous(repo: Repo, record: Record) -> Messages:
     if record.succeeded and record.kind in ("train", "foreign"):
         steps = [line["step"] for line in repo.series(record, LOG)]
-        find = _holes if record.kind == "train" else _foreign_holes
-        yield from (At(text, path=_log_file(repo, record)) for text in find(record, steps))
+        last, config = number(record, "steps"), repo.config_of(record)
+        if last is None or not last.is_integer():
+            found: Iterable[str] = ("a finished run states no number of steps",)
+        elif record.kind == "foreign":
+            found = _foreign_holes(record, steps, int(last))
+        else:
+            found = _holes(record, steps, config["train"]["log_every"], int(last)) if config else ()
+        yield from (At(text, path=_log_file(repo, record)) for text in found)
 
 
-def _holes(record: Record, steps: list[int]) -> Iterable[str]:
-    every, last = translated(record.config)["train"]["log_every"], int(number(record, "steps"))
+def _holes(record: Record, steps: list[int], every: int, last: int) -> Iterable[str]:
     expected = {*range(every, last + 1, every), last}
     if not steps or sorted(set(steps)) != steps:
         yield "steps do not rise strictly"
@@ -302,8 +331,12 @@ def _holes(record: Record, steps: list[int]) -> Iterable[str]:
         yield f"the log begins at step {steps[0]}"
 
 
-def _foreign_holes(record: Record, steps: list[int]) -> Iterable[str]:
-    first, last = record.config["first_step"] + 1, int(number(record, "steps"))
+def _foreign_holes(record: Record, steps: list[int], last: int) -> Iterable[str]:
+    before = record.config.get("first_step")
+    if not isinstance(before, int) or last - before > MAX_STEPS:
+        yield f"the step that the run began after is {before!r}"
+        return
+    first = before + 1
     if not steps or steps != list(range(first, last + 1)):
         yield f"a line for each step from {first} to {last} is required; found {len(steps)}"
 

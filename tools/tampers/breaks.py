@@ -289,6 +289,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "LOG-ARITHMETIC": lambda r: rechain(
         r, "train", nothing, series=lambda x: x[1].update(ema_loss_nats=2.0)
     ),
+    "RECORD-CONFIG": lambda r: rechain(r, "train", put("config", "train", value=[])),
     "CONFIG-HASH": lambda r: rechain(r, "evaluate", put("config_sha256", value="d" * 64)),
     "LOCK-AT-COMMIT": lambda r: rechain(r, "resume", put("code", "lock_sha256", value="d" * 64)),
     "CLEAN-DIFF": lambda r: rechain(r, "resume", put("code", "diff_sha256", value="d" * 64)),

@@ -134,7 +134,12 @@ N_PARAMS = parameter_count(MODEL, VOCAB)
 CONFIG = {
     "recipe": "small",
     "model": MODEL,
-    "train": {"tokens_per_step": 16, "micro_batch_size": 1, "log_every": 1},
+    "train": {"max_steps": 4, "tokens_per_step": 16, "micro_batch_size": 1, "log_every": 1},
+    "optim": {"kind": "adamw", "lr": 1e-3},
+    "schedule": {"kind": "cosine", "warmup_steps": 1},
+    "eval": {"every": 2},
+    "sample": {"every": 4},
+    "checkpoint": {"every": 4},
 }
 WEIGHTS, TOKENIZER = "a" * 64, "b" * 64
 STEPS = 4
