@@ -182,12 +182,14 @@ def _receipt_fault(source: dict, manifest: dict) -> str:
             )
     if (source["kind"] == "pangram") != (source["languages"] == ["synthetic"]):
         return "text that people wrote is declared synthetic, which no filter judges"
-    shipped = sum(
-        e["documents"]
-        for s in manifest["splits"].values()
-        for e in s["shards"]
-        if e["source"] == source["name"]
-    )
+    own = {
+        split: [e for e in counts["shards"] if e["source"] == source["name"]]
+        for split, counts in manifest["splits"].items()
+    }
+    tokens = {split: sum(e["tokens"] for e in shards) for split, shards in own.items()}
+    if source["tokens"] != tokens:
+        return f"its tokens by split are stated as {source['tokens']}, its shards have {tokens}"
+    shipped = sum(e["documents"] for shards in own.values() for e in shards)
     if (
         manifest["config"]["split"]["kind"] == "document-hash"
         and shipped != receipt["documents_out"]

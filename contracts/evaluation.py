@@ -25,6 +25,7 @@ from stackproof.contracts.gate import (
     RuntimeCheck,
     Verdict,
     decide,
+    decide_all,
     decides,
     failed,
     first_of,
@@ -309,37 +310,41 @@ def _state(model: nn.Module) -> dict[str, Any]:
 @decides("evaluation.divergence")
 class Divergence(RuntimeCheck):
     """Held-out loss is finite, at first not far above guessing,
-    and never a multiple of the evaluation before.
+    and never a multiple of the evaluation before, which the run's state remembers rightly.
 
     Weights that were trained elsewhere begin far below guessing, whatever the vocabulary: their
     first loss has a bound of its own.
     """
 
     events = (Evaluated,)
+    kept = ("before_nats",)
+
+    def __init__(self, limits: SimpleNamespace):
+        super().__init__(limits)
+        self.before_nats: float | None = None
 
     def observe(self, event: Event) -> Verdict:
-        first = event.previous_loss_nats is None
-        base = event.random_loss_nats if first else event.previous_loss_nats
-        allowed = self.limits.over_random_max if first else self.limits.over_previous_max
-        ratio = event.loss_nats / base
-        known = (
-            not first or not event.pretrained or event.loss_nats <= self.limits.pretrained_nats_max
-        )
-        return decide(
-            ratio <= allowed and known,
-            (
-                f"step {event.step}: held-out loss {event.loss_nats:.4g} nats is {ratio:.3g} × "
-                f"{'ln V' if first else 'the evaluation before'}"
-            )
-            + (
-                ""
-                if known
-                else (
-                    f"; weights trained before begin at {self.limits.pretrained_nats_max:g} at most"
-                )
-            ),
+        before, self.before_nats = self.before_nats, event.loss_nats
+        stated, loss, limits = event.previous_loss_nats, event.loss_nats, self.limits
+        first = stated is None
+        ratio = loss / (event.random_loss_nats if first else stated)
+        allowed = limits.over_random_max if first else limits.over_previous_max
+        known = not first or not event.pretrained or loss <= limits.pretrained_nats_max
+        return decide_all(
+            [
+                before not in (None, stated)
+                and f"the run's state has {stated} nats as the loss of the evaluation before, "
+                f"which was {before}",
+                not ratio <= allowed
+                and f"held-out loss {loss:.4g} nats is {ratio:.3g} × "
+                f"{'ln V' if first else 'the evaluation before'}",
+                not known
+                and f"held-out loss {loss:.4g} nats, and weights trained before begin at "
+                f"{limits.pretrained_nats_max:g} at most",
+            ],
+            f"step {event.step}: ",
             ratio=ratio,
-            loss_nats=event.loss_nats,
+            loss_nats=loss,
         )
 
 

@@ -57,8 +57,9 @@ class LogsRead:
     """The logs of a run were read back at its end: every logged step, the last line, and by step
     what is logged of evaluations and samples. `rows(step)` counts the rows of each source that are
     logged after a step; `sources` are the names, in the order of their numbers. This process logs
-    every `log_every`-th step. The files in `mismarked` have another length or hash than the marks
-    that checkpoints keep of them.
+    every `log_every`-th step. `turns` are the logged ends of turns of a bandit, which come every
+    `turn_every` steps; None without one. The files in `mismarked` have another length or hash than
+    the marks that checkpoints keep of them.
     """
 
     step: int
@@ -70,6 +71,8 @@ class LogsRead:
     samples: Mapping[int, Mapping[str, object]]
     sources: tuple[str, ...]
     rows: Callable[[int], Mapping[str, int]]
+    turns: tuple[int, ...] = ()
+    turn_every: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,20 +441,14 @@ class Recited:
 
 @dataclass(frozen=True, slots=True)
 class MemorizationMeasured:
-    """The model continued the first half of training passages greedily. The counts are those of
-    `Recited`, as reported.
+    """The model continued the first half of training passages greedily, with the `reported` counts.
 
     `own`: the counts of the gate, from full forwards over passages that it selects; None: it has
     none. `half`: the model computes in half precision.
     """
 
     step: int
-    n_windows: int
-    n_recited: int
-    prefix_tokens: int
-    matched_tokens: float
-    n_held_out: int
-    held_out: Callable[[], int]
+    reported: Recited
     own: Recited | None = None
     half: bool = False
 

@@ -16,6 +16,7 @@ from stackproof.contracts.events import (
     Event,
     Finished,
     Resumed,
+    Saved,
     Started,
     StepTaken,
 )
@@ -191,6 +192,9 @@ class Gatekeeper:
         self.event: Event | None = None
         self._resumed_at: int | None = None  # None as soon as a step follows
         self.finished_at: int | None = None
+        # Steps of the checkpoints of this process: those announced, and those judged.
+        self._saved: set[int] = set()
+        self._judged: set[int | None] = set()
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             spec.gate(gate_id)
@@ -237,6 +241,7 @@ class Gatekeeper:
         """Run all artifact checks on what was saved. Raises GateFailed on the first red gate that
         halts.
         """
+        self._judged.add(step)
         for state, found in self._judge("artifact", subject):
             if found.error is not None:
                 raise found.error
@@ -268,14 +273,17 @@ class Gatekeeper:
 
     def observe(self, event: Event) -> None:
         """Pass an event to every runtime gate that watches its type. Raises GateFailed on a red
-        verdict that halts, and after Finished for a gate without a heartbeat. A run that was
-        resumed at its last step takes none, so it needs no heartbeat.
+        verdict that halts. After Finished, raises it for a runtime gate without a heartbeat, and
+        for a checkpoint that the artifact gates have not judged. A run that was resumed at its
+        last step takes none, so it needs no heartbeat.
         """
         red, self.event = [], event
         if isinstance(event, Resumed):
             self._resumed_at = event.step
         elif isinstance(event, StepTaken | BatchDrawn):
             self._resumed_at = None
+        elif isinstance(event, Saved):
+            self._saved.add(event.step)
         for state in self._of("runtime"):
             if not isinstance(event, state.watcher.events):
                 continue
@@ -299,6 +307,7 @@ class Gatekeeper:
             raise self._failure(red)
         if isinstance(event, Finished):
             self.finished_at = event.step
+            self._require_judged_saves()
             if event.step != self._resumed_at:
                 self._require_heartbeats()
 
@@ -402,6 +411,17 @@ class Gatekeeper:
                     "lower the interval of its events (eval.every, sample.every, "
                     "checkpoint.every, train.sdc_check_every), or waive the gate with a reason"
                 ),
+            )
+
+    def _require_judged_saves(self) -> None:
+        gates = [s for s in self._of("artifact") if s.gate.id not in self.waivers]
+        if gates and (skipped := sorted(self._saved - self._judged)):
+            raise GateFailed(
+                gates[0].gate.id,
+                what=f"the checkpoint of step {skipped[0]} was saved and not judged",
+                value=f"{len(skipped)} of {len(self._saved)} checkpoints",
+                allowed="a verdict on every checkpoint",
+                next_step=f"stack gates show {gates[0].gate.id}",
             )
 
     def _failure(self, red: Sequence[GateState]) -> GateFailed:

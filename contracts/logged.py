@@ -28,8 +28,8 @@ class Logged(RuntimeCheck):
     """At the end of a run, read back from the disk: the last logged step is the last one taken,
     with its numbers and the running mean of the loss; each step of this process that is declared to
     be logged stands there once, and no other; every evaluation and sample of this process is there,
-    and so are the rows of every source; the files are those that the marks in a checkpoint
-    describe.
+    and so are the rows of every source and the turns of a bandit; the files are those that the
+    marks in a checkpoint describe.
     """
 
     events = (Started, BatchDrawn, StepTaken, Evaluated, MemorizationMeasured, Sampled, LogsRead)
@@ -61,8 +61,9 @@ class Logged(RuntimeCheck):
                 own["val_stderr_nats"] = standard_error(event.batch_nats)
                 self.evaluated.setdefault(event.step, {}).update(own)
             case MemorizationMeasured():
-                own = {"passages": event.n_windows, "recited": event.n_recited}
-                own["matched_tokens"] = event.matched_tokens
+                found = event.reported
+                own = {"passages": found.n_windows, "recited": found.n_recited}
+                own["matched_tokens"] = found.matched_tokens
                 self.evaluated.setdefault(event.step, {}).update(own)
             case Sampled():
                 own = {"text": event.text, "prompt": event.prompt, "loss_nats": event.loss_nats}
@@ -77,6 +78,9 @@ class Logged(RuntimeCheck):
         due = {s for s in {*every, *logs.evaluations, step} if s > self.began}
         own = {s for s in steps if s > self.began}
         mean = logs.last.get("ema_loss_nats")
+        turns = [s for s in logs.turns if s > self.began]
+        every_turn = range(0, step + 1, logs.turn_every or step + 1)
+        ended = [s for s in every_turn if s > self.began]
         rows = {logs.sources[source]: n for source, n in self.n_rows.items()}
         logged_rows = dict(logs.rows(self.began)) if len(logs.sources) > 1 else rows
         return decide_all(
@@ -100,6 +104,9 @@ class Logged(RuntimeCheck):
                 and "the logged samples are not those of the run",
                 logged_rows != rows
                 and f"rows by source are {logged_rows} in the log, {rows} were drawn",
+                turns != ended
+                and f"turns of the bandit ended at {first_of([str(s) for s in ended])}, the log "
+                f"has {first_of([str(s) for s in turns])}",
             ],
             f"step {step}: ",
             n_logged=len(steps),

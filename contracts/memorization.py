@@ -37,33 +37,34 @@ class Recitation(RuntimeCheck):
     events = (MemorizationMeasured,)
 
     def observe(self, event: Event) -> Verdict:
-        own = event if event.own is None else event.own
-        if not own.n_windows and not event.n_windows:
+        stated = event.reported
+        own = stated if event.own is None else event.own
+        if not own.n_windows and not stated.n_windows:
             return not_run("no row of the step has a passage within one document")
         n, m, p_min = own.n_windows, own.n_held_out, self.limits.p_value_min
         held_out = reported = 0
         if chance_of(own.n_recited, n, 0, m) < p_min:
             held_out = own.held_out()
-            reported = held_out if event.own is None else event.held_out()
+            reported = held_out if event.own is None else stated.held_out()
         p = chance_of(own.n_recited, n, held_out, m)
-        other = [name for name in SELECTED if getattr(own, name) != getattr(event, name)]
-        recited_error = max(abs(own.n_recited - event.n_recited), abs(held_out - reported))
-        matched_error = abs(own.matched_tokens - event.matched_tokens)
+        other = [name for name in SELECTED if getattr(own, name) != getattr(stated, name)]
+        recited_error = max(abs(own.n_recited - stated.n_recited), abs(held_out - reported))
+        matched_error = abs(own.matched_tokens - stated.matched_tokens)
         return decide_all(
             [
                 not p >= p_min
                 and f"{own.n_recited} of {n} training passages are continued word for word after "
                 f"{own.prefix_tokens} tokens, and {held_out} of {m} held-out passages",
                 *(
-                    f"{getattr(event, name)} {SELECTED[name]} are reported, there are "
+                    f"{getattr(stated, name)} {SELECTED[name]} are reported, there are "
                     f"{getattr(own, name)}"
                     for name in other
                 ),
                 not recited_error <= (self.limits.half_recited_error_max if event.half else 0)
-                and f"{event.n_recited} training and {reported} held-out passages are reported as "
+                and f"{stated.n_recited} training and {reported} held-out passages are reported as "
                 f"recited, {own.n_recited} and {held_out} are",
                 not matched_error <= (self.limits.half_matched_error_max if event.half else 0.0)
-                and f"{event.matched_tokens:g} tokens of a passage are reported as repeated on "
+                and f"{stated.matched_tokens:g} tokens of a passage are reported as repeated on "
                 f"average, {own.matched_tokens:g} are",
             ],
             f"step {event.step}: ",

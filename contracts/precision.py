@@ -76,7 +76,8 @@ def shadow(limits: SimpleNamespace, subject: Subject) -> Verdict:
 def whole_step(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Loss and gradients of the run's own step in half precision are those of the same step in
     float32, within what rounding explains; so is the held-out loss under weights with which all of
-    the model shows.
+    the model shows. That loss is not equal to the one in float32: then it would be computed in
+    float32.
 
     Both steps have the same weights, rows and dropout masks. Gradients are compared by matrix:
     those of vectors may cancel to less than their rounding. Those of one matrix of all experts of a
@@ -99,6 +100,8 @@ def whole_step(limits: SimpleNamespace, subject: Subject) -> Verdict:
             and f"the gradient of {furthest} differs from that in float32",
             not evaluation <= limits.evaluation_rel_error_max
             and "the held-out loss differs from that in float32",
+            not evaluation >= limits.evaluation_rel_error_min
+            and "the held-out loss equals that in float32, as if evaluations were computed in it",
         ],
         loss_rel_error=loss,
         **{"routed_rel_error" if routed else "gradient_rel_error": errors[furthest]},

@@ -44,7 +44,7 @@ def code_state() -> Code:
 
 def _differing(committed: Mapping[str, str]) -> dict[str, str | None]:
     """The files of the code that are not those of a commit, given by path and git blob id: each
-    with its own id, None for one that is gone. Git's index and its flags are not asked.
+    with its own id, None for one that is gone. Git's index and its flags are not read.
     """
     found = {path: _blob_id(ROOT / path, len(blob)) for path, blob in committed.items()}
     changed = {path: blob for path, blob in found.items() if blob != committed[path]}

@@ -65,6 +65,7 @@ def export(
             allowed="--to hf with --dtype float32 or bfloat16",
         )
     from stackproof.cli.load_model import open_model
+    from stackproof.contracts.card import CardFacts
     from stackproof.contracts.subject import Subject
     from stackproof.evidence.file_lock import refuse_occupied
     from stackproof.export import huggingface
@@ -78,10 +79,16 @@ def export(
     record = _open(EXPORTED, config, run_dir=run_dir, json=json, parents=(parent,))
     record.input(opened.weights_file, opened.run_dir)
     record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
-    facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "parent": parent}
-    facts["step"] = int(opened.state["step"])
-    record.judge(Subject(opened=opened.shown(facts["step"])))
-    facts |= {"run": _record_of(opened.run_dir, parent), "export": record.builder.id}
+    step = int(opened.state["step"])
+    record.judge(Subject(opened=opened.shown(step)))
+    trained = {"step": step, "parent": parent, "run": _record_of(opened.run_dir, parent)}
+
+    def card(folder: Path, made: huggingface.Exported) -> None:
+        verdicts = {"gates": made.gates, "rounding": made.rounding}
+        facts = CardFacts(opened.cfg.model, export=record.builder.id, **trained, **verdicts)
+        form = {"architecture": made.kind.architecture, "dtype": dtype}
+        write_card(folder, facts, n_params=n_parameters(opened.model), **form)
+
     try:
         made = huggingface.export(
             opened.model,
@@ -90,7 +97,7 @@ def export(
             record.keeper,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
-            card=lambda folder, made: write_card(folder, made, opened.cfg.model, **facts),
+            card=card,
         )
     except GateFailed as e:
         _refuse(record, e, out)
@@ -102,7 +109,7 @@ def export(
     document = {
         "path": str(out),
         "architecture": made.kind.architecture,
-        "step": facts["step"],
+        "step": step,
         "dtype": dtype,
         "files": list(made.files),
         "not_carried": training_only(opened.cfg.model),

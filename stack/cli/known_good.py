@@ -2,6 +2,7 @@
 refused at the same place.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -53,6 +54,20 @@ RUNS: tuple[Mapping[str, Any], ...] = (
         "checkpoint.async_save": True,
     },
 )
+# Of data alone, which takes less than a second: the kind of tokenizer that no other run has.
+DATA = (SHORT | {"data.tokenizer.kind": "char"},)
+# Errors that every run meets on a machine that is unfit.
+OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
 BLAMING = (2, 3, 5, 7)  # exit codes that name the command, the data, a checkpoint or the machine
 Verb = Callable[[Sequence[str]], object]  # performs a command line; raises what it raises
 
@@ -62,12 +77,13 @@ def is_own_fault(error: StackproofError, verb: Verb) -> bool:
     error of the same type, raised by the same function. Takes some seconds.
 
     Only errors of code that reads text, models and checkpoints are tried, in a run of one process.
-    A gate and a signal name their own cause, the end of a corpus is declared, and the machine is
-    the same for all runs.
+    A gate and a signal name their own cause, the end of a corpus is declared, and a full disk or
+    the like is the same for all runs.
     """
     place = place_of(error.__traceback__)
     named = isinstance(error, (GateFailed, Stopped, StreamExhausted))
-    blames = error.exit_code in BLAMING and not isinstance(error.__cause__, OSError)
+    unfit = isinstance(cause := error.__cause__, OSError) and cause.errno in OF_THE_MACHINE
+    blames = error.exit_code in BLAMING and not unfit
     if place is None or named or not blames or is_worker():
         return False
     package = Path(place[0]).relative_to(STACK).parts[0]
@@ -108,7 +124,7 @@ def _ends(verb: Verb, package: str, *, gated: bool) -> Iterator[Exception]:
     none where all ends as it should. One of them may be that nothing can be run here, as on a full
     disk.
     """
-    for values in RUNS:
+    for values in (*RUNS, *(DATA if package == "data" and not gated else ())):
         try:
             _perform(values, verb, package, gated)
         except Exception as e:

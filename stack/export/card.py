@@ -6,67 +6,42 @@ from pathlib import Path
 from stackproof.config import ModelConfig
 from stackproof.contracts.card import CardFacts, card_faults
 from stackproof.contracts.conditions import ensure
-from stackproof.export.huggingface import Exported
 from stackproof.model.foreign import for_inference
 from stackproof.spec.files import write_atomically
-from stackproof.spec.records import Record
+from stackproof.spec.records import GateResult, Record
 from stackproof.spec.visible import without_markup
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
 
 
 @ensure(
-    lambda folder, made, cfg, step, run, parent, export: (
-        card_faults(folder, CardFacts(cfg, step, parent, export, made.gates, made.rounding, run))
-        == []
-    ),
+    lambda folder, facts: card_faults(folder, facts) == [],
     "a card states every figure of its model, of the verdicts and of its run",
 )
 def write_card(
-    folder: Path,
-    made: Exported,
-    cfg: ModelConfig,
-    *,
-    n_params: int,
-    dtype: str,
-    step: int,
-    run: Record | None,
-    parent: str,
-    export: str,
+    folder: Path, facts: CardFacts, *, architecture: str, n_params: int, dtype: str
 ) -> None:
-    """README.md of a folder, of the weights after an optimizer step. `run` is the record of the run
-    that trained them, `parent` its id, `export` the id of the record of the export.
+    """README.md of a folder, written for an `architecture` of transformers, with weights of
+    `dtype`.
     """
-    facts = {"n_params": n_params, "dtype": dtype, "step": step}
-    text = card(made, cfg, **facts, run=run, parent=parent, export=export)
+    text = card(facts, architecture, n_params, dtype)
     write_atomically(folder / "README.md", text.encode())
 
 
-def card(
-    made: Exported,
-    cfg: ModelConfig,
-    *,
-    n_params: int,
-    dtype: str,
-    step: int,
-    run: Record | None,
-    parent: str,
-    export: str,
-) -> str:
+def card(facts: CardFacts, architecture: str, n_params: int, dtype: str) -> str:
     """The card as Markdown; see `write_card`."""
+    run = facts.run
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {without_markup(run.config.get('recipe', parent) if run else parent)}",
+        f"# {without_markup(run.config.get('recipe', facts.parent) if run else facts.parent)}",
         (
             f"A language model of {n_params:,} parameters, trained with stackproof and written as "
-            f"`{made.kind.architecture}`."
+            f"`{architecture}`."
         ),
-        _table(
-            ("what", "value"), [("optimizer step", step), *_facts(made, cfg, dtype, parent, export)]
-        ),
+        _table(("what", "value"), [("optimizer step", facts.step), *_facts(facts, dtype)]),
         "## Is it the same model?",
-        _verdicts(made),
-        *_of_run(run, step),
+        _verdicts(facts.gates),
+        *_of_run(run, facts.step),
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), '
@@ -82,22 +57,20 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _facts(
-    made: Exported, cfg: ModelConfig, dtype: str, parent: str, export: str
-) -> list[tuple[str, object]]:
-    sizes = [(k, getattr(cfg, k)) for k in SIZES]
-    rounding = [(k, f"{v:.3g}") for k, v in made.rounding.items()]
+def _facts(facts: CardFacts, dtype: str) -> list[tuple[str, object]]:
+    sizes = [(k, getattr(facts.model, k)) for k in SIZES]
+    rounding = [(k, f"{v:.3g}") for k, v in facts.rounding.items()]
     left = (
         [("used in training only, not in the file", ", ".join(aside))]
-        if (aside := training_only(cfg))
+        if (aside := training_only(facts.model))
         else []
     )
     return [
         *sizes,
         ("weights", dtype),
         *rounding,
-        ("record of the run", f"`{parent}`"),
-        ("record of this export", f"`{export}`"),
+        ("record of the run", f"`{facts.parent}`"),
+        ("record of this export", f"`{facts.export}`"),
         *left,
     ]
 
@@ -111,16 +84,16 @@ def training_only(cfg: ModelConfig) -> list[str]:
     return said + (["capacity and balance of experts"] if cfg.ffn != plain.ffn else [])
 
 
-def _verdicts(made: Exported) -> str:
+def _verdicts(gates: Sequence[GateResult]) -> str:
     rows = [
         (
             f"`{g.id}`",
             g.verdict,
             without_markup(g.message or ", ".join(f"{k} {v}" for k, v in g.measured.items())),
         )
-        for g in made.gates
+        for g in gates
     ]
-    unread = any(g.verdict == "not_run" for g in made.gates)
+    unread = any(g.verdict == "not_run" for g in gates)
     said = (
         (
             "**The logits were not compared**: transformers was not installed where this folder "

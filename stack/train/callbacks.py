@@ -29,6 +29,7 @@ from stackproof.contracts.events import (
     MemorizationMeasured,
     ModuleModes,
     RatesUsed,
+    Recited,
     Recomputed,
     Sampled,
     Saved,
@@ -251,14 +252,16 @@ class GateEvents(Callback):
             own = recited(state, state.ranks.from_main(trainer.batches), trainer.held_out)
         trainer.keeper.observe(
             MemorizationMeasured(
-                step=report.step,
-                n_windows=found.n_passages,
-                n_recited=found.n_recited,
-                prefix_tokens=found.prefix_tokens,
-                matched_tokens=found.matched_tokens,
-                n_held_out=found.n_held_out,
-                held_out=state.ranks.ahead(found.held_out),
-                own=own,
+                report.step,
+                Recited(
+                    n_windows=found.n_passages,
+                    n_recited=found.n_recited,
+                    prefix_tokens=found.prefix_tokens,
+                    matched_tokens=found.matched_tokens,
+                    n_held_out=found.n_held_out,
+                    held_out=state.ranks.ahead(found.held_out),
+                ),
+                own,
                 half=trainer.cfg.train.dtype != "float32",
             )
         )

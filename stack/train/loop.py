@@ -29,6 +29,7 @@ from stackproof.train.trainer import (
     Sample,
     Trainer,
     close,
+    record_baselines,
     record_results,
 )
 
@@ -93,6 +94,7 @@ def train(opened: AbstractContextManager[Trainer]) -> Record | None:
             reason = f"no significant gain for {state.stopper.wait} evaluations"
         if trainer.output.ranks.is_main:
             record_results(trainer)
+            record_baselines(trainer)
         trainer.callbacks.on_train_end(trainer, status)
         return close(trainer, status, reason, 0) if trainer.output.ranks.is_main else None
 

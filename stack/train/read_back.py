@@ -21,8 +21,11 @@ def logs_of(trainer: Trainer) -> LogsRead:
             evaluations[line["step"]] = line
     samples = {line["step"]: line for line in directory.lines("samples.jsonl")}
     sources = tuple(source.name for source in trainer.state.data_loader.sampler.sources)
+    lines = directory.lines("curriculum.jsonl")
+    turns = tuple(line["step"] for line in lines if line["event"] == "turn")
     read = tuple(steps), line, evaluations, samples, sources, partial(_rows_after, directory)
-    return LogsRead(step, every, directory.mismarked(), *read)
+    turn_every = getattr(trainer.cfg.curriculum, "probe_every", None)
+    return LogsRead(step, every, directory.mismarked(), *read, turns, turn_every)
 
 
 def _rows_after(directory: RunDir, step: int) -> Counter[str]:

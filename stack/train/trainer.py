@@ -301,6 +301,7 @@ def recorded(trainer: Trainer) -> Iterator[None]:
             if not trainer.output.ranks.is_main:
                 raise
             try:
+                record_results(trainer)
                 record = close(trainer, *_ending(trainer, error))
             except StackproofError as e:  # the first error is the one to report
                 trainer.callbacks.on_message(f"the record could not be written: {e}")
@@ -356,13 +357,13 @@ def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
     "the gates of a run that completes have judged its end",
 )
 def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
-    """State the metrics and write the record; also for a run that failed."""
+    """Write the record, whose results are stated; also for a run that failed."""
     output, root = trainer.output, trainer.output.dir.path
-    record_metrics(trainer)
     output.record.device_s = max(0.0, trainer.state.wall_s - output.inherited_s)
     ending = {"status": status, "end_reason": reason, "exit_code": exit_code}
     try:
-        output.record.outputs = _written_files(output)
+        bundles = sorted(root.glob("repro/*/repro.json"))  # also of a gate that judges the end
+        output.record.outputs += [artefact(p, root=root) for p in bundles]
         output.dir.sync_logs()
         record = output.record.finish(root, gates=trainer.keeper.results(), series=SERIES, **ending)
     except OSError as e:
@@ -378,22 +379,21 @@ def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
     return record
 
 
-def _written_files(output: RunOutput) -> list[Artefact]:
-    """The files of the latest checkpoint with the tokenizer, files of a parent, and bundles."""
-    root, files = output.dir.path, []
-    if folder := checkpoint_folders.pointed(output.dir.checkpoints, "latest"):
-        files = [*checkpoint.files_of(folder), root / "tokenizer.json"]
-    bundles = sorted(root.glob("repro/*/repro.json"))
-    of_run, of_bundles = ([artefact(p, root=root) for p in ps] for ps in (files, bundles))
-    return of_run + output.carried + of_bundles
-
-
 def record_results(trainer: Trainer) -> None:
-    """All that the record of a run which has completed states, before it is judged."""
+    """Metrics and files of the record; those of a run that has completed are then judged."""
     record_metrics(trainer)
-    record_baselines(trainer)
-    with suppress(CheckpointError):  # the gates of the end judge a checkpoint that is not there
-        trainer.output.record.outputs = _written_files(trainer.output)
+    output = trainer.output
+    output.record.outputs = list(output.carried)
+    with suppress(CheckpointError, OSError):  # gates judge a checkpoint that is not there
+        output.record.outputs[:0] = _saved_files(output)
+
+
+def _saved_files(output: RunOutput) -> list[Artefact]:
+    """The files of the latest checkpoint, with the tokenizer; none before the first."""
+    root = output.dir.path
+    folder = checkpoint_folders.pointed(output.dir.checkpoints, "latest")
+    files = [*checkpoint.files_of(folder), root / "tokenizer.json"] if folder else []
+    return [artefact(p, root=root) for p in files]
 
 
 def record_metrics(trainer: Trainer) -> None:

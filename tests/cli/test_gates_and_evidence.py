@@ -10,7 +10,7 @@ import pytest
 from stackproof.spec.errors import EXIT_CODES
 from tests.cli.conftest import Stack, tiny
 from tests.processes import NO_PREFLIGHT, ROOT, STACK
-from tests.tools import archived, small_repo
+from tools.tampers import archived, small_repo
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from stackproof.museum.edit import Edit, edited
 from stackproof.spec.errors import (
     CheckpointError,
     DataError,
+    EnvironmentUnfit,
     GateFailed,
     IntegrityError,
     StreamExhausted,
@@ -97,6 +98,25 @@ def test_only_errors_of_code_that_reads_are_tried(monkeypatch):
     own = IntegrityError("a table of the project")
     for error in (GateFailed("loss.first"), StreamExhausted("the end"), full, own):
         assert not is_own_fault(raised(error), print)
+
+
+@pytest.mark.parametrize(("number", "tried"), [(2, True), (17, True), (28, False), (13, False)])
+def test_an_error_of_a_path_is_tried_and_one_of_the_machine_is_not(monkeypatch, number, tried):
+    error = EnvironmentUnfit("a file could not be read")
+    error.__cause__ = OSError(number, "refused")
+    found = raised(error)
+    monkeypatch.setattr(known_good, "place_of", lambda _: (known_good.__file__, "f"))
+    monkeypatch.setattr(known_good, "_ends", lambda *_, **__: iter([found]))
+    assert is_own_fault(found, print) == tried
+
+
+def test_a_tokenizer_that_only_data_is_tried_with(monkeypatch):
+    monkeypatch.setattr(known_good, "RUNS", ())
+    parse = Edit("stackproof.data.tokenizer:_parse", "Chars(symbols)", "Chars(eos_token)")
+    with edited([parse], lambda: None):
+        found = list(known_good._ends(command_line, "data", gated=False))
+        assert [type(e) for e in found] == [DataError]
+    assert list(known_good._ends(command_line, "data", gated=False)) == []
 
 
 def test_a_machine_on_which_nothing_can_be_tried_keeps_the_refusal(monkeypatch):

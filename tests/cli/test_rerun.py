@@ -24,7 +24,7 @@ from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import MAX_TEXT_BYTES
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Series
-from tests.tools import archived
+from tools.tampers import archived
 
 
 def line(**figures):

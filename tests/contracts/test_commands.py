@@ -17,6 +17,7 @@ from stackproof.contracts.events import (
     LogsRead,
     LossRescored,
     MemorizationMeasured,
+    Recited,
     Recorded,
     Sampled,
     Started,
@@ -431,7 +432,7 @@ def logged(spec, **changes):
     check.observe(BatchDrawn(2, 4, 8, (7, 8, 9, 1), 0, 64, (0, 1, 0, 0)))
     check.observe(TAKEN)
     check.observe(Evaluated(2, 2.0, 3.0, (1.0, 3.0), "h", None, 5.0))
-    check.observe(MemorizationMeasured(2, 32, 0, 32, 0.25, 32, lambda: 0))
+    check.observe(MemorizationMeasured(2, Recited(32, 0, 32, 0.25, 32, lambda: 0)))
     check.observe(Sampled(2, "b", "p", loss_nats=1.5))
     return check.observe(dataclasses.replace(LOGS, **changes))
 
@@ -461,11 +462,17 @@ def test_logs_hold_what_happened(spec):
         {"sources": ("y", "x")},
         {"steps": (1, 2, 3)},
         {"mismarked": ("samples.jsonl",)},
+        {"turn_every": 2},
+        {"turn_every": 2, "turns": (1, 2, 2)},
+        {"turn_every": 3, "turns": (2,)},
+        {"turns": (2,)},
     ):
         assert not logged(spec, **wrong).passed, wrong
     for right in (
         {"steps": (2,)},
         {"steps": (1, 2), "log_every": 100},
+        {"turn_every": 2, "turns": (1, 2)},
+        {"turn_every": 3, "turns": (1,)},
     ):
         assert logged(spec, **right).passed, right
 

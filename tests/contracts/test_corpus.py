@@ -135,6 +135,18 @@ def test_filters_are_red_on_a_receipt_that_is_off_by_one(spec, subject, unit, si
     assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_filters_are_red_on_tokens_of_a_source_that_are_not_those_of_its_shards(
+    spec, subject, split
+):
+    manifest = subject.corpus.manifest
+    sources = [dict(s) for s in manifest["sources"]]
+    sources[1]["tokens"] = sources[1]["tokens"] | {split: sources[1]["tokens"][split] - 1}
+    verdict = judge("corpus.filters", spec, subject, manifest=manifest | {"sources": sources})
+    assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
+    assert judge("corpus.filters", spec, subject, manifest=dict(manifest)).passed
+
+
 def test_filters_are_red_on_one_byte_that_is_in_no_shard(spec, subject):
     manifest = subject.corpus.manifest
     for split in ("train", "validation"):

@@ -243,17 +243,28 @@ def test_divergence_table(spec, loss, previous, outcome):
     assert check.observe(evaluated(loss, previous)).outcome == outcome
 
 
+def test_the_state_holds_the_loss_of_the_evaluation_before(spec):
+    """Also that of before a resume."""
+    for stated, outcome in ((3.5, "pass"), (None, "fail"), (3.25, "fail")):
+        first = Divergence(limits_of(spec.gates["evaluation.divergence"]))
+        assert first.observe(evaluated(3.5)).passed
+        resumed = Divergence(limits_of(spec.gates["evaluation.divergence"]))
+        resumed.load_state_dict(first.state_dict())
+        for check in (first, resumed):
+            verdict = check.observe(evaluated(3.0, stated))
+            assert verdict.outcome == outcome
+            assert ("loss of the evaluation before" in verdict.message) == (outcome == "fail")
+
+
 def test_weights_that_were_trained_before_begin_at_ten_nats_or_less(spec):
-    check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
     for loss, pretrained, outcome in (
         (11.0, True, "fail"),
         (10.0, True, "pass"),
         (11.0, False, "pass"),
     ):
-        assert (
-            check.observe(dataclasses.replace(evaluated(loss), pretrained=pretrained)).outcome
-            == outcome
-        )
+        check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
+        event = dataclasses.replace(evaluated(loss), pretrained=pretrained)
+        assert check.observe(event).outcome == outcome
 
 
 # --- plausible ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from stackproof.contracts.events import (
     Finished,
     ModuleModes,
     Resumed,
+    Saved,
     Started,
     StateCompared,
     StepTaken,
@@ -126,6 +128,22 @@ def test_an_artifact_that_is_later_not_run_shows_both(spec, outcome):
     keeper.artifact(Subject(saved=alone), step=2)
     (result,) = keeper.results()
     assert (result.verdict, result.checks) == ("not_run", 2), "no verdict was ever reached"
+
+
+@pytest.mark.parametrize("waived", [False, True])
+def test_every_checkpoint_that_is_announced_is_judged(spec, waived):
+    """A write in the background announces a checkpoint before its verdict."""
+    waiver = Waiver(id="checkpoint.reloads", reason="to see what comes after", expires="9999-12-31")
+    waivers = (waiver,) if waived else ()
+    saved = ComparedWeights({"w": 1}, {"w": 1}, (False, False))
+    for judged, ok in (((2, 4), True), ((2,), waived), ((4,), waived), ((), waived)):
+        keeper = Gatekeeper(spec, only=("checkpoint.reloads",), waivers=waivers)
+        for step in (2, 4):
+            keeper.observe(Saved(step, "folder"))
+            if step in judged:
+                keeper.artifact(Subject(saved=saved), step=step)
+        with nullcontext() if ok else pytest.raises(GateFailed, match="saved and not judged"):
+            keeper.observe(Finished(4, "completed"))
 
 
 def test_judging_many_gates_stops_at_none_and_keeps_what_was_raised(spec, subject):

@@ -26,7 +26,8 @@ def sampled(step: int, text: str, **parts):
 
 def verdict(spec, recited, n=32, held_out=0, m=32):
     asked = []
-    event = MemorizationMeasured(1, n, recited, 32, 3.0, m, lambda: asked.append(1) or held_out)
+    counts = Recited(n, recited, 32, 3.0, m, lambda: asked.append(1) or held_out)
+    event = MemorizationMeasured(1, counts)
     return Recitation(limits_of(spec.gates["sampling.recitation"])).observe(event), bool(asked)
 
 
@@ -75,17 +76,18 @@ COUNTS = {"n_windows": 32, "n_recited": 20, "prefix_tokens": 32, "matched_tokens
 def test_the_counts_are_those_of_full_forwards(spec, own, half, ok):
     reported = COUNTS | {"n_held_out": 32, "held_out": lambda: 20}
     check = Recitation(limits_of(spec.gates["sampling.recitation"]))
-    event = MemorizationMeasured(1, **reported, own=Recited(**(reported | own)), half=half)
+    stated, counted = Recited(**reported), Recited(**(reported | own))
+    event = MemorizationMeasured(1, stated, counted, half=half)
     assert check.observe(event).passed == ok
-    assert check.observe(MemorizationMeasured(1, **reported)).passed, "the gate has no counts"
+    assert check.observe(MemorizationMeasured(1, stated)).passed, "the gate has no counts"
 
 
 def test_rows_without_a_passage_are_not_judged_unless_some_are_reported(spec):
-    none = {name: 0 for name in COUNTS} | {"n_held_out": 0, "held_out": lambda: 0}
+    none = Recited(**{name: 0 for name in COUNTS}, n_held_out=0, held_out=lambda: 0)
     check = Recitation(limits_of(spec.gates["sampling.recitation"]))
-    event = MemorizationMeasured(1, **none, own=Recited(**none))
+    event = MemorizationMeasured(1, none, none)
     assert check.observe(event).outcome == "not_run"
-    assert check.observe(replace(event, n_windows=1)).outcome == "fail"
+    assert check.observe(replace(event, reported=replace(none, n_windows=1))).outcome == "fail"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def measured(spec, memoriser):
         found = memorization(model, batches, unread, device=state.device)
         names = ("n_recited", "prefix_tokens", "matched_tokens", "n_held_out", "held_out")
         counts = {name: getattr(found, name) for name in names} | {"n_windows": found.n_passages}
-        event = MemorizationMeasured(1, **counts, own=recited(state, batches, unread))
+        event = MemorizationMeasured(1, Recited(**counts), recited(state, batches, unread))
         return Recitation(limits_of(spec.gates["sampling.recitation"])).observe(event)
 
     return judge

@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from stackproof.evidence import archiving
-from tests.tools import archived, small_repo
-from tests.tools.small_repo import git
+from tools.tampers import archived, small_repo
+from tools.tampers.small_repo import git
 from tools.site_pages import home
 from tools.site_pages.runs import archived_page, run_page, runs_index
 from tools.site_pages.world import load_world

@@ -165,7 +165,7 @@ def number(record: Record, name: str) -> float | None:
 
 
 def stated_count(record: Record, name: str, default: int) -> int:
-    """A fact of the environment as a whole number; the default if it is none."""
+    """A fact of the environment as a whole number; else the default."""
     value = record.environment.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
