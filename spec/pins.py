@@ -102,6 +102,23 @@ def read_pins(directory: Path) -> list[SignedPin]:
     return found
 
 
+def pin_problems(
+    directory: Path, lines: Sequence[bytes], signers: Path | None = None
+) -> list[tuple[int, str]]:
+    """Pins that a ledger does not follow, and signatures that no allowed signer made, as (line of
+    `pins.jsonl`, message). `signers` is by default the folder's own file.
+
+    Raises IntegrityError as `read_pins`, EnvironmentUnfit if there are pins and no ssh-keygen.
+    """
+    allowed = signers or directory / SIGNERS
+    return [
+        (number, problem)
+        for number, signed in enumerate(read_pins(directory), start=1)
+        for problem in (signed.pin.problem(lines), signature_problem(signed, allowed))
+        if problem
+    ]
+
+
 # --- the tree -------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ def show(
 
 @app.command()
 def verify(evidence: Evidence = None, json: Json = False) -> None:
-    """Verify the hashes of every record and the chain of the ledger.
+    """Verify the hashes of every record, the chain of the ledger, and its pins.
 
     Archived records are read from git history; without history they count as not verified. Exit
     code 6 if anything differs.

@@ -7,10 +7,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stackproof.evidence.file_lock import file_lock
-from stackproof.spec import IN_CHECKOUT, ROOT
+from stackproof.spec import IN_CHECKOUT, ROOT, pins
 from stackproof.spec.archive import FILE, METADATA
 from stackproof.spec.canonical import is_canonical_line, leaves, sha256_bytes
-from stackproof.spec.errors import IntegrityError, NoHistory, UsageError
+from stackproof.spec.errors import EnvironmentUnfit, IntegrityError, NoHistory, UsageError
 from stackproof.spec.files import (
     create_durably,
     end_last_line,
@@ -23,6 +23,7 @@ from stackproof.spec.files import (
 )
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Entry, Ledger
+from stackproof.spec.pins import pin_problems
 from stackproof.spec.records import Record, Series, left_out, read_record
 from stackproof.spec.series import parse_series
 
@@ -214,7 +215,8 @@ def repair(directory: Path) -> dict[str, bytes]:
 
 
 def verify(directory: Path) -> list[str]:
-    """Problems of a ledger and its records, as messages; empty if all hashes and the chain hold.
+    """Problems of a ledger, its records and pins, as messages; empty if all hashes, the chain and
+    the signatures hold.
 
     Archived files that this checkout cannot read are not included: `Ledger.unread` and
     `Ledger.unread_series` list them.
@@ -228,6 +230,11 @@ def verify(directory: Path) -> list[str]:
     for entry in entries:
         where = f"{ledger.path}:{entry.seq + 1}"
         found += (f"{where}: {problem}" for problem in _problems_of(ledger, entry))
+    try:
+        pinned = pin_problems(directory, ledger.lines())
+        found += [f"{directory / pins.FILE}:{line}: {problem}" for line, problem in pinned]
+    except (IntegrityError, EnvironmentUnfit) as e:
+        found.append(str(e))
     known = {e.record for e in entries}
     found += [
         f"{ledger.archive.path}: {a.record} is archived without a ledger line"

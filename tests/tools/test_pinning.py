@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from stackproof.evidence import pinning
+from stackproof.evidence import ledgering, pinning
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.pins import FILE, SIGNERS, read_pins
@@ -52,6 +52,7 @@ def test_a_ledger_that_forks_from_a_pin_is_red_though_all_is_hashed_again(repo, 
     small_repo.git(repo, "checkout", "-q", "--orphan", "rewritten")
     small_repo.commit_all(repo)
     assert "PIN" in found(repo) and "LEDGER-APPEND-ONLY" not in found(repo)
+    assert any("not the head that was pinned" in p for p in ledgering.verify(repo / "evidence"))
 
 
 def test_a_pin_by_nobody_who_may_is_red(repo, key, tmp_path):

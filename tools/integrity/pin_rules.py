@@ -1,7 +1,5 @@
 """The rule about pins: signed statements of what the ledger was."""
 
-from collections.abc import Iterator
-
 from stackproof.spec import pins
 from stackproof.spec.errors import EnvironmentUnfit
 from tools.integrity.core import At, Messages, Repo, at, rule
@@ -17,23 +15,13 @@ PATH, SIGNERS = f"evidence/{pins.FILE}", f"evidence/{pins.SIGNERS}"
     over=at(PATH),
 )
 def pin(repo: Repo) -> Messages:
-    lines = repo.ledger.lines()
-    signed = pins.read_pins(repo.root / "evidence")
-    for number, line in enumerate(signed, start=1):
-        yield from (At(text, number) for text in _problems(repo, line, lines))
-    if repo.signers is not None and not signed:
+    evidence = repo.root / "evidence"
+    try:
+        for number, text in pins.pin_problems(evidence, repo.ledger.lines(), repo.signers):
+            yield At(text, number)
+    except EnvironmentUnfit as e:
+        repo.not_verified.append(f"PIN: {e.what}")
+    if repo.signers is not None and not pins.read_pins(evidence):
         yield f"holds no pin that {repo.signers} could allow"
     yield from repo.rewritten(PATH)
     yield from (At(message, path=SIGNERS) for message in repo.rewritten(SIGNERS))
-
-
-def _problems(repo: Repo, signed: pins.SignedPin, lines: list[bytes]) -> Iterator[str]:
-    if problem := signed.pin.problem(lines):
-        yield problem
-    try:
-        problem = pins.signature_problem(signed, repo.signers or repo.root / SIGNERS)
-    except EnvironmentUnfit as e:
-        repo.not_verified.append(f"PIN: {e.what}")
-        return
-    if problem:
-        yield problem
