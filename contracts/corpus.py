@@ -3,6 +3,7 @@ is in it, and every token is in the rows.
 """
 
 from collections import Counter
+from pathlib import PurePath
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,6 +181,12 @@ def _receipt_fault(source: dict, manifest: dict) -> str:
                 f"{receipt[f'{unit}_in']} {unit} came in, {receipt[f'{unit}_out']} went out and "
                 f"{dropped} were dropped"
             )
+    passed_over = source.get("files_passed_over", {"number": 0, "example": ""})
+    if (passed_over["number"] == 0) != (passed_over["example"] == ""):
+        return (
+            f"{passed_over['number']} files are stated as passed over, an example of them as "
+            f"{passed_over['example']!r}"
+        )
     if (source["kind"] == "pangram") != (source["languages"] == ["synthetic"]):
         return "text that people wrote is declared synthetic, which no filter judges"
     own = {
@@ -262,6 +269,10 @@ def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
             "the scanner misses a passage hidden in a document, or finds one that is not there",
             canary_found=False,
         )
+    wanted = sorted(PurePath(path).name for path in corpus.manifest["config"]["decontaminate"])
+    stated = sorted(kept_out["path"] for kept_out in (declared or {"sets": ()})["sets"])
+    if stated != wanted:
+        return failed(f"the evaluation sets are stated as {stated}, declared are {wanted}")
     if declared is None:
         return passed("", canary_found=True, evaluation_sets=0)
     scanner = corpus.contamination_scanner(None)

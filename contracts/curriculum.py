@@ -5,7 +5,7 @@ source is rewarded only for what all sources gain.
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -58,9 +58,11 @@ def order(limits: SimpleNamespace, subject: Subject) -> Verdict:
     at once. A single source has all rows.
     """
     curriculum, warmup_rows = subject.curriculum, subject.curriculum.warmup_rows
-    arms = curriculum.sampler_order().sources
-    if len(arms) > 1 and (other := _undeclared(arms, curriculum.declared_shares)):
+    arms, declared = curriculum.sampler_order().sources, curriculum.declared_shares
+    if max(len(arms), len(declared)) > 1 and (other := _undeclared(arms, declared)):
         return failed(other)
+    if gap := _untiled(arms, curriculum.n_windows):
+        return failed(gap)
     listed = [i for i, s in enumerate(arms) if s.name in curriculum.warmup_sources]
     warm = (
         _stretch(curriculum.sampler_order(), 0, min(warmup_rows, JUDGED_ROWS))
@@ -152,6 +154,18 @@ def _undeclared(arms, declared) -> str:
     return f"source {parts[0]}" if parts else ""
 
 
+def _untiled(arms: Sequence[Source], n_rows: int) -> str:
+    """The first source whose windows do not begin where those of the one before end, or an empty
+    text: together they are all windows of the split, each once.
+    """
+    end = 0
+    for arm in sorted(arms, key=lambda arm: (arm.first, arm.n_windows)):
+        if arm.first != end:
+            return f"source {arm.name} begins at window {arm.first}, those before end at {end}"
+        end += arm.n_windows
+    return "" if end == n_rows else f"the sources have {end} windows, the split has {n_rows}"
+
+
 def _arm_fault(
     arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits: SimpleNamespace
 ) -> str:
@@ -218,14 +232,18 @@ def _play(
 def _other_choices(bandit) -> int:
     """Turns of random losses after which the focus is not the declared choice: a source never
     tried, in order, else the one of the highest mean + exploration · √(log(1 + Σ pulls) / pulls).
+    Pulls fade by the declared discount in every turn but the first, which has no loss to compare
+    with.
 
     Source: Garivier and Moulines, arXiv:0805.3415.
     """
-    losses, wrong = np.random.default_rng(3), 0
+    losses, wrong, before = np.random.default_rng(3), 0, None
     for _ in range(TURNS):
         bandit.reward({s.name: float(losses.normal(5, 0.1)) for s in bandit.sources})
         state = bandit.state_dict()
         arms = state["arms"]
+        wrong += before is not None and not _faded(before, arms, bandit.cfg.discount)
+        before = state
         untried = [name for name, arm in arms.items() if not arm["pulls"]]
         spread = math.log(1 + sum(arm["pulls"] for arm in arms.values()))
         bounds = {
@@ -236,6 +254,15 @@ def _other_choices(bandit) -> int:
         }
         wrong += state["focus"] != (untried[0] if untried else max(bounds, key=bounds.get))
     return wrong
+
+
+def _faded(before: Mapping, arms: Mapping[str, Mapping[str, float]], discount: float) -> bool:
+    """Whether a turn has faded the pulls of every source and credited the one in focus."""
+    return all(
+        math.isclose(arm["pulls"], discount * was + (name == before["focus"]), rel_tol=1e-9)
+        for name, arm in arms.items()
+        for was in [before["arms"][name]["pulls"]]
+    )
 
 
 def _share_error(bandit) -> float:

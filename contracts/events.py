@@ -59,7 +59,8 @@ class LogsRead:
     logged after a step; `sources` are the names, in the order of their numbers. This process logs
     every `log_every`-th step. `turns` are the logged ends of turns of a bandit, which come every
     `turn_every` steps; None without one. The files in `mismarked` have another length or hash than
-    the marks that checkpoints keep of them.
+    the marks that checkpoints keep of them. `unlogged` are gates with a verdict before step 1 or on
+    a checkpoint that have no line.
     """
 
     step: int
@@ -73,6 +74,7 @@ class LogsRead:
     rows: Callable[[int], Mapping[str, int]]
     turns: tuple[int, ...] = ()
     turn_every: int | None = None
+    unlogged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Recorded:
     `status` is how the run ends and `max_steps` the declared number of updates. `environment` is
     what the record states of the machine, `machine` what is read of it now. `outputs` are the
     bytes of the files that the record names by path, `saved` those of the latest checkpoint on the
-    disk.
+    disk. `facts` are metrics of the data set and the model, read again.
     """
 
     step: int
@@ -99,6 +101,7 @@ class Recorded:
     machine: Mapping[str, object]
     outputs: Mapping[str, int]
     saved: Mapping[str, int]
+    facts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,8 @@ class Logged(RuntimeCheck):
                 self.mean_nats is not None
                 and not _same(mean, self.mean_nats)
                 and f"the running mean of the loss is {mean}, of the steps {self.mean_nats}",
+                bool(logs.unlogged)
+                and f"gates.jsonl has no line of {first_of(logs.unlogged)}, which was judged",
                 not self._are_own(logs.evaluations, self.evaluated)
                 and "the logged evaluations are not those of the run",
                 not self._are_own(logs.samples, self.sampled)
@@ -124,6 +126,24 @@ class Logged(RuntimeCheck):
             for step, own in seen.items()
             for name, value in own.items()
         )
+
+
+def _derived(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    """Metrics that others of the same record give; NaN where one of those is missing."""
+
+    def number(name: str) -> float:
+        return float(metrics.get(name, math.nan))
+
+    seen = number("tokens_seen")
+    derived = {
+        "epochs": seen / number("unique_tokens"),
+        "tokens_per_parameter": seen / number("n_params"),
+        "random_loss_nats": math.log(number("vocab_size")),
+    }
+    # A run whose evaluations were waived has no held-out loss.
+    if "val_loss_nats" in metrics:
+        derived["val_ppl"] = math.exp(min(number("val_loss_nats"), 700.0))
+    return derived
 
 
 def standard_error(batch_nats: Sequence[float]) -> float:
@@ -172,8 +192,10 @@ class RecordStates(RuntimeCheck):
         return None
 
     def _judge(self, record: Recorded) -> Verdict:
-        truth = {**self.happened, "steps": record.step}
+        truth = {**self.happened, **record.facts, "steps": record.step}
+        derived = _derived(record.metrics)
         wrong = [name for name, value in truth.items() if record.metrics.get(name) != value]
+        wrong += [n for n, value in derived.items() if not _same(record.metrics.get(n), value)]
         baselines = [name for name in record.metrics if name.startswith("baseline_")]
         wrong += [n for n in baselines if record.counts[n] != record.held_out_bytes]
         missing = [f for f, sha256 in record.read.items() if record.inputs.get(f) != sha256]
@@ -200,6 +222,6 @@ class RecordStates(RuntimeCheck):
             ],
             f"step {record.step}: ",
             wrong=len(wrong) + len(facts),
-            judged=len(truth) + len(baselines) + len(machine),
+            judged=len(truth) + len(derived) + len(baselines) + len(machine),
             missing=len(missing) + len(unsaid),
         )

@@ -214,6 +214,10 @@ class Curriculum:
         """
 
     @value
+    def n_windows(self) -> int:
+        """Windows of the training split."""
+
+    @value
     def warmup_rows(self) -> int:
         """Rows before the bandit chooses."""
 

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             end_if_unread()
             drop_unwritten()
         error = documented(e) or bug(e)
-        if isinstance(e, StackproofError) and is_own_fault(e, _verb):
+        if isinstance(e, StackproofError | RecursionError) and is_own_fault(e, _verb):
             error = bug(e)
         _report(error, arguments)
         sys.exit(error.exit_code)

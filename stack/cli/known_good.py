@@ -54,8 +54,9 @@ RUNS: tuple[Mapping[str, Any], ...] = (
         "checkpoint.async_save": True,
     },
 )
-# Of data alone, which takes less than a second: the kind of tokenizer that no other run has.
-DATA = (SHORT | {"data.tokenizer.kind": "char"},)
+# Of data alone, which takes less than a second: a tokenizer and a warm-up that no other run has.
+WARM = {"curriculum.warmup_steps": 1, "curriculum.warmup_sources": ("grammar",)}
+DATA = (SHORT | WARM | {"data.tokenizer.kind": "char"},)
 # Errors that every run meets on a machine that is unfit.
 OF_THE_MACHINE = (
     errno.ENOSPC,
@@ -72,7 +73,7 @@ BLAMING = (2, 3, 5, 7)  # exit codes that name the command, the data, a checkpoi
 Verb = Callable[[Sequence[str]], object]  # performs a command line; raises what it raises
 
 
-def is_own_fault(error: StackproofError, verb: Verb) -> bool:
+def is_own_fault(error: StackproofError | RecursionError, verb: Verb) -> bool:
     """Whether a small run that is known to be right, its resume, evaluation or export ends with an
     error of the same type, raised by the same function. Takes some seconds.
 
@@ -83,7 +84,8 @@ def is_own_fault(error: StackproofError, verb: Verb) -> bool:
     place = place_of(error.__traceback__)
     named = isinstance(error, (GateFailed, Stopped, StreamExhausted))
     unfit = isinstance(cause := error.__cause__, OSError) and cause.errno in OF_THE_MACHINE
-    blames = error.exit_code in BLAMING and not unfit
+    deep = isinstance(error, RecursionError)  # as an input that is nested too deeply ends
+    blames = (deep or error.exit_code in BLAMING) and not unfit
     if place is None or named or not blames or is_worker():
         return False
     package = Path(place[0]).relative_to(STACK).parts[0]
@@ -145,14 +147,14 @@ def _perform(values: Mapping[str, Any], verb: Verb, package: str, gated: bool) -
     gates = nullcontext() if gated else without_gates()
     with workshop() as root, silent[0], silent[1], gates:
         use_cache(root / "cache")
-        cfg = load_config(museum_config(root), fixed=fixed)[0]
+        cfg, changed = load_config(museum_config(root), fixed=fixed)
         if package == "data" and not gated:
             make_data_loader(cfg, prepare(cfg.data)).next_batch()
         else:
-            _commands(cfg, root, verb, package)
+            _commands(cfg, changed, root, verb, package)
 
 
-def _commands(cfg: Any, root: Path, verb: Verb, package: str) -> None:
+def _commands(cfg: Any, changed: Sequence[Any], root: Path, verb: Verb, package: str) -> None:
     """Train and resume; then evaluate or export."""
     from stackproof.evaluate.suite import SUITES, load_suite
     from stackproof.train import start
@@ -161,7 +163,7 @@ def _commands(cfg: Any, root: Path, verb: Verb, package: str) -> None:
     if package == "evaluate":
         load_suite(SUITES / "domains.toml")
     run = root / "run"
-    train(start.fresh(cfg, (), run))
+    train(start.fresh(cfg, changed, run))
     train(start.resume(run, (), cfg, at=1))
     if package == "evaluate":
         verb(["evaluate", str(run), "--run-dir", str(root / "evaluated")])

@@ -164,6 +164,10 @@ class RunCurriculum(Curriculum):
         return self.cfg.train.tokens_per_step // self.cfg.model.max_seq_len
 
     @property
+    def n_windows(self) -> int:
+        return self.dataset.train.n_windows(self.cfg.model.max_seq_len)
+
+    @property
     def warmup_rows(self) -> int:
         return self.cfg.curriculum.warmup_steps * self._rows_per_step
 

@@ -49,14 +49,14 @@ from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.records import Record
 from stackproof.subject.commands import drawn
+from stackproof.subject.read_back import logs_of, record_of
+from stackproof.subject.recited import recited
 from stackproof.trace.points_log import points_lines
 from stackproof.train import checkpoint_folders, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.device import probe_peak_flops
 from stackproof.train.losses import LossOfFirstStep
-from stackproof.train.read_back import logs_of, record_of
-from stackproof.train.recited import recited
 from stackproof.train.rng import generator
 from stackproof.train.state import TrainState, differing, gradient_crc32
 from stackproof.train.step import StepReport

@@ -119,6 +119,14 @@ def test_a_tokenizer_that_only_data_is_tried_with(monkeypatch):
     assert list(known_good._ends(command_line, "data", gated=False)) == []
 
 
+def test_endless_recursion_is_tried_as_an_input_that_is_nested_too_deeply(monkeypatch):
+    error = raised(RecursionError("maximum recursion depth exceeded"))
+    monkeypatch.setattr(known_good, "place_of", lambda _: (known_good.__file__, "f"))
+    for found, own in ((error, True), (raised(DataError("x")), False)):
+        monkeypatch.setattr(known_good, "_ends", lambda *_, found=found, **__: iter([found]))
+        assert is_own_fault(error, print) == own
+
+
 def test_a_machine_on_which_nothing_can_be_tried_keeps_the_refusal(monkeypatch):
     @contextmanager
     def full():

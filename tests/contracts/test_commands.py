@@ -5,6 +5,7 @@ gives, red on each way to be wrong.
 import copy
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -466,6 +467,7 @@ def test_logs_hold_what_happened(spec):
         {"turn_every": 2, "turns": (1, 2, 2)},
         {"turn_every": 3, "turns": (2,)},
         {"turns": (2,)},
+        {"unlogged": ("loss.golden",)},
     ):
         assert not logged(spec, **wrong).passed, wrong
     for right in (
@@ -528,7 +530,16 @@ METRICS = {
     "best_val_loss_nats": 2.25,
     "best_step": 1,
     "baseline_unigram_bits_per_byte": 4.0,
+    "vocab_size": 50,
+    "n_params": 1000,
+    "unique_tokens": 32,
+    "epochs": 2.0,
+    "tokens_per_parameter": 0.064,
+    "random_loss_nats": math.log(50),
+    "val_ppl": math.exp(2.5),
 }
+FACTS = {"vocab_size": 50, "n_params": 1000, "unique_tokens": 32}
+DERIVED = ("epochs", "tokens_per_parameter", "random_loss_nats", "val_ppl")
 COUNTS = dict.fromkeys(METRICS) | {"baseline_unigram_bits_per_byte": 100}
 READ = {"manifest.json": 64 * "a", "tokenizer.json": 64 * "b"}
 MACHINE = {"python": "3.11", "cuda": None}
@@ -545,22 +556,23 @@ def recorded(spec, *, looked=True, **changes):
         check.observe(Evaluated(2, 2.5, 3.0, (2.5,), "h", None, 5.0, **best))
     inputs = READ | {"other": 64 * "c"}
     stated = MACHINE | {"allocator": "malloc"}, MACHINE, SAVED | {"tokenizer.json": 9}, SAVED
-    event = Recorded(2, "completed", 2, METRICS, COUNTS, inputs, READ, 100, *stated)
+    event = Recorded(2, "completed", 2, METRICS, COUNTS, inputs, READ, 100, *stated, FACTS)
     return check.observe(dataclasses.replace(event, **changes))
 
 
 def test_a_record_states_what_happened(spec):
     """What was never observed is not judged. A resumed check continues with the earlier values."""
-    assert recorded(spec).passed and recorded(spec).measured["judged"] == 10
-    assert recorded(spec, looked=False).measured["judged"] == 4
+    assert recorded(spec).passed and recorded(spec).measured["judged"] == 17
+    assert recorded(spec, looked=False).measured["judged"] == 11
     before = {"happened": {"val_loss_nats": 2.5}}
-    assert recorded(spec, looked=False, resumed=before).measured["judged"] == 5
+    assert recorded(spec, looked=False, resumed=before).measured["judged"] == 12
     assert recorded(spec, max_steps=3, status="early_stopped").passed
     before = {"happened": {"val_loss_nats": 2.4}}
     assert not recorded(spec, looked=False, resumed=before).passed
     for name, value in METRICS.items():
         if not name.startswith("baseline"):
-            verdict = recorded(spec, metrics=METRICS | {name: value + 1e-9})
+            off = 1e-7 if name in DERIVED else 1e-9  # sums in another order
+            verdict = recorded(spec, metrics=METRICS | {name: value + off})
             assert not verdict.passed and name in verdict.message
             rest = {k: v for k, v in METRICS.items() if k != name}
             assert not recorded(spec, metrics=rest).passed, name

@@ -135,6 +135,32 @@ def test_filters_are_red_on_a_receipt_that_is_off_by_one(spec, subject, unit, si
     assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
 
 
+@pytest.mark.parametrize(
+    "passed_over", [{"number": 2, "example": ""}, {"number": 0, "example": "a"}]
+)
+def test_filters_are_red_on_a_number_of_files_that_its_example_contradicts(
+    spec, subject, passed_over
+):
+    manifest = subject.corpus.manifest
+    sources = [dict(s) for s in manifest["sources"]]
+    sources[1]["files_passed_over"] = passed_over
+    verdict = judge("corpus.filters", spec, subject, manifest=manifest | {"sources": sources})
+    assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
+
+
+@pytest.mark.parametrize("stated", [None, [], ["canary text"], ["questions.jsonl", "b.jsonl"]])
+def test_the_evaluation_sets_are_those_that_are_declared(spec, subject, stated):
+    manifest = subject.corpus.manifest
+    held = manifest["decontamination"]
+    sets = [held["sets"][0] | {"path": path} for path in stated or ()]
+    other = None if stated is None else held | {"sets": sets}
+    off = judge(
+        "corpus.decontamination", spec, subject, manifest=manifest | {"decontamination": other}
+    )
+    assert off.outcome == "fail" and "are stated as" in off.message
+    assert judge("corpus.decontamination", spec, subject, manifest=dict(manifest)).passed
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_filters_are_red_on_tokens_of_a_source_that_are_not_those_of_its_shards(
     spec, subject, split

@@ -15,7 +15,8 @@ from stackproof.contracts.events import BatchDrawn, Started, StepTaken
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data.curriculum import make_sampler
 from stackproof.data.sampler import MixtureSampler, Source, shares
-from stackproof.museum.plant import load_museum, touches
+from stackproof.museum.edit import Edit, edited
+from stackproof.museum.plant import load_museum, touch, touches
 from stackproof.spec.errors import ConfigError
 from stackproof.subject.assemble import subject_of
 from stackproof.train import step as steps
@@ -120,7 +121,8 @@ ARMS = (
 )
 
 
-PLAIN = {"warmup_rows": 0, "warmup_sources": (), "declared_shares": shares_of(ARMS)}
+PLAIN = {"warmup_rows": 0, "warmup_sources": (), "n_windows": 1500}
+PLAIN |= {"declared_shares": shares_of(ARMS)}
 
 
 def declared(spec, subject, **bounds):
@@ -220,7 +222,7 @@ class Fixed:
     source has a third of the rows. Its state is one under which that focus has the highest bound.
     """
 
-    cfg = SimpleNamespace(focus_share=0.0, exploration=0.0)
+    cfg = SimpleNamespace(focus_share=0.0, exploration=0.0, discount=1.0)
 
     sources = (
         Source("useful", 0, 9, 1, 1, 0),
@@ -230,6 +232,7 @@ class Fixed:
 
     def __init__(self, turns):
         self._turns, self.focus = iter(turns), 0
+        self._pulls = [1.0] * len(self.sources)
 
     def decide(self, before, after):
         pass
@@ -238,12 +241,58 @@ class Fixed:
         return SimpleNamespace(sources=numbers % 3, windows=numbers, epochs=0 * numbers)
 
     def reward(self, losses):
+        self._pulls[self.focus] += 1
         self.focus = next(self._turns)
 
     def state_dict(self):
         names = [s.name for s in self.sources]
-        arms = {n: {"pulls": 1.0, "rewards": float(n == names[self.focus])} for n in names}
+        arms = {
+            n: {"pulls": pulls, "rewards": pulls * (n == names[self.focus])}
+            for n, pulls in zip(names, self._pulls)
+        }
         return {"focus": names[self.focus], "arms": arms}
+
+
+@pytest.mark.parametrize(
+    ("target", "old", "new", "gate"),
+    [
+        (
+            "stackproof.data.bandit:DiscountedUcb.__init__",
+            "self.discount, self.exploration = discount, exploration",
+            "self.discount, self.exploration = exploration, exploration",
+            "curriculum.reward",
+        ),
+        (
+            "stackproof.data.curriculum:make_sampler",
+            "len(sources) == 1 and",
+            "len(sources) != 1 and",
+            "curriculum.order",
+        ),
+        (
+            "stackproof.data.shard_table:ShardTable.spans",
+            "spans, first = {}, 0",
+            "spans, first = {}, 1",
+            "curriculum.order",
+        ),
+        (
+            "stackproof.data.shard_table:ShardTable.spans",
+            "first += n",
+            "first += n + 1",
+            "curriculum.order",
+        ),
+    ],
+)
+def test_mistakes_in_the_order_and_in_what_a_bandit_forgets_are_red(
+    spec, small_cfg, dataset, target, old, new, gate
+):
+    """A mixture that is read as its first source alone; sources whose windows are not theirs."""
+    static = gate == "curriculum.order"
+    kind = StaticCurriculum() if static else small_cfg.curriculum
+    cfg = small_cfg.model_copy(update={"curriculum": kind})
+    assert call_check(spec.gates[gate], subject_of(cfg, dataset, CPU)).passed
+    with edited([Edit(target, old, new)], touch):
+        verdict = call_check(spec.gates[gate], subject_of(cfg, dataset, CPU))
+    assert verdict.outcome == "fail" and verdict.message
 
 
 def test_reward_is_red_on_a_bandit_that_never_learns(spec, subject):

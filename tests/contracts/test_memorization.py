@@ -17,7 +17,7 @@ from stackproof.evaluate.sampling import generate
 from stackproof.model.build import build_model
 from stackproof.museum.edit import Edit, edited
 from stackproof.museum.plant import touch
-from stackproof.train.recited import cut, recited
+from stackproof.subject.recited import cut, recited
 
 
 def sampled(step: int, text: str, **parts):

@@ -25,7 +25,9 @@ def logs_of(trainer: Trainer) -> LogsRead:
     turns = tuple(line["step"] for line in lines if line["event"] == "turn")
     read = tuple(steps), line, evaluations, samples, sources, partial(_rows_after, directory)
     turn_every = getattr(trainer.cfg.curriculum, "probe_every", None)
-    return LogsRead(step, every, directory.mismarked(), *read, turns, turn_every)
+    return LogsRead(
+        step, every, directory.mismarked(), *read, turns, turn_every, _unlogged(trainer)
+    )
 
 
 def _rows_after(directory: RunDir, step: int) -> Counter[str]:
@@ -58,4 +60,30 @@ def record_of(trainer: Trainer, status: str) -> Recorded:
         ),
         outputs={file.path: file.bytes for file in record.outputs},
         saved={p.relative_to(root).as_posix(): p.stat().st_size for p in saved},
+        facts=_facts(trainer),
+    )
+
+
+def _facts(trainer: Trainer) -> dict[str, int]:
+    """Metrics of the data set, and of the model where one process holds all of it."""
+    dataset, model = trainer.dataset, trainer.state.model
+    whole = trainer.state.ranks.sizes.world_size == 1
+    return {
+        "vocab_size": len(dataset.tokenizer.token_bytes),
+        "unique_tokens": dataset.train.n_tokens,
+        "val_batches": len(trainer.held_out),
+        **({"n_params": sum(p.numel() for p in model.parameters())} if whole else {}),
+    }
+
+
+def _unlogged(trainer: Trainer) -> tuple[str, ...]:
+    """Gates with a verdict before step 1 or on a checkpoint that have no line in gates.jsonl. A
+    resumed process cuts the log back to its checkpoint, so that only a whole run is judged.
+    """
+    if trainer.resumed:
+        return ()
+    lines = {line["gate"] for line in trainer.output.dir.lines("gates.jsonl")}
+    judged = (s for s in trainer.keeper.states.values() if s.gate.moment != "runtime")
+    return tuple(
+        s.gate.id for s in judged if s.verdict.outcome != "not_run" and s.gate.id not in lines
     )
