@@ -319,6 +319,16 @@ def test_whole_step_is_red_on_its_plants(spec, small_cfg, dataset, plant_id, of)
     assert verdict.measured[of] > 2 * gate.limits[of + "_max"].value
 
 
+def test_whole_step_is_red_where_evaluations_are_computed_in_float32(spec, small_cfg, dataset):
+    """The step itself is in half precision; the two held-out losses are then one number."""
+    with load_museum()["precision.evaluation-in-float32"].apply():
+        verdict = call_check(
+            spec.gates[WHOLE], subject_of(in_half(small_cfg, "bfloat16"), dataset, CPU)
+        )
+    assert verdict.outcome == "fail" and "equals that in float32" in verdict.message
+    assert verdict.measured["evaluation_rel_error"] == 0
+
+
 def test_whole_step_sees_one_lost_gradient(spec, small_cfg, dataset):
     subject = subject_of(in_half(small_cfg, "bfloat16"), dataset, CPU)
 

@@ -15,7 +15,7 @@ from tools.tampers.breaks import folder, nothing, rechain
 from tools.tampers.small_repo import write
 
 KINDS = ("train", "evaluate", "resume", "falsification")
-ROUNDS = scaled(12, 20_000)  # of each of five documents
+ROUNDS = scaled(6, 20_000)  # of each of five documents
 
 
 @pytest.fixture(scope="module")

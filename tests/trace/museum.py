@@ -212,6 +212,9 @@ EXHIBITS: dict[str, Found | Unseen] = {
     "precision.evaluation-in-half": Unseen(
         partial(running, around=ways.autocast), "it is in the evaluation, behind the logits"
     ),
+    "precision.evaluation-in-float32": Unseen(
+        partial(running, around=ways.autocast), "it is in the evaluation, around the model"
+    ),
     "model.future-in-half": Found(
         partial(running, around=ways.autocast), **MIXED, way="each query sees all keys"
     ),

@@ -8,6 +8,8 @@ from stackproof.spec.gates import Gate
 from stackproof.spec.records import Record
 from tools.integrity.core import LOCK, Messages, Repo, each_gate, each_record, rule
 
+TOUCHES_SINCE = (1, 5)  # version of the spec; records before it count no executions
+
 
 @rule(
     "CONFIG-HASH",
@@ -79,6 +81,21 @@ def _fingerprints(record: Record) -> list[tuple[str, str]]:
 
 def _limits(frozen: Mapping[str, Any] | None) -> dict[str, float]:
     return {name: limit["value"] for name, limit in (frozen or {}).get("limits", {}).items()}
+
+
+@rule(
+    "KILL-TOUCHED",
+    title="The planted line of a kill has run",
+    why="A gate that is red while its plant is not executed is red for another reason.",
+    hint="stack gates prove the gate, then stack evidence add DIR",
+    over=each_record,
+)
+def kill_touched(repo: Repo, record: Record) -> Messages:
+    version = tuple(int(part) for part in record.spec.version.split(".")[:2] if part.isdigit())
+    counted = version >= TOUCHES_SINCE
+    for kill in record.kills:
+        if kill.outcome == "killed" and not kill.touches and (counted or kill.touches == 0):
+            yield f"{kill.plant} is killed, and its line ran {kill.touches or 'no'} times"
 
 
 @rule(

@@ -297,6 +297,9 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "PLANT-AT-PROOF": lambda r: edit(
         r, "stack/museum/plants/loss.toml", 'new = "a - b"', 'new = "a + b"'
     ),
+    "KILL-TOUCHED": lambda r: rechain(
+        r, "falsification", lambda d: d["kills"][0].update(touches=0)
+    ),
     "SUPERSEDES": lambda r: rechain(r, "resume", nothing, supersedes="train"),
     "CLAIM-SERIES": lambda r: edit(
         r,
