@@ -9,7 +9,8 @@ from stackproof.contracts.conditions import ContractError
 from stackproof.spec.canonical import canonical_lines
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.files import FileRefused
-from stackproof.train import read_back, restart, run_dir, trainer
+from stackproof.subject import read_back
+from stackproof.train import restart, run_dir, trainer
 from stackproof.train.run_dir import RunDir
 
 MAX_BYTES = 2**20  # of the lines in memory; all of them together take ten times as much
@@ -31,11 +32,12 @@ def last_loss(directory, step=9):
 
 
 def trainer_of(directory):
-    cfg = SimpleNamespace(train=SimpleNamespace(log_every=1))
+    cfg = SimpleNamespace(train=SimpleNamespace(log_every=1), curriculum=SimpleNamespace())
     output = SimpleNamespace(dir=directory)
     loader = SimpleNamespace(sampler=SimpleNamespace(sources=()))
     state = SimpleNamespace(step=8, data_loader=loader)
-    return SimpleNamespace(cfg=cfg, output=output, state=state)
+    keeper = SimpleNamespace(states={})
+    return SimpleNamespace(cfg=cfg, output=output, state=state, keeper=keeper, resumed=False)
 
 
 def peak(read) -> int:

@@ -101,11 +101,8 @@ def _is_better(after: float, before: float, way: str) -> bool:
 
 
 def _figure(repo: Repo, cited: str, metric: str) -> float | None:
-    """A metric of a record; None if the record lacks it or its value is not a number."""
-    try:
-        return number(repo.accepted[cited.partition("#")[0]], metric)
-    except ValueError:
-        return None
+    """A metric of a record; None if the record lacks it."""
+    return number(repo.accepted[cited.partition("#")[0]], metric)
 
 
 def _unshown(repo: Repo, suspect: RuledOut) -> Iterator[str]:

@@ -76,17 +76,17 @@ def test_a_gate_that_is_proven_is_discharged_by_a_foreign_run_of_clean_code(tmp_
     spec, gate_id = load_spec(), "loss.logit-gradient"
     record, _, _ = recorded(tmp_path)
     kills = tuple(_kill(spec, gate_id, plant) for plant in spec.gates[gate_id].plants)
-    clean = record.model_copy(update={"code": Code(commit="0" * 40, dirty=False), "kills": kills})
-    assert gate_state(spec, gate_id, {record.id: clean}).state == "discharged"
+    clean = record.model_copy(update={"code": Code(commit="0" * 40, dirty=False)})
+    proof = clean.model_copy(update={"kind": "falsification", "kills": kills, "gates": ()})
+    both = {"proof": proof, record.id: clean}
+    assert gate_state(spec, gate_id, both).state == "discharged"
     for changed in (
         {"status": "halted"},
         {"compute": "synthetic"},
         {"code": Code(commit="unknown", dirty=False)},
     ):
-        assert (
-            gate_state(spec, gate_id, {record.id: clean.model_copy(update=changed)}).state
-            != "discharged"
-        ), changed
+        weaker = both | {record.id: clean.model_copy(update=changed)}
+        assert gate_state(spec, gate_id, weaker).state == "proven", changed
 
 
 def _kill(spec, gate_id, plant):
