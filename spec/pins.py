@@ -105,18 +105,19 @@ def read_pins(directory: Path) -> list[SignedPin]:
 def pin_problems(
     directory: Path, lines: Sequence[bytes], signers: Path | None = None
 ) -> list[tuple[int, str]]:
-    """Pins that a ledger does not follow, and signatures that no allowed signer made, as (line of
-    `pins.jsonl`, message). `signers` is by default the folder's own file.
+    """Pins that a ledger does not follow, and signatures that no allowed signer made or that cannot
+    be verified, as (line of `pins.jsonl`, message). `signers` is by default the folder's own file.
 
-    Raises IntegrityError as `read_pins`, EnvironmentUnfit if there are pins and no ssh-keygen.
+    Raises IntegrityError as `read_pins`.
     """
-    allowed = signers or directory / SIGNERS
-    return [
-        (number, problem)
-        for number, signed in enumerate(read_pins(directory), start=1)
-        for problem in (signed.pin.problem(lines), signature_problem(signed, allowed))
-        if problem
-    ]
+    allowed, found = signers or directory / SIGNERS, []
+    for number, signed in enumerate(read_pins(directory), start=1):
+        found.append((number, signed.pin.problem(lines)))
+        try:
+            found.append((number, signature_problem(signed, allowed)))
+        except EnvironmentUnfit as e:
+            found.append((number, f"its signature was not verified: {e.what}"))
+    return [(number, problem) for number, problem in found if problem]
 
 
 # --- the tree -------------------------------------------------------------------------------------

@@ -54,15 +54,16 @@ def _differing(committed: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def _files() -> set[str]:
-    """The files below the paths of the code, relative to the root, without compiled and hidden
-    ones, which nothing imports or reads.
+    """The files below the paths of the code, relative to the root, and links to folders; without
+    what is hidden, and without `__pycache__`.
     """
     found = set()
     for path in CODE_PATHS:
         for folder, folders, names in os.walk(ROOT / path):
-            folders[:] = [name for name in folders if name != "__pycache__"]
-            kept = (n for n in names if not n.startswith(".") and not n.endswith(".pyc"))
-            found |= {os.path.relpath(os.path.join(folder, name), ROOT) for name in kept}
+            folders[:] = [n for n in folders if n != "__pycache__" and not n.startswith(".")]
+            links = [n for n in folders if os.path.islink(os.path.join(folder, n))]
+            kept = [n for n in names if not n.startswith(".")]
+            found |= {os.path.relpath(os.path.join(folder, n), ROOT) for n in (*kept, *links)}
     return {Path(path).as_posix() for path in found}
 
 

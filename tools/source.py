@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stackproof.spec.files import text_lines
 
-ALWAYS_SKIPPED = re.compile(r"pytest\.(mark\.)?(skip|xfail)\b")
+ALWAYS_SKIPPED = re.compile(r"pytest\.(mark\.)?(skip|xfail)\b|pytest\.mark\.skipif\(True\b")
 EXPECTS = re.compile(r"\b(raises|warns|assert_\w+)$")
 KINDS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

@@ -232,7 +232,7 @@ def inclusion(
 
 @app.command("check-inclusion")
 def check_inclusion(
-    proof: Annotated[Path, Argument(help="What stack evidence inclusion has printed.")],
+    proof: Annotated[Path, Argument(help="The file that stack evidence inclusion has written.")],
     allowed_signers: Annotated[Path, Option(help="File of OpenSSH with the allowed signers.")],
     json: Json = False,
 ) -> None:

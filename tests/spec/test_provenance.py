@@ -77,6 +77,17 @@ def test_a_link_in_the_place_of_a_file_and_a_file_that_is_gone_make_it_dirty(roo
     assert gone.dirty and provenance.code_state().dirty
 
 
+@pytest.mark.parametrize("kind", ["link", "compiled"])
+def test_a_package_that_hides_a_module_makes_it_dirty(root, kind, tmp_path):
+    """`import step` prefers a folder to a file, also one with compiled code alone."""
+    if kind == "link":
+        write(root, "elsewhere/__init__.py", "x = 1")
+        (root / "spec/step").symlink_to(root / "elsewhere")
+    else:
+        write(root, "spec/step/__init__.pyc", b"x")
+    assert provenance.code_state().dirty
+
+
 def test_compiled_and_hidden_files_are_not_code(root):
     write(root, "spec/__pycache__/a.cpython-311.pyc", b"x")
     write(root, "spec/.editor", "x")

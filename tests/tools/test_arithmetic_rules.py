@@ -88,3 +88,19 @@ def test_a_second_run_with_its_own_figures_is_fine(repo):
     second_train(repo, seed=7)
     codes = found(repo)
     assert not {"DERIVED", "LOG-ARITHMETIC", "METRIC-RECOMPUTE"} & codes
+
+
+@pytest.mark.parametrize(("stated", "ok"), [("Infinity", True), (1.0, False)])
+def test_a_loss_whose_perplexity_is_no_number_crashes_nothing(repo, stated, ok):
+    def change(document):
+        document["metrics"]["val_loss_nats"]["value"] = 710.0
+        document["metrics"]["val_ppl"]["value"] = stated
+
+    rechain(repo, "train", change)
+    codes = found(repo)
+    assert "INTERNAL" not in codes and ("PPL" not in codes) == ok
+
+
+def test_a_last_line_without_its_loss_is_found(repo):
+    rechain(repo, "train", nothing, series=lambda x: [x[3].pop("loss_nats")])
+    assert "METRIC-RECOMPUTE" in found(repo)

@@ -176,3 +176,24 @@ def test_ids_of_plants_differ_in_more_than_case(repo):
     assert "ID-UNIQUE" not in found(repo)
     plants.write_text(text + text)
     assert found(repo) & {"ID-UNIQUE", "SCHEMA"}
+
+
+@pytest.mark.parametrize("outcome", ["killed", "missed", "crashed", "awaiting"])
+def test_a_proof_that_missed_a_plant_is_superseded_by_one_that_tries_it(repo, outcome):
+    rechain(repo, "falsification", lambda d: d["kills"][0].update(outcome="missed"))
+    kill = json.loads((folder(repo, "falsification") / "metadata.json").read_bytes())["kills"][0]
+    change = LATER | {"kills": [kill | {"outcome": outcome}]}
+    twin = copied(repo, "falsification", "falsification-20260110T230000Z-00000009", change)
+    rechain(repo, twin, nothing, supersedes="falsification")
+    assert bool(messages(repo, "SUPERSEDES")) == (outcome in ("crashed", "awaiting"))
+
+
+def test_a_child_may_begin_in_the_second_of_its_parent(repo):
+    train = json.loads((folder(repo, "train") / "metadata.json").read_bytes())
+    rechain(repo, "evaluate", lambda d: d.update(started_at=train["started_at"][:-1] + ".5Z"))
+    assert messages(repo, "PARENTS") == []
+
+
+def test_a_lock_file_that_was_changed_belongs_to_code_that_was(repo):
+    rechain(repo, "resume", lambda d: d["code"].update(dirty=True, lock_sha256="d" * 64))
+    assert messages(repo, "LOCK-AT-COMMIT") == []

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from stackproof.evidence import ledgering, pinning
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec import pins
+from stackproof.spec.errors import EnvironmentUnfit, IntegrityError
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.pins import FILE, SIGNERS, read_pins
 from tests.cli.conftest import in_process  # noqa: F401
@@ -108,3 +109,21 @@ def test_a_record_is_proven_to_be_in_the_pinned_ledger(repo, key, tmp_path, in_p
     assert code == 6
     with pytest.raises(IntegrityError, match="is not in the ledger"):
         pinning.inclusion(evidence, "train-20260110T120100Z-ffffffff")
+
+
+def test_without_openssh_a_fork_is_red_and_a_signature_is_not_taken_for_verified(
+    repo, key, monkeypatch, tmp_path
+):
+    pinning.pin(repo / "evidence", key, OWNER)
+    small_repo.commit_all(repo)
+
+    def missing(*arguments, given):
+        raise EnvironmentUnfit("ssh-keygen is not installed")
+
+    monkeypatch.setattr(pins, "_ssh_keygen", missing)
+    (only,) = [f for f in findings_in(Repo(repo)) if f.code == "PIN"]
+    assert "was not verified" in only.message
+    rechain(repo, "resume", put("claim", value="another"))
+    small_repo.forget()
+    said = [f.message for f in findings_in(Repo(repo)) if f.code == "PIN"]
+    assert any("not the head that was pinned" in message for message in said)

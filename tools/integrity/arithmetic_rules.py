@@ -19,6 +19,7 @@ from tools.integrity.core import (
 LOG = "metrics.jsonl"
 # Of the last place of a 64-bit float, for sums that may be added in another order.
 EXACT = 1e-12
+MAX_EXPONENT = 709.0  # exp of more is no number of 64 bits
 MEAN_DECAY = 0.98  # of the running mean of the training loss
 
 
@@ -32,8 +33,9 @@ MEAN_DECAY = 0.98  # of the running mean of the training loss
 def ppl(repo: Repo, record: Record) -> Messages:
     for name in (name for name in record.metrics if name.endswith("_ppl")):
         stated, loss = number(record, name), number(record, f"{name[:-4]}_loss_nats")
-        if loss is not None and not _equal(stated, math.exp(loss)):
-            yield f"{name} = {stated:.9g}, exp of the loss is {math.exp(loss):.9g}"
+        truth = math.inf if loss is None or loss > MAX_EXPONENT else math.exp(loss)
+        if loss is not None and not _equal(stated, truth):
+            yield f"{name} = {stated:.9g}, exp of the loss is {truth:.9g}"
 
 
 @rule(
@@ -56,7 +58,7 @@ def tokens(repo: Repo, record: Record) -> Messages:
     per_step = formulas.tokens_seen(1, batch, length, accumulation, n_data_ranks)
     seen = number(record, "tokens_seen")
     if steps is None or seen != steps * per_step:
-        yield f"tokens_seen = {seen:g}, the arithmetic gives {steps} × {per_step}"
+        yield f"tokens_seen = {seen:.0f}, the arithmetic gives {steps} × {per_step}"
 
 
 @rule(
@@ -106,7 +108,7 @@ def _of_training(repo: Repo, record: Record) -> Iterator[tuple[str, float]]:
 
 @rule(
     "LOG-ARITHMETIC",
-    title="Each logged step follows from the configuration and the steps before it",
+    title="Logged tokens and, where every step is logged, running means follow from the steps",
     why="A curve that was smoothed or invented has to close with tokens, means and rates as well.",
     hint="supersede the record with a true one",
     over=each_record,

@@ -31,7 +31,7 @@ def config_hash(repo: Repo, record: Record) -> Messages:
     over=each_record,
 )
 def lock_at_commit(repo: Repo, record: Record) -> Messages:
-    if record.code.commit in repo.ancestors:
+    if record.code.commit in repo.ancestors and not record.code.dirty:
         content = repo.in_history(LOCK).get(record.code.commit)
         found = None if content is None else sha256_bytes(content)
         if found != record.code.lock_sha256:

@@ -369,11 +369,12 @@ def _summary(record: Record, lines: list[dict]) -> dict[str, float]:
     scored = [line for line in lines if line.get("val_loss_nats") is not None]
     if scored:
         found["val_loss_nats"] = scored[-1]["val_loss_nats"]
-        found["val_bits_per_byte"] = scored[-1].get("val_bits_per_byte")
+        if "val_bits_per_byte" in scored[-1]:
+            found["val_bits_per_byte"] = scored[-1]["val_bits_per_byte"]
         if not record.parents:
             best = min(scored, key=lambda line: float(line["val_loss_nats"]))
             found["best_val_loss_nats"], found["best_step"] = best["val_loss_nats"], best["step"]
-    return {name: value for name, value in found.items() if value is not None}
+    return found
 
 
 @rule(

@@ -18,8 +18,8 @@ class Glance:
     dirty: bool
     claim: str
     started_at: str
-    red: frozenset[str]  # gates
-    judged: frozenset[str]
+    red: frozenset[str]  # gates, and plants that were missed
+    judged: frozenset[str]  # gates, and plants that were tried
     series: dict[str, str]
     val_loss_nats: float | None
     is_on_built_data: bool
@@ -40,8 +40,14 @@ def glance_at(record: Record) -> Glance:
         dirty=record.code.dirty,
         claim=record.claim,
         started_at=record.started_at,
-        red=frozenset(g.id for g in record.gates if g.verdict == "fail"),
-        judged=frozenset(g.id for g in record.gates if g.verdict != "not_run"),
+        red=frozenset(
+            [g.id for g in record.gates if g.verdict == "fail"]
+            + [k.plant for k in record.kills if k.outcome == "missed" or k.control == "fail"]
+        ),
+        judged=frozenset(
+            [g.id for g in record.gates if g.verdict != "not_run"]
+            + [k.plant for k in record.kills if k.outcome in ("killed", "missed")]
+        ),
         series={s.path: s.sha256 for s in record.series},
         val_loss_nats=loss,
         is_on_built_data=record.kind == "train" and corpus.get("kind") == "built",

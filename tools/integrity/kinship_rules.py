@@ -1,5 +1,7 @@
 """Rules about relations between records: parents, successors, the data of a run, equal runs."""
 
+import datetime as dt
+
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.records import Record
 from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, rule
@@ -18,7 +20,7 @@ def parents(repo: Repo, record: Record) -> Messages:
         seen = repo.seen_glance(parent)
         if parent not in repo.sha256_of:
             yield f"its parent {parent} is not in the ledger"
-        elif seen is not None and seen.started_at >= record.started_at:
+        elif seen is not None and _moment(seen.started_at) > _moment(record.started_at):
             yield f"its parent {parent} began at {seen.started_at}, it began at {record.started_at}"
 
 
@@ -38,10 +40,14 @@ def supersedes(repo: Repo) -> Messages:
         pair = f"{entry.record} supersedes {entry.supersedes}"
         if old.kind != new.kind:
             yield f"{pair}, which is of another kind"
-        elif new.started_at <= old.started_at:
+        elif _moment(new.started_at) <= _moment(old.started_at):
             yield f"{pair}, which began later"
         elif unjudged := sorted(old.red - new.judged):
             yield f"{pair}, which was red on {unjudged[0]}, and does not judge it"
+
+
+def _moment(text: str) -> dt.datetime:
+    return dt.datetime.fromisoformat(text)
 
 
 @rule(
