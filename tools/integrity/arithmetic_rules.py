@@ -19,7 +19,7 @@ from tools.integrity.core import (
 LOG = "metrics.jsonl"
 # Of the last place of a 64-bit float, for sums that may be added in another order.
 EXACT = 1e-12
-MAX_EXPONENT = 709.0  # exp of more is no number of 64 bits
+MAX_EXPONENT = 709.0  # exp of more overflows 64 bits
 MEAN_DECAY = 0.98  # of the running mean of the training loss
 
 
