@@ -34,7 +34,18 @@ BLOCK_BYTES = 32 * 2**20  # no further file is read once that many are
 Taken = TypeVar("Taken")
 
 
-class Archived(Frozen):
+class Kept(Frozen):
+    """A line of an append-only file."""
+
+    def to_line(self) -> bytes:
+        """Canonical JSON, with its newline."""
+        return canonical_json(self.model_dump()) + b"\n"
+
+
+Line = TypeVar("Line", bound=Kept)
+
+
+class Archived(Kept):
     """One line: a record, a commit that holds its folder, and the sha256 of each archived file.
 
     The commit is the last one that changed the folder before the files left the tree. A line with
@@ -64,9 +75,6 @@ class Archived(Frozen):
         """The argument of `History.read` for a file of the record."""
         return f"{self.commit}:./{self.record}/{name}"
 
-    def to_line(self) -> bytes:
-        return canonical_json(self.model_dump()) + b"\n"
-
 
 def complete_lines(path: Path) -> list[bytes]:
     """Lines of an append-only file without their newline; none if it does not exist.
@@ -85,6 +93,20 @@ def complete_lines(path: Path) -> list[bytes]:
             next_step="stack evidence repair removes that line; then repeat what wrote it",
         )
     return data.split(b"\n")[:-1]
+
+
+def canonical_models(path: Path, kind: type[Line]) -> list[Line]:
+    """The lines of an append-only file as models; none if it does not exist. Raises IntegrityError
+    naming the first line that is not valid or not canonical.
+    """
+    found = []
+    for number, text in enumerate(complete_lines(path), start=1):
+        where = f"{path}:{number}"
+        line = validated(kind, parse_strict(text, origin=where), origin=where)
+        if line.to_line() != text + b"\n":
+            raise IntegrityError(f"{where} is not canonical JSON")
+        found.append(line)
+    return found
 
 
 def blob_id(content: BinaryIO, n_bytes: int, length: int = 40) -> str:
@@ -220,14 +242,7 @@ class Archive:
         """All lines; empty if the list does not exist. Raises IntegrityError naming line and
         field.
         """
-        found = []
-        for number, text in enumerate(complete_lines(self.path), start=1):
-            where = f"{self.path}:{number}"
-            line = validated(Archived, parse_strict(text, origin=where), origin=where)
-            if line.to_line() != text + b"\n":
-                raise IntegrityError(f"{where} is not canonical JSON")
-            found.append(line)
-        return found
+        return canonical_models(self.path, Archived)
 
     @cached_property
     def by_record(self) -> dict[str, Archived]:

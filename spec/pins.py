@@ -14,13 +14,12 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from stackproof.spec.archive import complete_lines
-from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
+from stackproof.spec.archive import Kept, canonical_models
+from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import EnvironmentUnfit, IntegrityError
 from stackproof.spec.files import read_bytes
 from stackproof.spec.gates import Frozen
 from stackproof.spec.records import HEX64, MOMENT
-from stackproof.spec.tables import validated
 
 FILE, SIGNERS = "pins.jsonl", "allowed_signers"
 NAMESPACE = "stackproof-ledger"  # of the signatures, so that one of a commit or a mail is none
@@ -52,15 +51,12 @@ class Pin(Frozen):
         return ""
 
 
-class SignedPin(Frozen):
+class SignedPin(Kept):
     """A line of `pins.jsonl`: a pin, the signer, and the signature in OpenSSH's form."""
 
     pin: Pin
     signer: str = Field(pattern=r"^[\w.@+-]{1,200}$")
     signature: str = Field(max_length=20_000)
-
-    def to_line(self) -> bytes:
-        return canonical_json(self.model_dump()) + b"\n"
 
 
 class Inclusion(Frozen):
@@ -92,14 +88,7 @@ def read_pins(directory: Path) -> list[SignedPin]:
     """All pins, oldest first; none if the file is missing. Raises IntegrityError naming the line of
     one that is not valid or not canonical.
     """
-    found = []
-    for number, text in enumerate(complete_lines(directory / FILE), start=1):
-        where = f"{directory / FILE}:{number}"
-        signed = validated(SignedPin, parse_strict(text, origin=where), origin=where)
-        if signed.to_line() != text + b"\n":
-            raise IntegrityError(f"{where} is not canonical JSON")
-        found.append(signed)
-    return found
+    return canonical_models(directory / FILE, SignedPin)
 
 
 def pin_problems(

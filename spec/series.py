@@ -9,11 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from stackproof.spec import mutants
 from stackproof.spec.canonical import AS_TEXT, MAX_SAFE_INTEGER, parse_lines
+from stackproof.spec.records import NumberAsText
 from stackproof.spec.tables import validated
 
 Count = Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
-AsText = Annotated[str, Field(pattern=AS_TEXT)]
-Number = float | AsText  # a float of pydantic takes whole numbers up to the largest float
+Number = float | NumberAsText  # a float of pydantic takes whole numbers up to the largest float
 
 
 def _as_float(value: Any) -> Any:

@@ -23,7 +23,6 @@ from stackproof.spec.files import (
 )
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Entry, Ledger
-from stackproof.spec.pins import pin_problems
 from stackproof.spec.records import Record, Series, left_out, read_record
 from stackproof.spec.series import parse_series
 
@@ -231,7 +230,7 @@ def verify(directory: Path) -> list[str]:
         where = f"{ledger.path}:{entry.seq + 1}"
         found += (f"{where}: {problem}" for problem in _problems_of(ledger, entry))
     try:
-        pinned = pin_problems(directory, ledger.lines())
+        pinned = pins.pin_problems(directory, ledger.lines())
         found += [f"{directory / pins.FILE}:{line}: {problem}" for line, problem in pinned]
     except IntegrityError as e:
         found.append(str(e))

@@ -90,7 +90,7 @@ def test_a_signature_is_that_of_an_allowed_signer_over_the_whole_pin(keys):
         signed.model_copy(update={"signature": ""}),
     ):
         assert "its signature is not one of" in signature_problem(wrong, allowed)
-    assert "cannot be read" in signature_problem(signed, allowed.with_name("nobody"))
+    assert "cannot be read" in signature_problem(signed, allowed.with_name("absent"))
 
 
 def test_a_signature_for_another_purpose_is_none(keys, monkeypatch):

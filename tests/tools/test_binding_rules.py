@@ -1,6 +1,4 @@
-"""A record is bound to its configuration, lock file, spec, plants and kin, whoever hashed it
-again.
-"""
+"""A record is bound to its configuration, lock file, spec, plants and kin: all hashes may fit."""
 
 import json
 

@@ -125,5 +125,5 @@ def test_without_openssh_a_fork_is_red_and_a_signature_is_not_taken_for_verified
     assert "was not verified" in only.message
     rechain(repo, "resume", put("claim", value="another"))
     small_repo.forget()
-    said = [f.message for f in findings_in(Repo(repo)) if f.code == "PIN"]
-    assert any("not the head that was pinned" in message for message in said)
+    messages = [f.message for f in findings_in(Repo(repo)) if f.code == "PIN"]
+    assert any("not the head that was pinned" in message for message in messages)

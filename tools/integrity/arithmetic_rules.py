@@ -7,6 +7,7 @@ from typing import Any
 from stackproof.spec import formulas
 from stackproof.spec.records import Record
 from tools.integrity.core import (
+    LOG,
     At,
     Messages,
     Repo,
@@ -16,7 +17,6 @@ from tools.integrity.core import (
     stated_count,
 )
 
-LOG = "metrics.jsonl"
 # Of the last place of a 64-bit float, for sums that may be added in another order.
 EXACT = 1e-12
 MAX_EXPONENT = 709.0  # exp of more overflows 64 bits

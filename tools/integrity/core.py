@@ -18,13 +18,14 @@ from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger, Records
 from stackproof.spec.records import Record, Series
 from stackproof.spec.registry import Release, read_registry
-from stackproof.spec.releases import read_releases
+from stackproof.spec.releases import frozen_release, read_releases
 from stackproof.spec.series import parse_series
 from tools.exhibits import Exhibit, read_exhibits
 from tools.integrity.glance import Glance, glance_at
 from tools.source import Definition, definitions, proves_nothing
 
 LEDGER, REGISTRY = "evidence/ledger.jsonl", "evidence/registry.toml"
+LOG = "metrics.jsonl"  # of the steps of a run
 LOCK = "constraints.txt"  # versions of the libraries
 SOURCES = ("spec/", "contracts/", "stack/", "tools/")
 
@@ -311,6 +312,11 @@ class Repo(Checkout):
     def releases(self) -> dict[str, dict]:
         """Releases of the spec by version, oldest first."""
         return read_releases(self.root)
+
+    @cached_property
+    def present_release(self) -> dict:
+        """The release that freezing the spec now would give."""
+        return frozen_release(self.spec)
 
     @cached_property
     def catalogue(self) -> Catalogue:

@@ -14,6 +14,7 @@ from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, Series, left_out
 from tools.integrity.core import (
     LEDGER,
+    LOG,
     At,
     Messages,
     Repo,
@@ -34,7 +35,6 @@ EXIT_OF_STATUS = {
 # Floating-point operations per second that no present device exceeds: a dense bfloat16 product on
 # an accelerator, and on a core of a CPU with matrix units in half precision, or vector units.
 ACCELERATOR_FLOPS, HALF_CORE_FLOPS, CORE_FLOPS = 2.5e15, 6.5e12, 3e11
-LOG = "metrics.jsonl"
 MAX_WAIVER_DAYS = 366
 MAX_STEPS = 10**8  # of a run whose steps are listed
 EVIDENCE_FILES = ("ledger.jsonl", "archive.jsonl", "registry.toml", "findings.toml", ".lock")

@@ -12,7 +12,7 @@ MAX_LINES = 600
 MAGICS = {b"GGUF": "GGUF", b"\x89HDF": "HDF5", b"ggml": "GGML", b"lmgg": "GGML"}
 ARCHIVES = (".pt", ".pth", ".bin", ".ckpt", ".npz")
 CI, WORKFLOW = ".ci/run", ".github/workflows/ci.yml"
-# Whole lines of the script: the command, and a pattern of what may stand around it.
+# A pattern of the whole line that runs each command.
 COMMANDS = {
     "make test": r"make test",
     "ruff check": r"\S*ruff check \.",

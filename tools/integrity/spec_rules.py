@@ -15,7 +15,7 @@ from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import Gate, Limit, normative_fields
 from stackproof.spec.records import read_record
 from stackproof.spec.releases import FILE as RELEASES
-from stackproof.spec.releases import frozen_release, release_text
+from stackproof.spec.releases import release_text
 from tools.exhibits import Exhibit, edits_by_target, source_of
 from tools.integrity.core import (
     LEDGER,
@@ -102,7 +102,7 @@ def spec_nobump(repo: Repo) -> Messages:
     if release is None:
         yield At(f"version {version} was never frozen", path=RELEASES)
         return
-    present = frozen_release(repo.spec)
+    present = repo.present_release
     for name, sha256 in release.get("tables", {}).items():  # since 2.12.0
         if present["tables"].get(name) != sha256:
             yield At(f"the {name} changed without a new version", path="spec/spec.toml")
@@ -147,7 +147,7 @@ def _unnamed(repo: Repo, section: str) -> list[str]:
     former = [r for r in repo.releases.values() if r["version"] != repo.spec.version]
     if not former:
         return []
-    then, now = former[-1]["gates"], frozen_release(repo.spec)["gates"]
+    then, now = former[-1]["gates"], repo.present_release["gates"]
     changed = [gate for gate in then.keys() | now.keys() if then.get(gate) != now.get(gate)]
     return sorted(gate for gate in changed if not _names(section, gate))
 
